@@ -1,4 +1,4 @@
-"""A model's numbers: read once from its checkpoint folder, frozen, asked by the engine, the planner and the benchmarks."""
+"""A model's numbers: read once from its checkpoint folder, frozen, asked by engine, planner and benchmarks alike."""
 
 from __future__ import annotations
 

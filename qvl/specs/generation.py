@@ -1,7 +1,7 @@
 """The checkpoint's own sampling values, and how they fill what a request leaves open.
 
-Knows the trap in Qwen2-VL's generation_config: its `top_k` 1 and `top_p` 0.001 are greedy decoding in disguise, so that a
-request's temperature would seem to do nothing. Does not know how tokens are chosen.
+Knows the trap in Qwen2-VL's generation_config: its `top_k` 1 and `top_p` 0.001 are greedy decoding in disguise, so that
+a request's temperature would seem to do nothing. Does not know how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _GREEDY_TOP_P = 0.05  # a nucleus this small keeps one token nearly always
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """generation_config.json, neutral where it is silent; `do_sample: false` has become temperature 0. `top_k` 0: no limit."""
+    """generation_config.json, neutral where it is silent (`top_k` 0: no limit); `do_sample: false` is temperature 0."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -27,9 +27,9 @@ class GenerationDefaults:
     def fill(self, sampling: SamplingParams, max_tokens_default: int) -> SamplingParams:
         """`sampling` with every open value filled (`logprobs` and `seed` may stay None).
 
-        A request's own values always win. When it sets `temperature` or `top_p` itself, values of the checkpoint that would
-        make the choice greedy all the same (`top_k` 1, a tiny `top_p`) are dropped. Raises `InvalidRequest` when the
-        result contradicts itself (`min_tokens` above the default `max_tokens`).
+        A request's own values always win. When it sets `temperature` or `top_p` itself, values of the checkpoint that
+        would make the choice greedy all the same (`top_k` 1, a tiny `top_p`) are dropped. Raises `InvalidRequest` when
+        the result contradicts itself (`min_tokens` above the default `max_tokens`).
         """
         chooses = sampling.temperature is not None or sampling.top_p is not None
         top_k = 0 if chooses and self.top_k == 1 else self.top_k

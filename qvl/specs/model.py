@@ -144,7 +144,7 @@ class ProcessorSpec:
 class ModelSpec:
     """Everything the files of a checkpoint folder say, apart from the weights and the vocabulary.
 
-    `dtype` is the precision the weights were saved in ("float32", "bfloat16" or "float16"). `name` is the folder's name.
+    `dtype` is the precision the weights were saved in ("float32", "bfloat16" or "float16"), `name` the folder's name.
     """
 
     name: str
@@ -178,7 +178,7 @@ class ModelSpec:
         return int(2 * self.text.num_layers * self.text.num_kv_heads * self.text.head_dim * bytes_per_value)
 
     def prefill_flops(self, num_tokens: int) -> int:
-        """Operations of the decoder for a fresh prompt: matrices, causal attention, and the logits of the last token."""
+        """Operations of the decoder for a fresh prompt: matrices, causal attention, logits of the last token."""
         text = self.text
         matrices = 2 * num_tokens * text.num_layers * text.layer_matrix_parameters
         pairs = num_tokens * (num_tokens + 1) // 2
@@ -186,7 +186,7 @@ class ModelSpec:
         return matrices + attention + 2 * text.vocab_size * text.hidden_size
 
     def vision_flops(self, num_patches: int) -> int:
-        """Operations of the vision tower for one picture of `num_patches` patches (every patch attends to every other)."""
+        """Operations of the vision tower for one picture of `num_patches` patches, each attending to all."""
         vision = self.vision
         matrices = (
             2 * num_patches * (vision.depth * vision.block_matrix_parameters + vision.patch_dim * vision.embed_dim)

@@ -256,7 +256,7 @@ def _check_processor(image: Section, vision: VisionSpec) -> None:
 
 
 def _read_bounds(section: Section, low: int, high: int) -> tuple[int, int]:
-    """Pixel areas, from `min_pixels` / `max_pixels` or the newer `size: {shortest_edge, longest_edge}`; the former win."""
+    """Pixel areas: `min_pixels` / `max_pixels`, else the newer `size: {shortest_edge, longest_edge}`."""
     size = section.section("size")
     low = section.integer("min_pixels", size.integer("shortest_edge", size.integer("min_pixels", low)))
     high = section.integer("max_pixels", size.integer("longest_edge", size.integer("max_pixels", high)))

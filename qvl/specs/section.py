@@ -84,7 +84,7 @@ class Section:
 
 
 def read_section(folder: Path, file: str, *, required: bool = False) -> Section:
-    """The object in `folder`/`file`; an empty one when the file is missing and not required. Raises `CheckpointError`."""
+    """The object in `folder`/`file`; empty when the file is missing and not required. Raises `CheckpointError`."""
     path = folder / file
     if not path.is_file():
         if required:
