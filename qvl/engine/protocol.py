@@ -1,0 +1,282 @@
+"""The words between the engine process and those who ask it, and the frames that carry them over a unix stream socket.
+
+One frame is a 4-byte big-endian length and a msgpack body; nothing is ever pickled. Pixels do not travel in frames: a
+`PixelFile` names a file that the engine maps and then unlinks.
+
+Knows the shape of every message. Does not know sockets' lifetimes, the scheduler, or torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import TypeAlias
+
+import msgspec
+
+from qvl.errors import QvlError
+from qvl.types import FinishReason, Grid, MediaKind, SamplingParams, TokenLogprob
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class ProtocolError(QvlError):
+    """A frame that is too long, cut short, or not one of our messages: the connection is of no further use."""
+
+    code = "engine_protocol"
+
+
+class PixelFile(msgspec.Struct, frozen=True, array_like=True):
+    """Raw uint8 pixels in a file that both processes can map: `shape` is [frames, h, w, 3], C order."""
+
+    path: str
+    shape: tuple[int, int, int, int]
+
+
+class MediaInput(msgspec.Struct, frozen=True, array_like=True):
+    """One picture or video of a prompt: tokens [offset, offset + length) are its pads, `t` x `h` x `w` its patches.
+
+    `height` and `width` are the pixels it is resized to (multiples of the patch factor); `pixels` is None where they are
+    handed over in process.
+    """
+
+    kind: MediaKind
+    offset: int
+    length: int
+    t: int
+    h: int
+    w: int
+    digest: bytes
+    height: int
+    width: int
+    pixels: PixelFile | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.t, self.h, self.w)
+
+
+class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Serve this prompt. `sampling` is resolved: no None but in `logprobs` and `seed`; `n` is ignored (one answer)."""
+
+    request_id: str
+    token_ids: list[int]
+    media: list[MediaInput]
+    sampling: SamplingParams
+    salt: bytes = b""
+
+
+class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Forget this request; nothing more is said about it. An unknown id is not an error (it may just have ended)."""
+
+    request_id: str
+
+
+class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Finish what runs and waits, take nothing new, then exit."""
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one request gained in one step. The last one carries `finish_reason`; with "error", `error` says why.
+
+    `logprobs` has one entry per token of `token_ids`, or is None. `stop_reason` is the token id that ended the answer (which
+    is then the last of `token_ids`), None for the checkpoint's own end token.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """The engine after a step: gauges first, then counters since it started."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_fraction: float = 0.0
+    encoder_cache_bytes: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    encoder_queries: int = 0
+    encoder_hits: int = 0
+    encoded_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What is served and how: said once, when the engine is ready. `attention` names the attention path and why it was chosen."""
+
+    model: str
+    device: str
+    dtype: str
+    attention: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    load_seconds: float
+    weight_bytes: int = 0
+    kv_cache_bytes: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def full_requests(self) -> float:
+        """How many requests of `max_model_len` tokens fit at once."""
+        return self.kv_tokens / self.max_model_len
+
+
+class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What a step produced for the receiver of this message."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The engine takes requests. `config` is the final `EngineConfig` as JSON, with every measured number filled in."""
+
+    info: EngineInfo
+    config: str
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The engine could not start, or cannot go on; `message` is for the operator."""
+
+    message: str
+
+
+ToEngine: TypeAlias = AddRequest | AbortRequest | Drain
+FromEngine: TypeAlias = Outputs | Ready | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """The body of a frame. Raises `ProtocolError` when it would be above MAX_FRAME_BYTES."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a message of {len(body)} bytes is above the cap of {MAX_FRAME_BYTES}")
+    return body
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """The message in a frame that an engine received. Raises `ProtocolError`, or `InvalidRequest` for bad sampling values."""
+    try:
+        return _to_engine.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a message for an engine: {error}") from error
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """The message in a frame that an engine sent. Raises `ProtocolError`."""
+    try:
+        return _from_engine.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a message from an engine: {error}") from error
+
+
+def frame(body: bytes) -> bytes:
+    """`body` with its length in front."""
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frames, however it was split by the socket: for a reader that polls and must not block."""
+
+    def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._data = bytearray()
+        self._max_bytes = max_bytes
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that `data` completes, in order. Raises `ProtocolError` on an announced length above the cap."""
+        self._data += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._data) - start >= _LENGTH.size:
+            length = _checked_length(self._data[start : start + _LENGTH.size], self._max_bytes)
+            end = start + _LENGTH.size + length
+            if end > len(self._data):
+                break
+            bodies.append(bytes(self._data[start + _LENGTH.size : end]))
+            start = end
+        del self._data[:start]
+        return bodies
+
+    @property
+    def partial(self) -> bool:
+        """Whether the stream stopped in the middle of a frame."""
+        return bool(self._data)
+
+
+def write_frame(sock: socket.socket, body: bytes) -> None:
+    """Send one frame on a blocking socket."""
+    sock.sendall(frame(body))
+
+
+def read_frame(sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES) -> bytes | None:
+    """The next body from a blocking socket, None at its end. Raises `ProtocolError` for a cut or over-long frame."""
+    head = _receive(sock, _LENGTH.size)
+    if not head:
+        return None
+    if len(head) < _LENGTH.size:
+        raise ProtocolError("the connection ended inside a frame")
+    length = _checked_length(head, max_bytes)
+    body = _receive(sock, length)
+    if len(body) < length:
+        raise ProtocolError("the connection ended inside a frame")
+    return body
+
+
+async def write_frame_async(writer: asyncio.StreamWriter, body: bytes) -> None:
+    """Send one frame and wait until the transport's buffer has room again."""
+    writer.write(frame(body))
+    await writer.drain()
+
+
+async def read_frame_async(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> bytes | None:
+    """The next body, None at the end of the stream. Raises `ProtocolError` for a cut or over-long frame."""
+    try:
+        head = await reader.readexactly(_LENGTH.size)
+        return await reader.readexactly(_checked_length(head, max_bytes))
+    except asyncio.IncompleteReadError as error:
+        if not error.partial and error.expected == _LENGTH.size:
+            return None
+        raise ProtocolError("the connection ended inside a frame") from error
+
+
+def _checked_length(head: bytes | bytearray, max_bytes: int) -> int:
+    length: int = _LENGTH.unpack(head)[0]
+    if length > max_bytes:
+        raise ProtocolError(f"a frame of {length} bytes is above the cap of {max_bytes}")
+    return length
+
+
+def _receive(sock: socket.socket, length: int) -> bytes:
+    """`length` bytes, fewer only at the end of the stream."""
+    chunks: list[bytes] = []
+    while length > 0:
+        chunk = sock.recv(min(length, 1 << 20))
+        if not chunk:
+            break
+        chunks.append(chunk)
+        length -= len(chunk)
+    return b"".join(chunks)

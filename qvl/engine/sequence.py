@@ -1,0 +1,211 @@
+"""The state of one request inside the engine.
+
+    token_ids   |<-------- prompt -------->|<--- output --->|
+    computed    |<--- num_computed --->|                          keys and values are in the blocks of block_table
+    unknown                                                |..|   num_pending: sampled on the device, id not on the host yet
+
+Knows its tokens, pictures, positions, blocks and sampling state. Does not know other sequences, budgets, or torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qvl.engine.protocol import AddRequest, MediaInput
+from qvl.prompt import Span, block_keys, extend_key, mrope_positions
+from qvl.specs import ModelSpec
+from qvl.types import FinishReason, SamplingParams
+
+
+class Status(enum.Enum):
+    """Where a sequence stands; every sequence ends in FINISHED exactly once."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class SamplingState:
+    """What the sampler must know about one sequence.
+
+    `params` is resolved (only `logprobs` and `seed` may be None); `seed` is always a number from 0 to 2^63 - 1. Noise is a
+    function of (`seed`, number of output tokens so far) and of nothing else, so that a seeded answer does not depend on the
+    batch. `stop_ids` are the end tokens (unless `ignore_eos`) and `stop_token_ids`; `masked_ids` may not be sampled while
+    the answer is shorter than `min_tokens`.
+    """
+
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    masked_ids: tuple[int, ...]
+    prompt_ids: frozenset[int]
+    output_counts: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def create(
+        cls, params: SamplingParams, prompt: list[int], eos: tuple[int, ...], fallback_seed: int
+    ) -> SamplingState:
+        """State before the first token; `prompt_ids` stays empty where no penalty would read it."""
+        seed = fallback_seed if params.seed is None else params.seed % (1 << 63)
+        explicit = frozenset(params.stop_token_ids)
+        stop_ids = explicit if params.ignore_eos else explicit | frozenset(eos)
+        masked = tuple(sorted(explicit | frozenset(eos))) if params.min_tokens else ()
+        prompt_ids = frozenset(prompt) if params.repetition_penalty not in (None, 1.0) else frozenset()
+        return cls(params, seed, stop_ids, masked, prompt_ids)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether `prompt_ids` and `output_counts` matter to the logits."""
+        params = self.params
+        return params.repetition_penalty not in (None, 1.0) or bool(params.presence_penalty or params.frequency_penalty)
+
+    def banned(self, num_output: int) -> tuple[int, ...]:
+        """Token ids that may not be sampled as output number `num_output` (from 0), beside those never sampled by the model."""
+        return self.masked_ids if num_output < self.params.min_tokens else ()
+
+    def append(self, token_id: int) -> None:
+        """Note a sampled token."""
+        if self.has_penalties:
+            self.output_counts[token_id] += 1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in the engine, from `add` to its end. Compared by identity.
+
+    `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches (None when the picture comes
+    from a `PixelFile`, or after the end). `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts
+    prompt tokens that the first admission found in the prefix cache.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    spans: tuple[Span, ...]
+    media: tuple[MediaInput, ...]
+    pixels: list[Any]
+    sampling: SamplingState
+    salt: bytes
+    prompt_positions: npt.NDArray[np.int64]
+    rope_delta: int
+    block_size: int
+    keys: list[bytes]
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    num_pending: int = 0
+    num_registered: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_cached_tokens: int | None = None
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+
+    @classmethod
+    def create(
+        cls,
+        request: AddRequest,
+        spec: ModelSpec,
+        *,
+        block_size: int,
+        fallback_seed: int | None = None,
+        pixels: list[Any] | None = None,
+    ) -> Sequence:
+        """A waiting sequence. Keys and positions are computed here, once.
+
+        `pixels` holds one array per `request.media` (None: nothing in process). `fallback_seed` is used when the request has
+        no seed of its own; None draws one.
+        """
+        spans = tuple(Span(m.kind, m.offset, m.length, m.grid, m.digest) for m in request.media)
+        ids = list(request.token_ids)
+        positions, rope_delta = mrope_positions(len(ids), spans, spec.vision.merge_size)
+        seed = random.getrandbits(63) if fallback_seed is None else fallback_seed
+        return cls(
+            request_id=request.request_id,
+            token_ids=ids,
+            num_prompt_tokens=len(ids),
+            spans=spans,
+            media=tuple(request.media),
+            pixels=list(pixels) if pixels is not None else [None] * len(spans),
+            sampling=SamplingState.create(request.sampling, ids, spec.ids.eos, seed),
+            salt=request.salt,
+            prompt_positions=positions,
+            rope_delta=rope_delta,
+            block_size=block_size,
+            keys=block_keys(ids, spans, block_size, request.salt),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids the host knows: prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens whose ids the host knows."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that are known (or pending on the device) and not computed yet."""
+        return len(self.token_ids) + self.num_pending - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the only thing left to compute is one generated token."""
+        return self.num_to_compute == 1 and self.num_computed >= self.num_prompt_tokens
+
+    def positions(self, start: int, num_tokens: int) -> npt.NDArray[np.int64]:
+        """M-RoPE positions int64 [3, num_tokens] of tokens [start, start + num_tokens); generated token i stands at i + rope_delta."""
+        end = start + num_tokens
+        if end <= self.num_prompt_tokens:
+            return self.prompt_positions[:, start:end]
+        generated = np.arange(max(start, self.num_prompt_tokens), end, dtype=np.int64) + self.rope_delta
+        tail = np.broadcast_to(generated, (3, len(generated)))
+        return np.concatenate([self.prompt_positions[:, start:], tail], axis=1)
+
+    def spans_in(self, start: int, num_tokens: int) -> list[int]:
+        """Indices of the pictures with at least one token in [start, start + num_tokens), in order."""
+        end = start + num_tokens
+        return [i for i, s in enumerate(self.spans) if s.offset < end and s.offset + s.length > start]
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token; the key of a block that it completes is added with it."""
+        self.token_ids.append(token_id)
+        self.sampling.append(token_id)
+        if len(self.token_ids) % self.block_size == 0:
+            self.keys.append(self._last_block_key())
+
+    def _last_block_key(self) -> bytes:
+        start = len(self.token_ids) - self.block_size
+        # The block that holds the end of the prompt may touch a picture, which only block_keys puts into the key.
+        if start < self.num_prompt_tokens:
+            return block_keys(self.token_ids, self.spans, self.block_size, self.salt)[-1]
+        return extend_key(self.keys[-1], self.token_ids[start:])
+
+    def reset(self) -> None:
+        """Back to waiting with nothing computed (preemption); the caller has freed the blocks."""
+        self.status = Status.WAITING
+        self.num_computed = 0
+        self.num_registered = 0
+        self.block_table = []
+        self.num_preemptions += 1
+
+    def end(self, reason: FinishReason, stop_reason: int | None = None) -> None:
+        """The one transition to FINISHED; lets go of the pixels."""
+        assert self.status is not Status.FINISHED, self.request_id
+        self.status = Status.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.pixels = [None] * len(self.spans)
