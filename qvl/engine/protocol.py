@@ -38,8 +38,8 @@ class PixelFile(msgspec.Struct, frozen=True, array_like=True):
 class MediaInput(msgspec.Struct, frozen=True, array_like=True):
     """One picture or video of a prompt: tokens [offset, offset + length) are its pads, `t` x `h` x `w` its patches.
 
-    `height` and `width` are the pixels it is resized to (multiples of the patch factor); `pixels` is None where they are
-    handed over in process.
+    `height` and `width` are the pixels it is resized to (multiples of the patch factor); `pixels` is None where they
+    are handed over in process.
     """
 
     kind: MediaKind
@@ -81,8 +81,8 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one request gained in one step. The last one carries `finish_reason`; with "error", `error` says why.
 
-    `logprobs` has one entry per token of `token_ids`, or is None. `stop_reason` is the token id that ended the answer (which
-    is then the last of `token_ids`), None for the checkpoint's own end token.
+    `logprobs` has one entry per token of `token_ids`, or is None. `stop_reason` is the id out of `stop_token_ids` that ended
+    the answer. The token that ended it, the checkpoint's end token too, is the last of `token_ids`.
     """
 
     request_id: str
@@ -116,7 +116,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What is served and how: said once, when the engine is ready. `attention` names the attention path and why it was chosen."""
+    """What is served and how, said once when the engine is ready. `attention` names the path and why it was chosen."""
 
     model: str
     device: str
@@ -179,7 +179,7 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(body: bytes) -> ToEngine:
-    """The message in a frame that an engine received. Raises `ProtocolError`, or `InvalidRequest` for bad sampling values."""
+    """The message in a frame that an engine received. Raises `ProtocolError`; `InvalidRequest` for bad sampling values."""
     try:
         return _to_engine.decode(body)
     except msgspec.MsgspecError as error:
@@ -200,7 +200,7 @@ def frame(body: bytes) -> bytes:
 
 
 class FrameBuffer:
-    """Cuts a byte stream into frames, however it was split by the socket: for a reader that polls and must not block."""
+    """Cuts a byte stream into frames, however the socket split it: for a reader that polls and must not block."""
 
     def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._data = bytearray()

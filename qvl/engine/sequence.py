@@ -1,8 +1,8 @@
 """The state of one request inside the engine.
 
     token_ids   |<-------- prompt -------->|<--- output --->|
-    computed    |<--- num_computed --->|                          keys and values are in the blocks of block_table
-    unknown                                                |..|   num_pending: sampled on the device, id not on the host yet
+    computed    |<--- num_computed --->|                         keys and values are in the blocks of block_table
+    unknown                                                |..|  num_pending: sampled on the device, id not here yet
 
 Knows its tokens, pictures, positions, blocks and sampling state. Does not know other sequences, budgets, or torch.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import random
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,58 +31,42 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SamplingState:
-    """What the sampler must know about one sequence.
+    """How one sequence chooses tokens and which of them end it.
 
-    `params` is resolved (only `logprobs` and `seed` may be None); `seed` is always a number from 0 to 2^63 - 1. Noise is a
-    function of (`seed`, number of output tokens so far) and of nothing else, so that a seeded answer does not depend on the
-    batch. `stop_ids` are the end tokens (unless `ignore_eos`) and `stop_token_ids`; `masked_ids` may not be sampled while
-    the answer is shorter than `min_tokens`.
+    `params` is resolved (only `logprobs` and `seed` may be None); `seed` is always from 0 to 2^63 - 1. Noise is a function
+    of (`seed`, number of output tokens so far) and of nothing else, so that an answer does not depend on the batch.
+    `stop_ids`: the end tokens (unless `ignore_eos`) and `stop_token_ids`. `masked_ids` may not be sampled while the answer
+    is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`.
     """
 
     params: SamplingParams
     seed: int
     stop_ids: frozenset[int]
     masked_ids: tuple[int, ...]
-    prompt_ids: frozenset[int]
-    output_counts: Counter[int] = field(default_factory=Counter)
 
     @classmethod
-    def create(
-        cls, params: SamplingParams, prompt: list[int], eos: tuple[int, ...], fallback_seed: int
-    ) -> SamplingState:
-        """State before the first token; `prompt_ids` stays empty where no penalty would read it."""
-        seed = fallback_seed if params.seed is None else params.seed % (1 << 63)
-        explicit = frozenset(params.stop_token_ids)
-        stop_ids = explicit if params.ignore_eos else explicit | frozenset(eos)
-        masked = tuple(sorted(explicit | frozenset(eos))) if params.min_tokens else ()
-        prompt_ids = frozenset(prompt) if params.repetition_penalty not in (None, 1.0) else frozenset()
-        return cls(params, seed, stop_ids, masked, prompt_ids)
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether `prompt_ids` and `output_counts` matter to the logits."""
-        params = self.params
-        return params.repetition_penalty not in (None, 1.0) or bool(params.presence_penalty or params.frequency_penalty)
+    def create(cls, params: SamplingParams, eos: tuple[int, ...], fallback_seed: int) -> SamplingState:
+        """`fallback_seed` is used when the request has none of its own."""
+        seed = fallback_seed if params.seed is None else params.seed
+        asked = frozenset(params.stop_token_ids)
+        stop_ids = asked if params.ignore_eos else asked | frozenset(eos)
+        masked_ids = tuple(sorted(asked | frozenset(eos))) if params.min_tokens else ()
+        return cls(params, seed % (1 << 63), stop_ids, masked_ids)
 
     def banned(self, num_output: int) -> tuple[int, ...]:
-        """Token ids that may not be sampled as output number `num_output` (from 0), beside those never sampled by the model."""
+        """Ids that may not become output token number `num_output` (from 0), beside those the model never samples."""
         return self.masked_ids if num_output < self.params.min_tokens else ()
-
-    def append(self, token_id: int) -> None:
-        """Note a sampled token."""
-        if self.has_penalties:
-            self.output_counts[token_id] += 1
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request in the engine, from `add` to its end. Compared by identity.
 
-    `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches (None when the picture comes
-    from a `PixelFile`, or after the end). `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts
-    prompt tokens that the first admission found in the prefix cache.
+    `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches; the engine sets it, and it is
+    None after the end. `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts the prompt tokens that
+    the first admission found in the prefix cache (None before it).
     """
 
     request_id: str
@@ -120,8 +103,8 @@ class Sequence:
     ) -> Sequence:
         """A waiting sequence. Keys and positions are computed here, once.
 
-        `pixels` holds one array per `request.media` (None: nothing in process). `fallback_seed` is used when the request has
-        no seed of its own; None draws one.
+        `pixels` holds one array per `request.media`. `fallback_seed` is used when the request has no seed of its own; None
+        draws one.
         """
         spans = tuple(Span(m.kind, m.offset, m.length, m.grid, m.digest) for m in request.media)
         ids = list(request.token_ids)
@@ -134,7 +117,7 @@ class Sequence:
             spans=spans,
             media=tuple(request.media),
             pixels=list(pixels) if pixels is not None else [None] * len(spans),
-            sampling=SamplingState.create(request.sampling, ids, spec.ids.eos, seed),
+            sampling=SamplingState.create(request.sampling, spec.ids.eos, seed),
             salt=request.salt,
             prompt_positions=positions,
             rope_delta=rope_delta,
@@ -167,7 +150,7 @@ class Sequence:
         return self.num_to_compute == 1 and self.num_computed >= self.num_prompt_tokens
 
     def positions(self, start: int, num_tokens: int) -> npt.NDArray[np.int64]:
-        """M-RoPE positions int64 [3, num_tokens] of tokens [start, start + num_tokens); generated token i stands at i + rope_delta."""
+        """M-RoPE positions int64 [3, num_tokens] of the tokens from `start`; generated token i stands at i + rope_delta."""
         end = start + num_tokens
         if end <= self.num_prompt_tokens:
             return self.prompt_positions[:, start:end]
@@ -183,7 +166,6 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Add a sampled token; the key of a block that it completes is added with it."""
         self.token_ids.append(token_id)
-        self.sampling.append(token_id)
         if len(self.token_ids) % self.block_size == 0:
             self.keys.append(self._last_block_key())
 
