@@ -1,0 +1,241 @@
+"""From logits to token ids: bans, penalties, filters, and noise that depends on nothing but a request's seed and position.
+
+Knows tensors [rows, vocab] and sampling rules. Does not know models, blocks or when an answer ends. There is no generator
+state: the noise of a token is a hash of (seed, position, token id), so a seeded answer is the same whatever else runs
+beside it, and however often it was preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qvl.engine.penalties import TokenCounts, apply_penalties, wants_penalties
+from qvl.types import SamplingParams, TokenLogprob
+
+MIN_TEMPERATURE = 1e-5  # below this, dividing by the temperature would overflow and the choice is the greedy one anyway
+MAX_SORT_FREE_TOP_K = 1024
+FAILED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """One row of logits: `token_ids` are prompt and output so far, `sampling` is resolved (no None but logprobs and seed)."""
+
+    owner: object
+    sampling: SamplingParams
+    seed: int
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+
+    @property
+    def position(self) -> int:
+        """How many tokens were generated before this one."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What one row gave: a token id, or `failed` when its logits were not numbers."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.token_id == FAILED
+
+
+class Sampler:
+    """Chooses one token per row. `never_sampled` ids are banned always, `end_ids` until a row has its min_tokens."""
+
+    def __init__(
+        self, vocab_size: int, *, never_sampled: Iterable[int], end_ids: Iterable[int], device: torch.device
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self.end_ids = tuple(end_ids)
+        self._never_ids = frozenset(never_sampled)
+        self._never = torch.tensor(sorted(self._never_ids), dtype=torch.int64, device=device)
+        self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)[None]
+        self._counts = TokenCounts(vocab_size, device)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        """Tokens for float32 logits [m, vocab], which are overwritten. Waits for the device once, at the end."""
+        # A sum is not finite as soon as one of its terms is not: one pass, no [m, vocab] mask.
+        healthy = logits.sum(dim=1).isfinite()
+        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+        raw = torch.log_softmax(logits[self._index(wanted)], dim=1) if wanted else None
+        logits = self._penalise(logits, rows)
+        self._bias(logits, rows)
+        self._ban(logits, rows)
+        tokens = torch.where(healthy, self._choose(logits, rows), FAILED)
+        parts = [tokens.to(torch.int32)]
+        if raw is not None:
+            num_top = max(rows[i].sampling.logprobs or 0 for i in wanted)
+            parts += _pack_logprobs(raw, tokens[self._index(wanted)], num_top)
+        host = torch.cat(parts).cpu().numpy()
+        return _unpack(host, rows, wanted)
+
+    def _choose(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+        """Greedy tokens, replaced by sampled ones where a row has a temperature. [m, vocab] -> [m] int64"""
+        tokens = logits.argmax(dim=1)
+        drawn = [i for i, row in enumerate(rows) if not is_greedy(row.sampling)]
+        if len(drawn) == len(rows):
+            return self._draw(logits, rows)
+        if drawn:
+            index = self._index(drawn)
+            tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
+        return tokens
+
+    def _draw(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+        """The Gumbel-max trick over the candidates that the filters leave. [m, vocab] -> [m] int64"""
+        settings = [(row.sampling.temperature, row.sampling.top_p, row.sampling.min_p) for row in rows]
+        temperature, top_p, min_p = self._put(np.asarray(settings, dtype=np.float32).T)[:, :, None]
+        top_k = [_top_k(row.sampling, self.vocab_size) for row in rows]
+        values, ids = self._candidates(logits, rows, top_k)
+        values = values / temperature
+        if ids is not self._all_ids:
+            values = _filter_sorted(values, self._put(np.asarray(top_k, dtype=np.int64))[:, None], top_p)
+        if any((row.sampling.min_p or 0.0) > 0.0 for row in rows):
+            floor = values.amax(dim=1, keepdim=True) + min_p.log()
+            values = values.masked_fill(values < floor, -torch.inf)
+        keys = self._put(noise_keys([row.seed for row in rows], [row.position for row in rows]))
+        best = (values + gumbel(keys, ids)).argmax(dim=1, keepdim=True)
+        return ids.expand(len(rows), -1).gather(1, best)[:, 0].to(torch.int64)
+
+    def _candidates(self, logits: Tensor, rows: Sequence[SamplerRow], top_k: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits and token ids, best first; the whole vocabulary unsorted when no filter needs an order."""
+        if max(top_k) <= MAX_SORT_FREE_TOP_K:
+            values, ids = logits.topk(max(top_k), dim=1)
+        elif min(top_k) < self.vocab_size or any((row.sampling.top_p or 1.0) < 1.0 for row in rows):
+            values, ids = logits.sort(dim=1, descending=True, stable=True)
+        else:
+            return logits, self._all_ids
+        return values, ids.to(torch.int32)
+
+    def _penalise(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+        chosen = [i for i, row in enumerate(rows) if wants_penalties(row.sampling)]
+        if not chosen:
+            return logits
+        rules = [rows[i].sampling for i in chosen]
+        settings = [(rule.repetition_penalty, rule.presence_penalty, rule.frequency_penalty) for rule in rules]
+        slots = self._index(self._counts.rows_of([rows[i] for i in chosen]))
+        index = self._index(chosen)
+        table = self._put(np.asarray(settings, dtype=np.float32).T)
+        logits[index] = apply_penalties(logits[index], self._counts, slots, table)
+        return logits
+
+    def _bias(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
+        where: list[tuple[int, int]] = []
+        values: list[float] = []
+        for i, row in enumerate(rows):
+            for token_id, value in row.sampling.logit_bias.items():
+                if 0 <= token_id < self.vocab_size:
+                    where.append((i, token_id))
+                    values.append(value)
+        if where:
+            index = self._put(np.asarray(where, dtype=np.int64).T)
+            logits.index_put_((index[0], index[1]), self._put(np.asarray(values, dtype=np.float32)), accumulate=True)
+
+    def _ban(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
+        logits.index_fill_(1, self._never, -torch.inf)
+        early = [
+            (i, token_id)
+            for i, row in enumerate(rows)
+            if row.sampling.min_tokens > row.position
+            for token_id in (*self.end_ids, *row.sampling.stop_token_ids)
+            if 0 <= token_id < self.vocab_size
+        ]
+        if early:
+            index = self._put(np.asarray(early, dtype=np.int64).T)
+            logits.index_put_((index[0], index[1]), torch.full((), -torch.inf, device=self.device))
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return self._put(np.asarray(numbers, dtype=np.int64))
+
+    def _put(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    """Whether the most likely token is always the one."""
+    return (sampling.temperature or 0.0) < MIN_TEMPERATURE or sampling.top_k == 1
+
+
+def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
+    top_k = sampling.top_k or 0
+    return min(top_k, vocab_size) if top_k > 0 else vocab_size
+
+
+def _filter_sorted(values: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """-inf outside the first `top_k` and outside the smallest head whose probability reaches `top_p`. [m, c], best first"""
+    rank = torch.arange(values.shape[1], device=values.device)[None]
+    values = values.masked_fill(rank >= top_k, -torch.inf)
+    probs = values.softmax(dim=1)
+    before = probs.cumsum(dim=1) - probs
+    # 1.0 means "no filter", which a rounded sum may overstep; the best candidate always stays.
+    outside = (before >= top_p) & (top_p < 1.0) & (rank > 0)
+    return values.masked_fill(outside, -torch.inf)
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Two 32-bit words per row from its 64-bit seed and its position (splitmix64, twice). -> [m, 2]"""
+    state = np.asarray(seeds, dtype=np.int64).view(np.uint64)
+    state = _mix64(_mix64(state) + np.asarray(positions, dtype=np.uint64))
+    return state.view(np.int32).reshape(-1, 2)
+
+
+def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise by hashing. int32 keys [m, 2], int32 ids [m or 1, c] -> float32 [m, c]"""
+    bits = _mix32(_mix32(ids ^ keys[:, :1]) ^ keys[:, 1:])
+    # Small uniforms decide whether an unlikely token wins, so they keep full precision: 31 bits, and never 0 or 1.
+    uniform = ((bits & 0x7FFFFFFF).to(torch.float32) + 0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
+    exponential = uniform.neg_().log1p_().neg_()
+    return exponential.log_().neg_()
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A bijective 32-bit hash (two rounds of xor-shift and multiply); int32 products wrap on purpose."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _pack_logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> list[Tensor]:
+    """Chosen log-probability, and ids and log-probabilities of the best `num_top`, as int32 bits for the one copy."""
+    chosen = raw.gather(1, tokens.clamp(min=0)[:, None])
+    top, ids = raw.topk(num_top, dim=1)
+    columns = (chosen.view(torch.int32), ids.to(torch.int32), top.view(torch.int32))
+    return [torch.cat(columns, dim=1).flatten()]
+
+
+def _unpack(host: npt.NDArray[np.int32], rows: Sequence[SamplerRow], wanted: Sequence[int]) -> list[SampledToken]:
+    tokens = host[: len(rows)].tolist()
+    if not wanted:
+        return [SampledToken(token) for token in tokens]
+    table = host[len(rows) :].reshape(len(wanted), -1)
+    num_top = table.shape[1] // 2
+    logprobs: dict[int, TokenLogprob] = {}
+    for line, i in zip(table, wanted, strict=True):
+        if tokens[i] == FAILED:
+            continue
+        keep = rows[i].sampling.logprobs or 0
+        floats = line.view(np.float32)
+        top = zip(line[1 : 1 + keep].tolist(), floats[1 + num_top : 1 + num_top + keep].tolist(), strict=True)
+        logprobs[i] = TokenLogprob(tokens[i], float(floats[0]), tuple(top))
+    return [SampledToken(token, logprobs.get(i)) for i, token in enumerate(tokens)]

@@ -1,0 +1,206 @@
+"""The sampler against transformers' logits processors, against probabilities, and against itself in other company."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from qvl.engine.sampler import Sampler, SamplerRow, gumbel, noise_keys
+from qvl.types import SamplingParams
+
+VOCAB = 211
+CPU = torch.device("cpu")
+
+
+def make_sampler(never: tuple[int, ...] = (), ends: tuple[int, ...] = ()) -> Sampler:
+    return Sampler(VOCAB, never_sampled=never, end_ids=ends, device=CPU)
+
+
+def params(**changes: object) -> SamplingParams:
+    neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 64}
+    return SamplingParams(**(neutral | changes))  # type: ignore[arg-type]
+
+
+def row(sampling: SamplingParams, seed: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = ()):
+    return SamplerRow(object(), sampling, seed, [*prompt, *output], len(prompt))
+
+
+def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_greedy_rows_take_the_first_maximum() -> None:
+    logits = random_logits(5)
+    logits[3, 7] = logits[3, 9] = 50.0
+    want = logits.argmax(dim=1).tolist()
+    assert want[3] == 7
+    assert [token.token_id for token in make_sampler().sample(logits, [row(params())] * 5)] == want
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 12},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 0.9, "top_k": 50, "top_p": 0.7, "min_p": 0.02},
+        {"temperature": 1.5, "min_p": 0.1},
+        {"temperature": 1.0, "top_p": 1e-6},
+    ],
+)
+def test_frequencies_are_the_probabilities_of_transformers_warpers(rules: dict[str, float]) -> None:
+    logits = random_logits(1, seed=3)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(rules["temperature"]))])
+    if "top_k" in rules:
+        warpers.append(TopKLogitsWarper(int(rules["top_k"])))
+    if "top_p" in rules:
+        warpers.append(TopPLogitsWarper(rules["top_p"]))
+    if "min_p" in rules:
+        warpers.append(MinPLogitsWarper(rules["min_p"]))
+    want = warpers(torch.zeros(1, 1, dtype=torch.int64), logits.clone())[0].softmax(dim=0)
+    draws = 8000
+    sampled = make_sampler().sample(logits.repeat(draws, 1), [row(params(**rules), seed=s) for s in range(draws)])
+    counts = torch.zeros(VOCAB)
+    for token in sampled:
+        counts[token.token_id] += 1
+    assert counts[want == 0].sum() == 0  # the filters leave out exactly what transformers leaves out
+    likely = want * draws > 5
+    chi2 = ((counts - want * draws) ** 2 / (want * draws))[likely].sum().item()
+    freedom = int(likely.sum()) - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom) + 10
+
+
+def test_noise_is_uniform_in_every_direction() -> None:
+    """Along token ids, along positions and along seeds: the exponentials behind the noise have mean and variance 1."""
+    ids = torch.arange(2000, dtype=torch.int32)[None]
+    keys = [noise_keys([s] * 50, range(50)) for s in (0, 1, 2**40)] + [noise_keys(range(-25, 25), [3] * 50)]
+    for table in keys:
+        waits = torch.exp(-gumbel(torch.from_numpy(table), ids)).double()
+        assert abs(waits.mean().item() - 1) < 0.02
+        assert abs(waits.var().item() - 1) < 0.06
+        assert abs(torch.corrcoef(waits[:2])[0, 1].item()) < 0.1
+        assert waits.unique().numel() > 0.99 * waits.numel()
+    assert waits.min() > 0
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
+    logits = random_logits(6, seed=9)
+    mine = params(temperature=1.0, top_p=0.9)
+    alone = [make_sampler().sample(logits[:1].clone(), [row(mine, 42, output=(5,) * n)])[0].token_id for n in range(20)]
+    assert len(set(alone)) > 3  # the position matters
+    others = [params(), params(temperature=2.0), params(temperature=1.0, top_k=3), params(temperature=0.5, min_p=0.3)]
+    for n, want in enumerate(alone):
+        rows = [row(rule, seed=n + i) for i, rule in enumerate(others)] + [row(mine, 42, output=(5,) * n)]
+        batch = torch.cat([logits[1:5], logits[:1]])
+        assert make_sampler().sample(batch, rows)[-1].token_id == want
+    seeds = {make_sampler().sample(logits[:1].clone(), [row(mine, s)])[0].token_id for s in range(40)}
+    assert len(seeds) > 3
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    logits = random_logits(2, seed=5)
+    histories = [((3, 8, 8), (100, 3)), ((7,), ())]
+    rows = [row(params(repetition_penalty=1.3, logprobs=0), prompt=p, output=o) for p, o in histories]
+    for i, (prompt, output) in enumerate(histories):
+        scores = logits[i : i + 1].clone()
+        best = int(scores.argmax())
+        scores[0, prompt[0]] = scores[0, best] * 1.2  # wins unless it is penalised
+        oracle = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[*prompt, *output]]), scores.clone())
+        got = make_sampler().sample(scores, [rows[i]])[0].token_id
+        assert got == int(oracle.argmax()) == best
+
+
+def test_presence_and_frequency_read_the_output_only() -> None:
+    base = torch.full((1, VOCAB), -5.0)
+    base[0, 10], base[0, 11], base[0, 12] = 3.0, 2.9, 2.0
+
+    def best(rule: SamplingParams, prompt: tuple[int, ...], output: tuple[int, ...]) -> int:
+        return make_sampler().sample(base.clone(), [row(rule, prompt=prompt, output=output)])[0].token_id
+
+    presence, frequency = params(presence_penalty=0.5), params(frequency_penalty=0.5)
+    assert best(presence, prompt=(10, 11), output=()) == 10
+    assert best(presence, prompt=(1,), output=(10,)) == 11
+    assert best(presence, prompt=(1,), output=(10, 11, 11)) == 10  # once is as much as twice
+    assert best(frequency, prompt=(1,), output=(10, 11, 11)) == 10
+    assert best(frequency, prompt=(1,), output=(10, 10, 10, 11, 11)) == 12
+
+
+def test_penalty_counts_follow_requests_that_come_and_go() -> None:
+    """The table of counts is a cache: whatever joins, pauses or returns, the choice is that of a fresh table."""
+    generator = torch.Generator().manual_seed(0)
+    sampler = make_sampler()
+    rule = params(frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.1)
+    requests = [(object(), [i + 1, 50, 51]) for i in range(7)]
+    for step in range(40):
+        chosen = [r for r in requests if torch.rand((), generator=generator) < 0.5] or requests[:1]
+        logits = torch.randn(len(chosen), VOCAB, generator=generator)
+        rows = [SamplerRow(owner, rule, 0, ids, 3) for owner, ids in chosen]
+        fresh = [make_sampler().sample(logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(rows)]
+        got = [token.token_id for token in sampler.sample(logits, rows)]
+        assert got == fresh, step
+        for (_, ids), token in zip(chosen, got, strict=True):
+            ids.append(token)
+    assert len(sampler._counts._owners) <= 14
+
+
+def test_bans_hold_whatever_the_bias_says() -> None:
+    sampler = make_sampler(never=(20, 21), ends=(30,))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 20] = 90.0
+    biased = params(logit_bias={21: 100.0, 40: 5.0, VOCAB + 3: 100.0}, temperature=1.0, seed=1)
+    tokens = sampler.sample(logits.repeat(300, 1), [row(biased, seed=s) for s in range(300)])
+    chosen = {token.token_id for token in tokens}
+    assert not chosen & {20, 21}
+    assert 40 in chosen
+
+
+def test_end_ids_wait_for_min_tokens() -> None:
+    sampler = make_sampler(ends=(30,))
+    rule = params(min_tokens=2, stop_token_ids=(31,))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 30], logits[0, 31], logits[0, 32] = 9.0, 8.0, 1.0
+    picks = [sampler.sample(logits.clone(), [row(rule, output=(5,) * n)])[0].token_id for n in range(4)]
+    assert picks == [32, 32, 30, 30]
+
+
+def test_logprobs_are_those_of_the_raw_distribution() -> None:
+    logits = random_logits(3, seed=4)
+    want = logits.log_softmax(dim=1)
+    best = logits.argmax(dim=1).tolist()
+    bias = params(logit_bias={best[0]: -100.0}, logprobs=3, temperature=0.1, top_k=1)
+    rows = [row(bias), row(params()), row(params(logprobs=0, temperature=2.0), seed=5)]
+    first, second, third = make_sampler().sample(logits, rows)
+    assert second.logprob is None
+    assert first.logprob is not None and third.logprob is not None
+    assert first.token_id != best[0]
+    values, ids = want[0].topk(3)
+    assert [pair[0] for pair in first.logprob.top] == ids.tolist()
+    assert [pair[1] for pair in first.logprob.top] == pytest.approx(values.tolist(), rel=1e-6)
+    assert first.logprob.logprob == pytest.approx(want[0, first.token_id].item(), rel=1e-6)
+    assert third.logprob.top == ()
+    assert third.logprob.token_id == third.token_id
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_numbers_fails_alone(bad: float) -> None:
+    logits = random_logits(4)
+    rules = [params(), params(logprobs=2), params(temperature=1.0, top_p=0.5), params(temperature=1.0, seed=3)]
+    rows = [row(rule, seed=i) for i, rule in enumerate(rules)]
+    want = [token.token_id for token in make_sampler().sample(logits.clone(), rows)]
+    for broken in range(4):
+        hurt = logits.clone()
+        hurt[broken, 17] = bad
+        got = make_sampler().sample(hurt, rows)
+        assert [token.failed for token in got] == [i == broken for i in range(4)]
+        assert [token.token_id for token in got if not token.failed] == [w for i, w in enumerate(want) if i != broken]
+        assert got[broken].logprob is None
