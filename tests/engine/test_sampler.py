@@ -181,7 +181,8 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
     rows = [row(bias), row(params()), row(params(logprobs=0, temperature=2.0), seed=5)]
     first, second, third = make_sampler().sample(logits, rows)
     assert second.logprob is None
-    assert first.logprob is not None and third.logprob is not None
+    assert first.logprob is not None
+    assert third.logprob is not None
     assert first.token_id != best[0]
     values, ids = want[0].topk(3)
     assert [pair[0] for pair in first.logprob.top] == ids.tolist()
