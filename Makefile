@@ -8,11 +8,6 @@ MODEL ?=
 ARGS  ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-export OMP_NUM_THREADS ?=
-ifeq ($(OMP_NUM_THREADS),)
-unexport OMP_NUM_THREADS
-endif
-
 .DEFAULT_GOAL := help
 .PHONY: help install dev serve test lint format types docs check clean
 
