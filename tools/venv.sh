@@ -39,7 +39,7 @@ make_venv() {
 }
 
 [ -x "$venv/bin/python" ] || { python=$(find_python); echo "qvl: creating $venv with $("$python" --version)"; make_venv "$python"; }
-echo "qvl: installing into $venv (once; PyTorch is the large part)"
+echo "qvl: installing into $venv (once; PyTorch is the large part, this can take minutes)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
-"$venv/bin/python" -m pip install -q -c constraints/versions.txt -e ".${extras:+[$extras]}"
+"$venv/bin/python" -m pip install -qq -c constraints/versions.txt -e ".${extras:+[$extras]}"
 echo "$want" > "$stamp"
