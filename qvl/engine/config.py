@@ -1,0 +1,278 @@
+"""Every number of an engine, resolved once: options of the user + the checkpoint + facts about the device -> `EngineConfig`.
+
+Knows the defaults and why they are what they are. Does not import torch: what is known about the device comes as
+`DeviceFacts`. One number may stay open, `num_blocks` on a GPU: the runner measures it and calls `with_kv_memory`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import psutil
+
+from qvl.engine.locate import find_model
+from qvl.engine.options import EngineOptions
+from qvl.errors import ConfigError
+from qvl.media.fetch import MediaPolicy
+from qvl.specs import ModelSpec, load_spec
+from qvl.types import PixelLimits
+
+__all__ = ["DeviceFacts", "EngineConfig", "EngineOptions", "available_host_memory", "resolve"]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GIB = 1 << 30
+BF16_CAPABILITY = (8, 0)
+# What a GPU step needs beside weights and KV cache; only for the estimate before anything is loaded.
+GPU_WORK_BYTES = 3 * GIB // 2
+CPU_KV_BYTES = 4 * GIB
+SMALLEST_DEFAULT_LEN = 4096
+ENCODER_CACHE_BYTES = {"cpu": GIB // 4, "cuda": GIB}
+BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+NUM_SEQS = {"cpu": 64, "cuda": 256}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What must be known about a device before anything is loaded.
+
+    `capability` is (0, 0) for a CPU. `total_memory` in bytes: of the GPU, or what this process may still take on a CPU
+    (`available_host_memory`). `preferred_cpu_dtype` is the faster of float32 and bfloat16 on this CPU.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    capability: tuple[int, int]
+    total_memory: int
+    preferred_cpu_dtype: str
+    num_cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """A resolved engine. Sizes in bytes or tokens as named; nothing is None but `num_blocks` before it was measured.
+
+    `max_model_len_given`: the user asked for it, so it is never lowered in silence. `limits` are the pixel defaults of
+    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step.
+    """
+
+    spec: ModelSpec
+    served_name: str
+    device: Literal["cpu", "cuda"]
+    dtype: str
+    load_format: str
+    max_model_len: int
+    max_model_len_given: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int | None
+    enable_prefix_caching: bool
+    gpu_memory_utilization: float
+    kv_cache_memory: int
+    encoder_cache_bytes: int
+    encoder_budget_tokens: int
+    limit_mm_per_prompt: Mapping[str, int]
+    limits: PixelLimits
+    num_threads: int
+    seed: int
+    policy: MediaPolicy
+
+    @property
+    def block_bytes(self) -> int:
+        """Keys and values of one block in all layers."""
+        return self.block_size * self.spec.kv_bytes_per_token(DTYPE_BYTES[self.dtype])
+
+    @property
+    def embedding_bytes_per_token(self) -> int:
+        """One vision token in the encoder cache."""
+        return self.spec.text.hidden_size * DTYPE_BYTES[self.dtype]
+
+    def with_kv_memory(self, num_bytes: int) -> EngineConfig:
+        """This config with as many blocks as `num_bytes` hold, unless `num_blocks` is already set.
+
+        A defaulted `max_model_len` is lowered to what fits. Raises `ConfigError` when a given one does not fit.
+        """
+        num_blocks = num_bytes // self.block_bytes if self.num_blocks is None else self.num_blocks
+        room = num_blocks * self.block_size
+        if room < 1 or (room < self.max_model_len and self.max_model_len_given):
+            needed = -(-self.max_model_len // self.block_size) * self.block_bytes
+            raise ConfigError(
+                f"the KV cache holds {room} tokens ({_gib(num_blocks * self.block_bytes)}), but one request of "
+                f"max_model_len {self.max_model_len} needs {_gib(needed)}; {self._remedy(room)}",
+                param="max_model_len",
+            )
+        memory = num_blocks * self.block_bytes
+        longest = min(self.max_model_len, room)
+        return dataclasses.replace(self, num_blocks=num_blocks, kv_cache_memory=memory, max_model_len=longest)
+
+    def _remedy(self, room: int) -> str:
+        more = "--kv-cache-memory" if self.device == "cpu" else "--gpu-memory-utilization"
+        return f"raise {more}" + (f", or lower --max-model-len to {room}" if room else "")
+
+    def to_json(self) -> str:
+        """For another process; `from_json` is the inverse."""
+        return msgspec.json.encode(self, enc_hook=_path_to_text).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineConfig:
+        return msgspec.json.decode(text, type=cls, dec_hook=_text_to_path)
+
+
+def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
+    """Fill every number. Raises `ConfigError` (`CheckpointError` for the folder) in words for the person who typed it.
+
+    On a CPU `num_blocks` is computed here from `kv_cache_memory`; on a GPU it stays None until the runner has measured.
+    """
+    spec = load_spec(find_model(options.model))
+    device = _resolve_device(options.device, facts)
+    dtype = _resolve_dtype(options.dtype, facts)
+    batched = options.max_num_batched_tokens or BATCHED_TOKENS[device]
+    config = EngineConfig(
+        spec=spec,
+        served_name=options.served_model_name or _name_of(options.model, spec),
+        device=device,
+        dtype=dtype,
+        load_format=options.load_format,
+        max_model_len=_given_length(options, spec),
+        max_model_len_given=options.max_model_len is not None,
+        max_num_seqs=_resolve_num_seqs(options, batched, device),
+        max_num_batched_tokens=batched,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks,
+        enable_prefix_caching=options.enable_prefix_caching,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        kv_cache_memory=0,
+        encoder_cache_bytes=options.encoder_cache_memory or ENCODER_CACHE_BYTES[device],
+        encoder_budget_tokens=options.encoder_budget_tokens or batched,
+        limit_mm_per_prompt=dict(options.limit_mm_per_prompt),
+        limits=PixelLimits(**options.mm_processor_kwargs),  # type: ignore[arg-type]  # options checked whole numbers
+        num_threads=options.num_threads or facts.num_cores,
+        seed=options.seed,
+        policy=_resolve_policy(options),
+    )
+    if device == "cpu":
+        return config.with_kv_memory(_cpu_kv_bytes(config, options.kv_cache_memory, facts.total_memory))
+    return _fit_gpu(config, facts.total_memory)
+
+
+def _resolve_device(asked: str, facts: DeviceFacts) -> Literal["cpu", "cuda"]:
+    if asked not in ("auto", facts.kind):
+        has = "no CUDA GPU was found" if facts.kind == "cpu" else "the engine was told about a GPU"
+        raise ConfigError(f"'device' is '{asked}', but {has}", param="device")
+    return facts.kind
+
+
+def _resolve_dtype(asked: str, facts: DeviceFacts) -> str:
+    if facts.kind == "cpu":
+        return facts.preferred_cpu_dtype if asked == "auto" else asked
+    has_bf16 = facts.capability >= BF16_CAPABILITY
+    if asked == "bfloat16" and not has_bf16:
+        have = ".".join(map(str, facts.capability))
+        raise ConfigError(
+            f"'dtype' bfloat16 needs compute capability 8.0, this GPU has {have}; use --dtype half", param="dtype"
+        )
+    return asked if asked != "auto" else "bfloat16" if has_bf16 else "float16"
+
+
+def _given_length(options: EngineOptions, spec: ModelSpec) -> int:
+    longest = spec.text.max_position_embeddings
+    if options.max_model_len is not None and options.max_model_len > longest:
+        raise ConfigError(
+            f"'max_model_len' is {options.max_model_len}, but the checkpoint was trained for {longest} positions",
+            param="max_model_len",
+        )
+    return options.max_model_len or longest
+
+
+def _resolve_num_seqs(options: EngineOptions, batched: int, device: str) -> int:
+    if options.max_num_seqs is not None and options.max_num_seqs > batched:
+        raise ConfigError(
+            f"'max_num_seqs' ({options.max_num_seqs}) is above 'max_num_batched_tokens' ({batched}): every running request "
+            f"needs one token of a step",
+            param="max_num_seqs",
+        )
+    return options.max_num_seqs or min(NUM_SEQS[device], batched)
+
+
+def _resolve_policy(options: EngineOptions) -> MediaPolicy:
+    """The fetcher's own defaults, except for what the user set."""
+    root = options.allowed_local_media_path
+    if root is not None and not Path(root).expanduser().is_dir():
+        raise ConfigError(f"'allowed_local_media_path' is no folder: {root}", param="allowed_local_media_path")
+    policy = MediaPolicy(
+        allow_private_hosts=options.allow_private_hosts,
+        allow_any_local_path=options.allow_any_local_path,
+        allowed_local_path=Path(root).expanduser().resolve() if root is not None else None,
+    )
+    caps = {"max_bytes": options.max_media_bytes, "max_image_pixels": options.max_image_pixels}
+    return dataclasses.replace(policy, **{name: cap for name, cap in caps.items() if cap is not None})
+
+
+def _name_of(model: str, spec: ModelSpec) -> str:
+    """What clients call the model: the name the user wrote; for a path its last part."""
+    is_path = model.startswith((".", "/", "~")) or Path(model).expanduser().is_dir()
+    return spec.name if is_path else model
+
+
+def _cpu_kv_bytes(config: EngineConfig, asked: int | None, available: int) -> int:
+    """Bytes for the KV cache: what was asked, else a quarter of the memory beside the weights, up to 4 GiB.
+
+    The default never is less than one full-length request (of the length the user gave, else of a modest one), nor more
+    than all sequences at full length can use.
+    """
+    if asked is not None:
+        return asked
+    weights = config.spec.weight_bytes(DTYPE_BYTES[config.dtype])
+    least = config.max_model_len if config.max_model_len_given else min(config.max_model_len, SMALLEST_DEFAULT_LEN)
+    one = -(-least // config.block_size) * config.block_bytes
+    every = config.max_num_seqs * -(-config.max_model_len // config.block_size) * config.block_bytes
+    return max(one, min(CPU_KV_BYTES, (available - weights) // 4, every))
+
+
+def _fit_gpu(config: EngineConfig, total: int) -> EngineConfig:
+    """Arithmetic before loading: refuse what cannot fit; the runner measures the rest."""
+    weights = config.spec.weight_bytes(DTYPE_BYTES[config.dtype])
+    usable = int(total * config.gpu_memory_utilization)
+    if weights + config.block_bytes > usable:
+        raise ConfigError(
+            f"the weights take {_gib(weights)} in {config.dtype}, but gpu_memory_utilization "
+            f"{config.gpu_memory_utilization:g} of {_gib(total)} leaves {_gib(usable)}",
+            param="gpu_memory_utilization",
+        )
+    work = min(GPU_WORK_BYTES, (usable - weights) // 4)
+    config.with_kv_memory(usable - weights - work)
+    return config
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def available_host_memory() -> int:
+    """Bytes that this process may still take: free memory of the machine, or less where a control group says so."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return max(free, 0)
+
+
+def _path_to_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a config")
+
+
+def _text_to_path(kind: type, value: Any) -> Any:
+    if issubclass(kind, Path):
+        return Path(value)
+    raise TypeError(f"{kind.__name__} has no place in a config")
