@@ -1,0 +1,145 @@
+"""One picture, whatever its file format, as upright RGB pixels on white.
+
+Knows Pillow's modes and what a viewer would show for them. Does not know where bytes come from, nor the model's sizes.
+Pillow's own limit for decompression bombs stays as the process has it; ours is checked on the header beside it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+from qvl.errors import BadMedia, QvlError
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
+WHITE = (255, 255, 255, 255)
+
+# What a damaged or hostile file makes Pillow's readers raise.
+_DECODE_ERRORS = (
+    OSError,  # UnidentifiedImageError is one
+    ValueError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes | Image.Image | npt.NDArray[np.uint8], *, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """A file's bytes, a PIL picture or a uint8 array ([h, w] or [h, w, 1 | 3 | 4]) as uint8 [h, w, 3], C-contiguous.
+
+    Turned upright by EXIF, composited on white where transparent, the first frame of an animation. Raises BadMedia when it
+    cannot be decoded or has more than `max_pixels` pixels (decided from the header, before any pixel is decoded).
+    """
+    if isinstance(data, np.ndarray):
+        return _from_array(data, max_pixels)
+    try:
+        picture = data if isinstance(data, Image.Image) else _open(data)
+        _check_size(picture.width, picture.height, max_pixels)
+        pixels = _to_rgb(_upright(picture))
+    except QvlError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadMedia("the picture has too many pixels") from None
+    except _DECODE_ERRORS:
+        raise BadMedia("the picture is damaged and cannot be decoded") from None
+    return np.ascontiguousarray(pixels)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header."""
+    if not data:
+        raise BadMedia("the picture has 0 bytes")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise BadMedia(f"not a picture that can be read{_looks_like(data)}; send PNG, JPEG, WebP or GIF") from None
+
+
+def _looks_like(data: bytes) -> str:
+    """What the bytes seem to be instead, for the error text."""
+    head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in head:
+        return " (it is an SVG drawing, which has no pixels)"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return " (it is a web page)"
+    if head.startswith(b"%pdf"):
+        return " (it is a PDF document)"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return " (it is HEIC)"
+    return ""
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadMedia("the picture is empty")
+    if width * height > max_pixels:
+        raise BadMedia(f"the picture is {width}x{height}; this server takes at most {max_pixels} pixels")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Decode, then turn as EXIF says. EXIF that cannot be read turns nothing."""
+    picture.load()
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except _DECODE_ERRORS:
+        return picture
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _to_rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:
+    if picture.mode.startswith(("I", "F")):
+        grey = _to_8_bits(np.asarray(picture), picture.format in ("PNG", "PPM") or ";16" in picture.mode)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _to_8_bits(grey: npt.NDArray[np.generic], is_16_bit: bool) -> npt.NDArray[np.uint8]:
+    """Grey of 16 bits, or of 32 bits whose file does not say what white is, scaled (never clipped) to 0..255."""
+    values = np.nan_to_num(grey.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    peak = float(values.max())
+    if is_16_bit:
+        white = 65535.0
+    else:
+        steps = (1.0, 255.0, 65535.0) if np.issubdtype(grey.dtype, np.floating) else (255.0, 65535.0)
+        white = next((step for step in steps if peak <= step), peak)
+    return np.rint(np.clip(values / white, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> npt.NDArray[np.uint8]:
+    """[h, w] or [h, w, 1 | 3 | 4] -> [h, w, 3]; no copy where nothing changes."""
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise BadMedia(
+            f"an array of {array.dtype} {list(array.shape)} is not a picture; give uint8 [h, w, 3], [h, w, 4] or [h, w]"
+        )
+    _check_size(array.shape[1], array.shape[0], max_pixels)
+    if array.ndim == 3 and array.shape[2] == 3:
+        return np.ascontiguousarray(array)
+    if array.ndim == 3 and array.shape[2] == 4:
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
