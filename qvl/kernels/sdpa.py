@@ -1,0 +1,133 @@
+"""Paged attention from torch's own operations: gather blocks, then scaled dot-product attention. Runs on every device.
+
+Knows the block layout. Does not know layers or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl.layers.attention import AttentionMetadata
+
+# Decoding sequences are padded to the longest of a group; a group may hold at most this many times its own tokens.
+MAX_PADDING = 1.5
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences with one query token each, attended in one padded batch."""
+
+    rows: Tensor  # int64 [g], rows of this step's tokens
+    blocks: Tensor  # int64 [g, blocks of the longest]
+    length: int  # tokens of the longest
+    mask: Tensor | None  # bool [g, 1, 1, length], None when nothing is padded
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """One sequence's chunk of `stop - start` query tokens at the end of `length` tokens of context."""
+
+    start: int
+    stop: int
+    blocks: Tensor  # int64 [blocks]
+    length: int
+    mask: Tensor | None  # bool [chunk, length], None when the chunk is the whole context
+
+
+@dataclass(slots=True)
+class Plan:
+    """The gathers and masks of one step."""
+
+    slots: Tensor
+    decodes: list[DecodeGroup]
+    prefills: list[PrefillChunk]
+
+
+class GatherAttention:
+    """The implementation that works everywhere; faster ones for one device stand beside this file."""
+
+    name = "gather+sdpa"
+
+    def plan(self, metadata: AttentionMetadata) -> Plan:
+        """Group the decoding sequences by length and build the masks."""
+        table = metadata.block_table.long()
+        decodes = [decode_group(metadata, table, rows) for rows in group_by_length(metadata)]
+        prefills = []
+        start = metadata.num_decodes
+        for i in range(metadata.num_decodes, len(metadata.query_lens)):
+            stop = start + metadata.query_lens[i]
+            prefills.append(prefill_chunk(metadata, table[i], start, stop, metadata.context_lens[i]))
+            start = stop
+        return Plan(metadata.slot_mapping, decodes, prefills)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+        """As `qvl.layers.attention.PagedAttention.run`."""
+        for cache, new in zip(kv, (k, v), strict=True):
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, plan.slots, new.to(cache.dtype))
+        out = torch.empty_like(q)
+        for group in plan.decodes:
+            out[group.rows] = attend_decodes(q[group.rows], kv, group)
+        for chunk in plan.prefills:
+            out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
+        return out.flatten(1)
+
+
+def group_by_length(metadata: AttentionMetadata) -> list[list[int]]:
+    """Rows of the decoding sequences, longest first, in groups in which little is padded."""
+    lengths = metadata.context_lens
+    groups: list[list[int]] = []
+    own = 0
+    for row in sorted(range(metadata.num_decodes), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= MAX_PADDING * (own + lengths[row]):
+            groups[-1].append(row)
+            own += lengths[row]
+        else:
+            groups.append([row])
+            own = lengths[row]
+    return groups
+
+
+def decode_group(metadata: AttentionMetadata, table: Tensor, rows: list[int]) -> DecodeGroup:
+    """The gather and the mask of one group; `rows` are both sequence numbers and token rows."""
+    length = metadata.context_lens[rows[0]]
+    index = torch.tensor(rows, device=table.device)
+    blocks = table[index, : -(-length // metadata.block_size)]
+    if all(metadata.context_lens[i] == length for i in rows):
+        return DecodeGroup(index, blocks, length, None)
+    lengths = metadata.seq_lens[index]
+    mask = torch.arange(length, device=table.device) < lengths[:, None]
+    return DecodeGroup(index, blocks, length, mask[:, None, None])
+
+
+def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: int, length: int) -> PrefillChunk:
+    """A chunk's gather, with a mask whose last row sees everything (bottom-right causal) when a prefix is cached."""
+    blocks = table[: -(-length // metadata.block_size)]
+    chunk = stop - start
+    if chunk == length:
+        return PrefillChunk(start, stop, blocks, length, None)
+    last_seen = torch.arange(length - chunk, length, device=table.device)
+    mask = torch.arange(length, device=table.device) <= last_seen[:, None]
+    return PrefillChunk(start, stop, blocks, length, mask)
+
+
+def attend_decodes(q: Tensor, kv: tuple[Tensor, Tensor], group: DecodeGroup) -> Tensor:  # [g, heads, d] -> the same
+    """The query heads that share a KV head become the query axis, so nothing is repeated and no causal mask is needed."""
+    k, v = (
+        cache[group.blocks].flatten(1, 2)[:, : group.length].transpose(1, 2).to(q.dtype) for cache in kv
+    )  # [g, kv_heads, length, d]
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).flatten(1, 2)
+
+
+def attend_chunk(q: Tensor, kv: tuple[Tensor, Tensor], chunk: PrefillChunk) -> Tensor:  # [m, heads, d] -> the same
+    """One sequence's queries against its whole context."""
+    k, v = (cache[chunk.blocks].flatten(0, 1)[: chunk.length].transpose(0, 1).to(q.dtype)[None] for cache in kv)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, attn_mask=chunk.mask, is_causal=chunk.mask is None, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)

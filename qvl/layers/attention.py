@@ -1,0 +1,77 @@
+"""The attention seam: what a step tells the layers about its sequences, the paged cache, and attention inside pictures.
+
+Knows shapes and the interface of a paged attention. Does not know requests, nor which implementation runs: `qvl.kernels`
+chooses one per device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl.specs import TextSpec
+
+KVCache = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step's sequences; the first `num_decodes` of them have exactly one query token.
+
+    Tensors live on the device of the model, the lists are host copies of the same numbers, so that no layer has to wait for
+    the device to learn a length.
+    """
+
+    cu_seqlens_q: Tensor  # int32 [b + 1], running sum of query_lens
+    seq_lens: Tensor  # int32 [b], context including this step's tokens
+    block_table: Tensor  # int32 [b, max_blocks], entries past a sequence's last block may hold any valid block
+    slot_mapping: Tensor  # int64 [n], block * block_size + offset of every token of this step
+    query_lens: list[int]
+    context_lens: list[int]
+    block_size: int
+    num_decodes: int
+
+
+class PagedAttention(Protocol):
+    """Causal grouped-query attention over a paged cache. `plan` runs once per step, `run` once per layer."""
+
+    name: str
+
+    def plan(self, metadata: AttentionMetadata) -> Any:
+        """Whatever `run` needs that is the same in every layer."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
+        """Store k, v [n, kv_heads, head_dim] in the cache, then attend q [n, heads, head_dim]: [n, heads * head_dim]."""
+
+
+def make_kv_cache(
+    spec: TextSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+) -> KVCache:
+    """One (k, v) pair per layer, each [num_blocks, block_size, num_kv_heads, head_dim], zeroed."""
+    shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    return [
+        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(spec.num_layers)
+    ]
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Full attention inside each of consecutive segments; q, k, v [n, heads, head_dim], sum(lengths) == n: [n, heads * head_dim].
+
+    Neighbouring segments of one length (the slices of a video, pictures of one size) go through in one batch.
+    """
+    outputs = []
+    start = 0
+    for length, group in itertools.groupby(lengths):
+        count = len(list(group))
+        rows = slice(start, start + count * length)
+        start += count * length
+        batch = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1).flatten(1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

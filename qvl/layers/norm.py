@@ -1,0 +1,43 @@
+"""Root-mean-square and layer normalisation.
+
+Knows the arithmetic and that the sum with the residual belongs to it, so that a device may fuse the two. Does not know where in
+a network it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the mean square is taken in fp32."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [n, size] -> [n, size]
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x.to(hidden_states.dtype) * self.weight
+
+    def add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(hidden_states + residual), hidden_states + residual), both [n, size]."""
+        residual = hidden_states + residual
+        return self(residual), residual
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with weight and bias over the last axis."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [n, size] -> [n, size]
+        return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)

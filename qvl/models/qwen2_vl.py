@@ -1,0 +1,165 @@
+"""Qwen2-VL: a vision tower and a causal decoder with three-axis rotary positions over a paged cache.
+
+Knows the network and what its checkpoint calls each weight. Does not know requests, prompts, sampling or files. Request state
+comes in as tensors and goes out as tensors: nothing is remembered between two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qvl.kernels.attention import choose_attention
+from qvl.kernels.linear import compute_dtype_for, linear
+from qvl.layers.activation import silu_and_mul
+from qvl.layers.attention import AttentionMetadata, KVCache, PagedAttention
+from qvl.layers.linear import Linear
+from qvl.layers.norm import RMSNorm
+from qvl.layers.rotary import MRope, rotate
+from qvl.models.vision import VisionTower
+from qvl.specs import ModelSpec, TextSpec
+from qvl.types import Grid
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; biased q, k, v in one matrix."""
+
+    def __init__(self, spec: TextSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv_proj = Linear(
+            spec.hidden_size, (q_size, kv_size, kv_size), bias=True, dtype=dtype, compute_dtype=compute_dtype
+        )
+        self.o_proj = Linear(q_size, spec.hidden_size, bias=False, dtype=dtype, compute_dtype=compute_dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [n, hidden]
+        angles: tuple[Tensor, Tensor],
+        attention: PagedAttention,
+        kv: tuple[Tensor, Tensor],
+        plan: Any,
+    ) -> Tensor:
+        parts = self.qkv_proj(hidden_states).split(self.qkv_proj.parts, dim=-1)
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in parts)  # [n, heads, head_dim]
+        return self.o_proj(attention.run(rotate(q, *angles), rotate(k, *angles), v, kv, plan))
+
+
+class MLP(nn.Module):
+    """SwiGLU; gate and up in one matrix."""
+
+    def __init__(self, spec: TextSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        size = spec.intermediate_size
+        self.gate_up_proj = Linear(spec.hidden_size, (size, size), bias=False, dtype=dtype, compute_dtype=compute_dtype)
+        self.down_proj = Linear(size, spec.hidden_size, bias=False, dtype=dtype, compute_dtype=compute_dtype)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden_states)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP; each norm takes in what the part before it adds to the residual stream."""
+
+    def __init__(self, spec: TextSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, compute_dtype)
+        self.self_attn = Attention(spec, dtype, compute_dtype)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, compute_dtype)
+        self.mlp = MLP(spec, dtype, compute_dtype)
+
+    def forward(
+        self,
+        delta: Tensor | None,  # [n, hidden], what the layer before adds; None for the first
+        residual: Tensor,  # [n, hidden]
+        angles: tuple[Tensor, Tensor],
+        attention: PagedAttention,
+        kv: tuple[Tensor, Tensor],
+        plan: Any,
+    ) -> tuple[Tensor, Tensor]:
+        if delta is None:
+            hidden_states = self.input_layernorm(residual)
+        else:
+            hidden_states, residual = self.input_layernorm.add(delta, residual)
+        delta = self.self_attn(hidden_states, angles, attention, kv, plan)
+        hidden_states, residual = self.post_attention_layernorm.add(delta, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Decoder(nn.Module):
+    """The weights under the checkpoint's `model.`: embeddings, layers, final norm."""
+
+    def __init__(self, spec: TextSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = Linear(
+            spec.hidden_size, spec.vocab_size, bias=False, dtype=dtype, compute_dtype=compute_dtype
+        )
+        self.layers = nn.ModuleList(DecoderLayer(spec, dtype, compute_dtype) for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, compute_dtype)
+
+
+class Qwen2VLForConditionalGeneration(nn.Module):
+    """The whole network. Parameters stand on `meta` until `qvl.models.weights.load_weights` gives them values.
+
+    `dtype` is the dtype of the weight matrices. Activations have `compute_dtype`: the same on a GPU, fp32 on a CPU, where
+    16-bit weights are a way to read less memory and the arithmetic is done in fp32.
+    """
+
+    # How the checkpoints of the last years spell the same weight, newest first, and what is stored as one matrix here.
+    RENAMES: tuple[tuple[str, str], ...] = (
+        ("model.language_model.", "model."),
+        ("model.visual.", "visual."),
+        ("model.lm_head.", "lm_head."),
+    )
+    MERGED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    )
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.compute_dtype = compute_dtype_for(dtype, self.device)
+        self.attention, self.attention_reason = choose_attention(self.device, self.compute_dtype)
+        text, vision = spec.text, spec.vision
+        self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)
+        self.model = Decoder(text, dtype, self.compute_dtype)
+        self.visual = VisionTower(vision, dtype, self.compute_dtype)
+        if not text.tie_word_embeddings:
+            self.lm_head = Linear(
+                text.hidden_size, text.vocab_size, bias=False, dtype=dtype, compute_dtype=self.compute_dtype
+            )
+        patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        self.checkpoint_shapes = {"visual.patch_embed.proj.weight": (vision.embed_dim, *patch)}
+
+    def encode_media(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Patches [sum of patches, patch_dim] of all pictures and videos of a step: [sum of tokens, hidden]."""
+        return self.visual(pixel_values, grids)
+
+    def embed(self, token_ids: Tensor) -> Tensor:  # int [n] -> [n, hidden]
+        """Token embeddings in the dtype of the activations; the caller overwrites rows of pictures."""
+        return F.embedding(token_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
+
+    def forward(
+        self, hidden_states: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        """[n, hidden], positions int64 [3, n]: hidden states after the final norm [n, hidden]; the cache gains n tokens."""
+        angles = self.mrope(positions)
+        plan = self.attention.plan(metadata)
+        delta, residual = None, hidden_states.to(self.compute_dtype)
+        for layer, kv in zip(self.model.layers, kv_cache, strict=True):
+            delta, residual = layer(delta, residual, angles, self.attention, kv, plan)
+        assert delta is not None
+        return self.model.norm.add(delta, residual)[0]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> fp32 [m, vocab]
+        """Scores over the vocabulary; the caller passes the rows that need them."""
+        head = self.model.embed_tokens if self.spec.text.tie_word_embeddings else self.lm_head
+        return linear(hidden_states, head.weight).float()

@@ -1,0 +1,94 @@
+"""The network against transformers, on three random configurations in which every dimension differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import oracle
+from tests.models.pages import Pages
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["plain", "tied", "deep"])
+def folder(request: pytest.FixtureRequest, checkpoints: tuple[Path, ...]) -> Path:
+    return checkpoints[request.param]
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Iterator[tuple[Any, Any]]:
+    torch.set_num_threads(1)
+    yield oracle.load_reference(folder), oracle.load_ours(folder)
+
+
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_fp32_logits_equal_the_reference(models: tuple[Any, Any], name: str) -> None:
+    reference, ours = models
+    case = oracle.make_case(reference.config, name)
+    expected = oracle.reference_logits(reference, case)
+    positions = oracle.reference_positions(reference, case)
+    assert oracle.relative_error(oracle.our_logits(ours, case, positions, reference.config), expected) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_prefill_equals_the_reference(models: tuple[Any, Any], chunk: int) -> None:
+    reference, ours = models
+    case = oracle.make_case(reference.config, "video-and-picture")
+    expected = oracle.reference_logits(reference, case)
+    positions = oracle.reference_positions(reference, case)
+    assert oracle.relative_error(oracle.our_logits(ours, case, positions, reference.config, chunk), expected) < 1e-4
+
+
+def test_media_tokens_equal_the_reference(models: tuple[Any, Any]) -> None:
+    reference, ours = models
+    case = oracle.make_case(reference.config, "video-and-picture")
+    grids = [grid for _, grid in case.grids]
+    with torch.inference_mode():
+        shapes = torch.tensor([(grid.t, grid.h, grid.w) for grid in grids])
+        expected = reference.model.visual(case.pixel_values, grid_thw=shapes)
+    assert oracle.relative_error(ours.encode_media(case.pixel_values, grids), expected) < 1e-5
+
+
+def test_a_picture_is_encoded_the_same_alone_and_in_company(models: tuple[Any, Any]) -> None:
+    reference, ours = models
+    case = oracle.make_case(reference.config, "pictures")
+    grids = [grid for _, grid in case.grids]
+    together = ours.encode_media(case.pixel_values, grids)
+    patches = case.pixel_values.split([grid.num_patches for grid in grids])
+    alone = torch.cat([ours.encode_media(p, [g]) for p, g in zip(patches, grids, strict=True)])
+    assert oracle.relative_error(together, alone) < 1e-5
+
+
+def test_mixed_batches_equal_separate_prefills(models: tuple[Any, Any]) -> None:
+    """Decodes of very different lengths beside two prefill chunks, one of them with a cached prefix."""
+    reference, ours = models
+    cases = [oracle.make_case(reference.config, name) for name in oracle.CASES]
+    expected = [oracle.reference_logits(reference, case) for case in cases]
+    positions = [oracle.reference_positions(reference, case) for case in cases]
+    hidden = [oracle.our_embeddings(ours, case, reference.config) for case in cases]
+    pages = Pages(ours, len(cases))
+    heads = [len(hidden[0]) - 1, len(hidden[1]) - 1, len(hidden[2]) - 1, 10, 0]
+    warm = [(i, hidden[i][:n], positions[i][:, :n]) for i, n in enumerate(heads) if n]
+    for chunk in warm:
+        pages.step([chunk])
+    tails = [(i, hidden[i][n:], positions[i][:, n:]) for i, n in enumerate(heads)]
+    for out, (i, _, _), n in zip(pages.step(tails), tails, heads, strict=True):
+        assert oracle.relative_error(ours.logits(out), expected[i][n:]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_16_bit_is_at_most_twice_as_far_from_fp32_as_the_reference(
+    folder: Path, models: tuple[Any, Any], name: str, dtype: torch.dtype
+) -> None:
+    exact, _ = models
+    case = oracle.make_case(exact.config, name)
+    truth = oracle.reference_logits(exact, case)
+    theirs = oracle.relative_error(oracle.reference_logits(oracle.load_reference(folder, dtype), case), truth)
+    positions = oracle.reference_positions(exact, case)
+    ours = oracle.our_logits(oracle.load_ours(folder, dtype), case, positions, exact.config, chunk=11)
+    assert ours.dtype == torch.float32
+    assert oracle.relative_error(ours, truth) <= 2 * theirs
