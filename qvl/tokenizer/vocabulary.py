@@ -1,0 +1,108 @@
+"""The byte-level BPE of a checkpoint: plain text to ids, ids to exact bytes.
+
+Added tokens (`<|im_start|>`, but also unflagged ones such as `<tool_call>`) are taken out of the library's tokenizer,
+which would otherwise find them in any text: here they are a table of names and ids, and text is only ever text. Does not
+know which of them a template may write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from qvl.errors import CheckpointError, InvalidRequest
+
+_FILE = "tokenizer.json"
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte-level alphabet undone: printable bytes stand for themselves, the others are moved to U+0100 and on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token outside the BPE. `special` ones are left out of decoded text on request."""
+
+    token_id: int
+    text: str
+    special: bool
+
+
+class Vocabulary:
+    """Read-only after construction, and safe to use from several threads."""
+
+    def __init__(self, bpe: LibraryTokenizer, added: dict[int, AddedToken]) -> None:
+        self._bpe = bpe
+        self.added = added
+        self.size = max(bpe.get_vocab_size(), *(id + 1 for id in added), 0)
+        self._bytes: dict[int, bytes] = {id: token.text.encode() for id, token in added.items()}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Vocabulary:
+        """Read tokenizer.json. Raises `CheckpointError` when it is missing, broken or not a byte-level BPE."""
+        path = folder / _FILE
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {_FILE} is missing")
+        try:
+            content: Any = msgspec.json.decode(path.read_bytes())
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{_FILE}: not valid JSON ({error})") from error
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise CheckpointError(f"{_FILE}: 'model' is missing")
+        if '"ByteLevel"' not in msgspec.json.encode(content.get("decoder")).decode():
+            raise CheckpointError(
+                f"{_FILE}: 'decoder' is not ByteLevel; this version reads byte-level BPE vocabularies"
+            )
+        added = _read_added(content.get("added_tokens") or [])
+        bare = {**content, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        try:
+            bpe = LibraryTokenizer.from_str(msgspec.json.encode(bare).decode())
+        except Exception as error:  # the library raises bare Exception for everything it cannot read
+            raise CheckpointError(f"{_FILE}: {error}") from error
+        return cls(bpe, added)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Raises `InvalidRequest` for text that is not Unicode (lone surrogates)."""
+        try:
+            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest("text must be valid Unicode without lone surrogates") from error
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes of one token; none for ids beyond the vocabulary (embeddings are padded)."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._undo_alphabet(token_id) if 0 <= token_id < self.size else b""
+        return found
+
+    def _undo_alphabet(self, token_id: int) -> bytes:
+        token = self._bpe.id_to_token(token_id) or ""
+        try:
+            return bytes([_BYTE_OF_CHAR[char] for char in token])
+        except KeyError:  # a token that is not spelt in the byte-level alphabet stands for its own text
+            return str(token).encode()
+
+
+def _read_added(entries: list[Any]) -> dict[int, AddedToken]:
+    added: dict[int, AddedToken] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not entry.get("content"):
+            raise CheckpointError(f"{_FILE}: 'added_tokens' must be objects with 'id' and 'content', not {entry!r}")
+        for key in ("lstrip", "rstrip", "single_word"):
+            if entry.get(key):
+                raise CheckpointError(
+                    f"{_FILE}: added token {entry['content']!r}: '{key}' is not served by this version"
+                )
+        added[entry["id"]] = AddedToken(entry["id"], entry["content"], bool(entry.get("special")))
+    return added
