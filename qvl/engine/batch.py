@@ -70,9 +70,9 @@ class ScheduledBatch:
 class StepResult:
     """What the runner found: `token_ids` has one entry per `batch.sampling`, in order.
 
-    `logprobs` is empty when nobody asked, else as long as `token_ids`. `errors` maps the request id of a sequence that
-    failed (not-a-number logits, a picture that could not be encoded) to a message for its caller; what the lists hold for
-    such a sequence is ignored.
+    `logprobs` is empty when nobody asked, else as long as `token_ids`. `errors` maps the request id of a sequence
+    that failed (not-a-number logits, a picture that could not be encoded) to a message for its caller; what the lists
+    hold for such a sequence is ignored.
     """
 
     token_ids: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Every number of an engine, resolved once: options of the user + the checkpoint + facts about the device -> `EngineConfig`.
+"""Every number of an engine, resolved once: the user's options + the checkpoint + facts about the device.
 
 Knows the defaults and why they are what they are. Does not import torch: what is known about the device comes as
 `DeviceFacts`. One number may stay open, `num_blocks` on a GPU: the runner measures it and calls `with_kv_memory`.
@@ -191,8 +191,8 @@ def _given_length(options: EngineOptions, spec: ModelSpec) -> int:
 def _resolve_num_seqs(options: EngineOptions, batched: int, device: str) -> int:
     if options.max_num_seqs is not None and options.max_num_seqs > batched:
         raise ConfigError(
-            f"'max_num_seqs' ({options.max_num_seqs}) is above 'max_num_batched_tokens' ({batched}): every running request "
-            f"needs one token of a step",
+            f"'max_num_seqs' ({options.max_num_seqs}) is above 'max_num_batched_tokens' ({batched}), but every running "
+            f"request needs one token of a step",
             param="max_num_seqs",
         )
     return options.max_num_seqs or min(NUM_SEQS[device], batched)

@@ -1,7 +1,7 @@
 """What a user may set on an engine, in `LLM(...)`, on the command line or in a file: one frozen dataclass.
 
-Knows names, types and ranges; every complaint names the option. Does not know the checkpoint or the device: `config.resolve`
-turns options into numbers.
+Knows names, types and ranges; every complaint names the option. Does not know the checkpoint or the device:
+`config.resolve` turns options into numbers.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class EngineOptions:
     def from_dict(cls, options: Mapping[str, Any]) -> EngineOptions:
         """Options from a command line or a file: texts become numbers, dashes in names count as underscores.
 
-        None leaves the default. Raises `ConfigError` naming an unknown option (with the closest known one) or a bad value.
+        None leaves the default. Raises `ConfigError` naming an unknown option (with the closest known one) or a bad
+        value.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}

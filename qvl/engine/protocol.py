@@ -81,8 +81,8 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one request gained in one step. The last one carries `finish_reason`; with "error", `error` says why.
 
-    `logprobs` has one entry per token of `token_ids`, or is None. `stop_reason` is the id out of `stop_token_ids` that ended
-    the answer. The token that ended it, the checkpoint's end token too, is the last of `token_ids`.
+    `logprobs` has one entry per token of `token_ids`, or is None. `stop_reason` is the id out of `stop_token_ids`
+    that ended the answer. The token that ended it, the checkpoint's end token too, is the last of `token_ids`.
     """
 
     request_id: str

@@ -35,10 +35,10 @@ class Status(enum.Enum):
 class SamplingState:
     """How one sequence chooses tokens and which of them end it.
 
-    `params` is resolved (only `logprobs` and `seed` may be None); `seed` is always from 0 to 2^63 - 1. Noise is a function
-    of (`seed`, number of output tokens so far) and of nothing else, so that an answer does not depend on the batch.
-    `stop_ids`: the end tokens (unless `ignore_eos`) and `stop_token_ids`. `masked_ids` may not be sampled while the answer
-    is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`.
+    `params` is resolved (only `logprobs` and `seed` may be None); `seed` is always from 0 to 2^63 - 1. Noise is a
+    function of (`seed`, number of output tokens so far) and of nothing else, so that an answer does not depend on the
+    batch. `stop_ids`: the end tokens (unless `ignore_eos`) and `stop_token_ids`. `masked_ids` may not be sampled
+    while the answer is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`.
     """
 
     params: SamplingParams
@@ -64,9 +64,9 @@ class SamplingState:
 class Sequence:
     """One request in the engine, from `add` to its end. Compared by identity.
 
-    `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches; the engine sets it, and it is
-    None after the end. `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts the prompt tokens that
-    the first admission found in the prefix cache (None before it).
+    `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches; the engine sets it, and
+    it is None after the end. `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts the prompt
+    tokens that the first admission found in the prefix cache (None before it).
     """
 
     request_id: str
@@ -81,15 +81,16 @@ class Sequence:
     rope_delta: int
     block_size: int
     keys: list[bytes]
+    arrival: int = 0
     status: Status = Status.WAITING
     num_computed: int = 0
     num_pending: int = 0
     num_registered: int = 0
     block_table: list[int] = field(default_factory=list)
+    pinned: set[int] = field(default_factory=set)
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
 
     @classmethod
     def create(
@@ -103,8 +104,8 @@ class Sequence:
     ) -> Sequence:
         """A waiting sequence. Keys and positions are computed here, once.
 
-        `pixels` holds one array per `request.media`. `fallback_seed` is used when the request has no seed of its own; None
-        draws one.
+        `pixels` holds one array per `request.media`. `fallback_seed` is used when the request has no seed of its own;
+        None draws one.
         """
         spans = tuple(Span(m.kind, m.offset, m.length, m.grid, m.digest) for m in request.media)
         ids = list(request.token_ids)
@@ -176,18 +177,24 @@ class Sequence:
             return block_keys(self.token_ids, self.spans, self.block_size, self.salt)[-1]
         return extend_key(self.keys[-1], self.token_ids[start:])
 
+    def start_running(self, block_table: list[int], num_hits: int) -> None:
+        """Admitted: these blocks are its own now, the first `num_hits` of them computed before."""
+        self.status = Status.RUNNING
+        self.block_table = block_table
+        self.num_registered = num_hits
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = num_hits * self.block_size
+
     def reset(self) -> None:
         """Back to waiting with nothing computed (preemption); the caller has freed the blocks."""
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_registered = 0
-        self.block_table = []
         self.num_preemptions += 1
 
-    def end(self, reason: FinishReason, stop_reason: int | None = None) -> None:
+    def end(self, reason: FinishReason) -> None:
         """The one transition to FINISHED; lets go of the pixels."""
         assert self.status is not Status.FINISHED, self.request_id
         self.status = Status.FINISHED
         self.finish_reason = reason
-        self.stop_reason = stop_reason
         self.pixels = [None] * len(self.spans)

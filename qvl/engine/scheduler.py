@@ -1,0 +1,324 @@
+"""Which tokens are computed next: continuous batching under a token budget, over paged blocks.
+
+    waiting --admit: prefix lookup, blocks for all known tokens--> running --finish--> finished
+       ^------------ preempt: blocks freed, recomputed later ---------'
+
+A step takes decodes first, then prefills that are under way, then waiting sequences in order of arrival. A sequence
+gets the blocks of everything it knows when it is admitted, so only decodes can lack a block; then the newest sequence
+that is not in the step yet gives way. The oldest one can always run: the cache holds `max_model_len` tokens.
+
+Knows sequences, blocks and budgets. Does not know tensors; what a step computed is told to `finish`. Nothing in
+`schedule` reads a sampled id, so that a step may be planned before the ids of the one before it are known.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from typing import Protocol
+
+from qvl.engine.batch import ScheduledBatch, ScheduledMedia, ScheduledSeq, StepResult
+from qvl.engine.block_manager import BlockManager
+from qvl.engine.encoder_cache import EncoderCache
+from qvl.engine.protocol import EngineStats, TokenOutput
+from qvl.engine.sequence import Sequence, Status
+from qvl.errors import ConfigError, InvalidRequest, PromptTooLong
+from qvl.types import FinishReason, TokenLogprob
+
+
+class SchedulerConfig(Protocol):
+    """What the scheduler needs of `EngineConfig`."""
+
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def encoder_budget_tokens(self) -> int: ...
+    @property
+    def embedding_bytes_per_token(self) -> int: ...
+
+
+class _Step:
+    """The batch under construction and what is left of the budgets."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.batch = ScheduledBatch()
+        self.tokens_left = config.max_num_batched_tokens
+        self.encoder_left = config.encoder_budget_tokens
+        self.preempted = False
+        self._members: set[str] = set()
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.request_id in self._members
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        samples = num_tokens == seq.num_to_compute
+        self.batch.seqs.append(ScheduledSeq(seq, seq.num_computed, num_tokens, samples))
+        self._members.add(seq.request_id)
+        self.tokens_left -= num_tokens
+        seq.num_computed += num_tokens
+        seq.num_pending += samples
+
+    def room_to_encode(self, num_tokens: int) -> bool:
+        """Whether one more picture may be encoded; one above the whole budget may, alone."""
+        return num_tokens <= self.encoder_left or not self.batch.encode
+
+    def encode(self, seq: Sequence, index: int) -> None:
+        self.batch.encode.append(ScheduledMedia(seq, index))
+        self.encoder_left -= seq.spans[index].length
+
+
+class Scheduler:
+    """Owns every sequence from `add` to its end; each ends exactly once, in `finish` or in `abort`.
+
+    Per step: `schedule`, run the batch, `finish`. Raises `ConfigError` when the cache cannot hold one full sequence.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, encoder_cache: EncoderCache[object]) -> None:
+        room = blocks.num_blocks * blocks.block_size
+        if room < config.max_model_len:
+            raise ConfigError(f"the KV cache holds {room} tokens, fewer than max_model_len {config.max_model_len}")
+        self.config = config
+        self.blocks = blocks
+        self.encoder_cache = encoder_cache
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._active: dict[str, Sequence] = {}
+        self._num_arrived = 0
+        self._count: dict[str, int] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._active)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence. Raises `PromptTooLong`; `InvalidRequest` for an empty prompt or an id in use."""
+        if not seq.token_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if seq.num_tokens >= self.config.max_model_len:
+            raise PromptTooLong(seq.num_tokens, self.config.max_model_len)
+        if seq.request_id in self._active:
+            raise InvalidRequest("a request with this id is already running", param="request_id")
+        self._num_arrived += 1
+        seq.arrival = self._num_arrived
+        self._active[seq.request_id] = seq
+        self.waiting.append(seq)
+        self._add("prompt_tokens", seq.num_prompt_tokens)
+
+    def abort(self, request_id: str) -> bool:
+        """End a sequence now, its blocks and pictures are free at once. False when there is none with this id."""
+        seq = self._active.get(request_id)
+        if seq is None:
+            return False
+        self._end(seq, "abort")
+        self._add("aborted", 1)
+        return True
+
+    # -- planning a step
+
+    def schedule(self) -> ScheduledBatch:
+        """The next step; empty only when there is no work."""
+        step = _Step(self.config)
+        self._schedule_decodes(step)
+        step.batch.num_decodes = len(step.batch.seqs)
+        self._schedule_prefills(step)
+        if not step.preempted:
+            while self.waiting and step.tokens_left > 0 and len(self.running) < self.config.max_num_seqs:
+                if not self._admit(self.waiting[0], step):
+                    break
+        assert step.batch or not self.has_work, "a step without progress"
+        self._add("steps", 1)
+        return step.batch
+
+    def _schedule_decodes(self, step: _Step) -> None:
+        for seq in tuple(self.running):
+            if step.tokens_left == 0:
+                return
+            if seq.status is Status.RUNNING and seq.is_decoding and self._grow(seq, step):
+                step.add(seq, 1)
+
+    def _grow(self, seq: Sequence, step: _Step) -> bool:
+        """Give a decode the block of its next token. False when it had to give way itself."""
+        num_new = seq.num_computed // self.blocks.block_size + 1 - len(seq.block_table)
+        while (taken := self.blocks.take((), num_new)) is None:
+            victim = next(other for other in reversed(self.running) if other not in step)
+            self._preempt(victim, step)
+            if victim is seq:
+                return False
+        seq.block_table += taken
+        return True
+
+    def _preempt(self, seq: Sequence, step: _Step) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        seq.reset()
+        insort(self.waiting, seq, key=lambda other: other.arrival)
+        step.preempted = True
+        self._add("preemptions", 1)
+
+    def _schedule_prefills(self, step: _Step) -> None:
+        for seq in self.running:
+            if step.tokens_left == 0:
+                return
+            if seq not in step and seq.num_to_compute > 0:
+                num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
+                if num_tokens > 0:
+                    step.add(seq, num_tokens)
+
+    def _admit(self, seq: Sequence, step: _Step) -> bool:
+        """Start (or resume) the first waiting sequence with what the prefix cache has. False when it must wait."""
+        block_size = self.blocks.block_size
+        # The last token is computed in any case: its logits choose the next one.
+        hits = self.blocks.lookup(seq.keys[: (seq.num_tokens - 1) // block_size])
+        num_new = -(-seq.num_tokens // block_size) - len(hits)
+        # One spare block per running sequence: who comes in now should not be thrown out in the next step.
+        table = self.blocks.take(hits, num_new, keep_free=len(self.running))
+        if table is None:
+            return False
+        seq.num_computed = len(hits) * block_size
+        num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
+        if num_tokens == 0:
+            self.blocks.free(table)
+            seq.num_computed = 0
+            return False
+        del self.waiting[0]
+        insort(self.running, seq, key=lambda other: other.arrival)
+        seq.start_running(table, len(hits))
+        self._add("prefix_queried_tokens", seq.num_tokens)
+        self._add("prefix_hit_tokens", seq.num_computed)
+        step.add(seq, num_tokens)
+        return True
+
+    def _prepare_media(self, seq: Sequence, num_tokens: int, step: _Step) -> int:
+        """See that the pictures of the next `num_tokens` tokens are encoded by this step: how many tokens may be computed.
+
+        The range stops before the first picture that must wait, because of a budget or of a cache full of pinned ones.
+        """
+        start = seq.num_computed
+        for index in seq.spans_in(start, num_tokens):
+            if index not in seq.pinned and not self._encode(seq, index, step):
+                return max(0, seq.spans[index].offset - start)
+        return num_tokens
+
+    def _encode(self, seq: Sequence, index: int, step: _Step) -> bool:
+        """Pin a picture that is in the cache, or put it into this step's encode list."""
+        span, holder = seq.spans[index], (seq.request_id, index)
+        if span.digest in self.encoder_cache:
+            self.encoder_cache.pin(span.digest, holder)
+            self._add("encoder_hits", 1)
+        else:
+            num_bytes = span.length * self.config.embedding_bytes_per_token
+            if not step.room_to_encode(span.length) or not self.encoder_cache.reserve(span.digest, num_bytes, holder):
+                return False
+            step.encode(seq, index)
+            self._add("encoded_tokens", span.length)
+        self._add("encoder_queries", 1)
+        seq.pinned.add(index)
+        return True
+
+    # -- taking in what a step computed
+
+    def finish(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
+        """Append the sampled tokens, decide who is done, make full blocks findable. To be called once per step, also after
+        a step that failed (with `StepResult.errors` for each of its sequences). Aborted sequences are passed over."""
+        outputs: list[TokenOutput] = []
+        sampled = 0
+        for media in batch.encode:
+            if not self.encoder_cache.is_filled(media.span.digest):
+                self.encoder_cache.drop(media.span.digest)
+        for entry in batch.seqs:
+            index, sampled = sampled, sampled + entry.samples
+            entry.seq.num_pending -= entry.samples
+            if entry.seq.status is Status.FINISHED:
+                continue
+            error = result.errors.get(entry.seq.request_id)
+            if error is not None:
+                outputs.append(self._fail(entry.seq, error))
+                continue
+            self._settle(entry)
+            if entry.samples:
+                logprob = result.logprobs[index] if result.logprobs else None
+                outputs.append(self._append(entry.seq, result.token_ids[index], logprob))
+        return outputs
+
+    def _settle(self, entry: ScheduledSeq) -> None:
+        """Tokens up to `entry.end` are in the cache for good: register full blocks, let go of pictures behind them."""
+        seq = entry.seq
+        if seq.status is not Status.RUNNING:
+            return
+        for index in range(seq.num_registered, entry.end // self.blocks.block_size):
+            self.blocks.register(seq.block_table[index], seq.keys[index])
+            seq.num_registered = index + 1
+        for index in [i for i in seq.pinned if seq.spans[i].offset + seq.spans[i].length <= entry.end]:
+            seq.pinned.remove(index)
+            self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
+
+    def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
+        seq.append(token_id)
+        self._add("generated_tokens", 1)
+        reason, stop_reason = self._why_done(seq, token_id)
+        if reason is not None:
+            self._end(seq, reason)
+            self._add("finished", 1)
+        return TokenOutput(
+            request_id=seq.request_id,
+            token_ids=[token_id],
+            logprobs=None if logprob is None else [logprob],
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached_tokens=seq.num_cached_tokens or 0,
+        )
+
+    def _why_done(self, seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """Finish reason after `token_id` was appended, and the stop token id that a caller asked for."""
+        params = seq.sampling.params
+        if token_id in seq.sampling.stop_ids and seq.num_output > params.min_tokens:
+            return "stop", token_id if token_id in params.stop_token_ids else None
+        at_limit = params.max_tokens is not None and seq.num_output >= params.max_tokens
+        if at_limit or seq.num_tokens >= self.config.max_model_len:
+            return "length", None
+        return None, None
+
+    def _fail(self, seq: Sequence, message: str) -> TokenOutput:
+        self._end(seq, "error")
+        self._add("failed", 1)
+        return TokenOutput(seq.request_id, [], finish_reason="error", error=message)
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+        del self._active[seq.request_id]
+        self._release(seq)
+        seq.end(reason)
+
+    def _release(self, seq: Sequence) -> None:
+        """Give back the blocks and pictures of a sequence."""
+        self.blocks.free(seq.block_table)
+        seq.block_table = []
+        for index in seq.pinned:
+            self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
+        seq.pinned.clear()
+
+    # -- looking in from outside
+
+    def _add(self, counter: str, amount: int) -> None:
+        self._count[counter] = self._count.get(counter, 0) + amount
+
+    def stats(self) -> EngineStats:
+        """Gauges now, counters since the start."""
+        return EngineStats(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            kv_used_fraction=self.blocks.num_used / self.blocks.num_blocks,
+            encoder_cache_bytes=self.encoder_cache.used_bytes,
+            **self._count,
+        )
+
+    def check_integrity(self) -> None:
+        """Blocks held are exactly the running sequences' blocks; queues and the index of ids agree."""
+        self.blocks.check_integrity()
+        self.encoder_cache.check_integrity()
+        assert {seq.request_id for seq in (*self.running, *self.waiting)} == self._active.keys()
+        assert self.blocks.num_used == len({block for seq in self.running for block in seq.block_table})
+        assert not any(seq.block_table or seq.pinned for seq in self.waiting)
