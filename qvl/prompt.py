@@ -1,8 +1,8 @@
-"""Prompts are built, never scanned: segments become token ids, and spans, positions and cache keys fall out of short loops.
+"""Prompts are built, never scanned: segments become token ids; spans, positions and cache keys fall out of short loops.
 
-Knows where every picture lies in a prompt, M-RoPE positions and the keys of prefix-cache blocks. Does not know tokenizers
-(`encode` is handed in), pixels, or who holds a cache. Placeholder text typed by a user is only text: the one way to a pad
-token is a `Vision` segment.
+Knows where every picture lies in a prompt, M-RoPE positions and the keys of prefix-cache blocks. Does not know
+tokenizers (`encode` is handed in), pixels, or who holds a cache. Placeholder text typed by a user is only text:
+the one way to a pad token is a `Vision` segment.
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ def build(
 def mrope_positions(num_tokens: int, spans: Sequence[Span], merge_size: int) -> tuple[npt.NDArray[np.int64], int]:
     """Positions [3, num_tokens] on the axes time, height, width, and `rope_delta`.
 
-    Text steps all three axes together. A picture or video counts its merged grid from the next free index, and text goes
-    on after the largest index of the three axes. A token generated at index i has position i + rope_delta on every axis.
+    Text steps all three axes together. A picture or video counts its merged grid from the next free index, and
+    text goes on after the largest index of the three axes. A token generated at index i has position i +
+    rope_delta on every axis.
     """
     positions = np.empty((3, num_tokens), dtype=np.int64)
     done = index = 0  # tokens placed, next free position
     for span in spans:
-        assert done <= span.offset and span.end <= num_tokens, "spans are ascending, disjoint and inside the prompt"
+        assert done <= span.offset <= span.end <= num_tokens, "spans are ascending, disjoint and inside the prompt"
         positions[:, done : span.offset] = np.arange(index, index + span.offset - done)
         index += span.offset - done
         axes = (span.grid.t, span.grid.h // merge_size, span.grid.w // merge_size)
@@ -115,8 +116,8 @@ def mrope_positions(num_tokens: int, spans: Sequence[Span], merge_size: int) -> 
 def block_keys(token_ids: Sequence[int], spans: Sequence[Span], block_size: int, salt: bytes = b"") -> list[bytes]:
     """One 16-byte key per full block of `block_size` tokens.
 
-    A key covers everything that the block's keys and values depend on: the block before it (and so all earlier ones), its
-    own ids, and each picture it touches with the place in that picture. `salt` keeps tenants apart.
+    A key covers everything that the block's keys and values depend on: the block before it (and so all earlier
+    ones), its own ids, and each picture it touches with the place in that picture. `salt` keeps tenants apart.
     """
     keys: list[bytes] = []
     parent = root_key(salt)
@@ -137,8 +138,9 @@ def root_key(salt: bytes = b"") -> bytes:
 def extend_key(parent: bytes, token_ids: Sequence[int], spans: Iterable[Span] = (), start: int = 0) -> bytes:
     """Key of the full block `token_ids` that follows the block `parent`.
 
-    A block that begins in the prompt and ends in generated text may hold the end of a picture: give the prompt's `spans`
-    (ascending) and `start`, the index of the block's first token. Blocks of generated text alone need neither.
+    A block that begins in the prompt and ends in generated text may hold the end of a picture: give the prompt's
+    `spans` (ascending) and `start`, the index of the block's first token. Blocks of generated text alone need
+    neither.
     """
     state = hashlib.blake2b(parent, digest_size=KEY_BYTES, person=b"qvl block")
     state.update(np.asarray(token_ids, dtype=np.int64).tobytes())

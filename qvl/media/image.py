@@ -1,18 +1,20 @@
 """One picture, whatever its file format, as upright RGB pixels on white.
 
-Knows Pillow's modes and what a viewer would show for them. Does not know where bytes come from, nor the model's sizes.
-Pillow's own limit for decompression bombs stays as the process has it; ours is checked on the header beside it.
+Knows Pillow's modes and what a viewer would show for them. Does not know where bytes come from, nor the model's
+sizes. Pillow's own limit for decompression bombs stays as the process has it; ours is checked on the header
+beside it.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from qvl.errors import BadMedia, QvlError
 
@@ -49,8 +51,9 @@ _UPRIGHT = {
 def decode_image(data: bytes | Image.Image | npt.NDArray[np.uint8], *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """A file's bytes, a PIL picture or a uint8 array ([h, w] or [h, w, 1 | 3 | 4]) as uint8 [h, w, 3], C-contiguous.
 
-    Turned upright by EXIF, composited on white where transparent, the first frame of an animation. Raises BadMedia when it
-    cannot be decoded or has more than `max_pixels` pixels (decided from the header, before any pixel is decoded).
+    Turned upright by EXIF, composited on white where transparent, the first frame of an animation. Raises
+    BadMedia when it cannot be decoded or has more than `max_pixels` pixels (decided from the header, before any
+    pixel is decoded).
     """
     if isinstance(data, np.ndarray):
         return _from_array(data, max_pixels)
@@ -72,9 +75,16 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadMedia("the picture has 0 bytes")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
         raise BadMedia(f"not a picture that can be read{_looks_like(data)}; send PNG, JPEG, WebP or GIF") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The allowed formats that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _looks_like(data: bytes) -> str:
@@ -128,7 +138,8 @@ def _to_8_bits(grey: npt.NDArray[np.generic], is_16_bit: bool) -> npt.NDArray[np
     else:
         steps = (1.0, 255.0, 65535.0) if np.issubdtype(grey.dtype, np.floating) else (255.0, 65535.0)
         white = next((step for step in steps if peak <= step), peak)
-    return np.rint(np.clip(values / white, 0.0, 1.0) * 255.0).astype(np.uint8)
+    scaled: npt.NDArray[np.uint8] = np.rint(np.clip(values / white, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return scaled
 
 
 def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> npt.NDArray[np.uint8]:

@@ -19,8 +19,8 @@ MAX_RATIO = 200
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width in pixels: multiples of `factor`, area within the limits where the shape allows it.
 
-    The same numbers as the checkpoint's own processor in transformers, thin pictures included; a side that would become 0
-    is `factor`. Raises BadMedia for an empty picture and for sides whose ratio is above 200.
+    The same numbers as the checkpoint's own processor in transformers, thin pictures included; a side that would
+    become 0 is `factor`. Raises BadMedia for an empty picture and for sides whose ratio is above 200.
     """
     if min(height, width) < 1:
         raise BadMedia("the picture is empty")

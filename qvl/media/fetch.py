@@ -1,0 +1,171 @@
+"""From what a caller named (address, data URL, path, bytes) to the bytes of a file, within the server's policy.
+
+Knows what may be read and how much of it. Does not know pictures: bytes are not looked at. No error text carries
+an address or a path, since what a server can reach is not for its callers to learn.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+from qvl.errors import BadMedia, MediaRefused, PayloadTooLarge
+from qvl.types import MediaKind
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
+_WHITESPACE = {ord(char): None for char in "\t\n\f\r "}
+_FRAME_LIST = "data:video/jpeg;base64,"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPolicy:
+    """What may be read on behalf of a caller. Times in seconds; sizes of one picture or video.
+
+    `max_bytes` caps files (after any HTTP compression), `max_image_pixels` a picture and `max_frame_pixels` a
+    video frame before decoding, `max_video_frames` the frames of a video that are decoded to find the sampled
+    ones, `max_video_bytes` the sampled frames as kept (uint8 RGB).
+    """
+
+    allow_private_hosts: bool = False
+    allowed_local_path: Path | None = None
+    allow_any_local_path: bool = False  # in-process use: the caller could open the file anyway
+    max_bytes: int = 128 << 20
+    max_image_pixels: int = 178_956_970  # where Pillow itself stops
+    max_frame_pixels: int = 36_000_000  # 8K and a little
+    max_video_frames: int = 120_000
+    max_video_bytes: int = 1 << 30
+    connect_timeout: float = 5.0
+    read_timeout: float = 10.0
+    total_timeout: float = 60.0
+
+
+def read(
+    source: str | bytes | bytearray | memoryview | Path,
+    policy: MediaPolicy,
+    *,
+    expect: MediaKind,
+    seconds: float | None = None,
+) -> bytes:
+    """The bytes behind `source`: an http(s) URL, a data URL, a file URL, a path, or the bytes themselves.
+
+    `seconds` shortens the policy's total time-out. Raises MediaRefused (policy), PayloadTooLarge, BadMedia
+    (cannot be had).
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _capped(bytes(source), policy)
+    if isinstance(source, Path):
+        return _read_path(str(source), policy)
+    match = _SCHEME.match(source)
+    scheme, slashes = (match[1].lower(), match[2]) if match else ("", None)
+    if scheme == "data":
+        return _read_data_url(source, policy, expect)
+    if scheme in ("http", "https"):
+        from qvl.media.http import read_http  # the HTTP stack loads when it is first needed
+
+        return read_http(source, policy, seconds)
+    if scheme == "file" and slashes:
+        return _read_path(_file_url_path(source), policy)
+    if slashes:
+        raise MediaRefused("only http, https, data and file URLs can be read")
+    return _read_path(source, policy)
+
+
+def is_frame_list(source: object) -> bool:
+    """Whether `source` is a video written as `data:video/jpeg;base64,FRAME,FRAME,...`."""
+    return isinstance(source, str) and source[: len(_FRAME_LIST)].lower() == _FRAME_LIST
+
+
+def read_frame_list(source: str, policy: MediaPolicy, *, max_frames: int) -> list[bytes]:
+    """The JPEG files of such a video. The count is checked before anything is decoded."""
+    _, _, payload = source.partition(",")
+    count = payload.count(",") + 1
+    if count > max_frames:
+        raise BadMedia(f"the video has {count} frames, at most {max_frames} can be taken")
+    _check_bytes(len(payload) * 3 // 4, policy)
+    return [_from_base64(frame) for frame in payload.split(",")]
+
+
+def _check_bytes(count: int, policy: MediaPolicy) -> None:
+    if count > policy.max_bytes:
+        raise PayloadTooLarge(f"a picture or video may have at most {policy.max_bytes} bytes")
+
+
+def _capped(data: bytes, policy: MediaPolicy) -> bytes:
+    _check_bytes(len(data), policy)
+    return data
+
+
+def _read_data_url(url: str, policy: MediaPolicy, expect: MediaKind) -> bytes:
+    comma = url.find(",", 0, 1024)
+    if comma < 0:
+        raise BadMedia("the data URL has no comma between its media type and its data")
+    media_type, *parameters = url[len("data:") : comma].lower().replace(" ", "").split(";")
+    family = media_type.partition("/")[0]
+    if media_type.startswith("image/svg"):
+        raise BadMedia("SVG drawings have no pixels; send PNG, JPEG, WebP or GIF")
+    # An animated GIF is a picture file that may serve as a video.
+    if media_type != "application/octet-stream" and family != expect and (expect, media_type) != ("video", "image/gif"):
+        raise BadMedia(f"the data URL should have a media type of {expect}/...")
+    if "base64" not in parameters:
+        _check_bytes(len(url) - comma - 1, policy)
+        return unquote_to_bytes(url[comma + 1 :])
+    _check_bytes((len(url) - comma - 1) * 3 // 4, policy)
+    return _from_base64(url[comma + 1 :])
+
+
+def _from_base64(text: str) -> bytes:
+    """Strict: only the standard alphabet with its padding; line breaks and percent-encoding are taken off first."""
+    try:
+        raw = (unquote(text) if "%" in text else text).translate(_WHITESPACE).encode("ascii")
+        return base64.b64decode(raw, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadMedia("the data URL is not valid base64") from None
+
+
+def _file_url_path(url: str) -> str:
+    """The path in file:///path or file://localhost/path."""
+    host, _, path = url[len("file://") :].partition("/")
+    if host.lower() not in ("", "localhost"):
+        raise MediaRefused("a file URL names a file on the server itself: file:///folder/picture.png")
+    return "/" + unquote(path)
+
+
+def _read_path(path: str, policy: MediaPolicy) -> bytes:
+    """A regular file that policy allows. What is missing and what is forbidden look the same from outside."""
+    root = policy.allowed_local_path
+    if policy.allow_any_local_path:
+        refusal: MediaRefused | BadMedia = BadMedia("the file cannot be read")
+    elif root is None:
+        raise MediaRefused(
+            "this server reads no local files; send a URL or a data URL (or start it with --allowed-local-media-path)"
+        )
+    else:
+        refusal = MediaRefused("no readable file under the folder that --allowed-local-media-path names")
+    try:
+        if policy.allow_any_local_path:
+            return _read_file(Path(path).expanduser().resolve(strict=True), policy)
+        assert root is not None
+        folder = root.resolve(strict=True)
+        file = (folder / path).resolve(strict=True)  # symlinks and .. are gone from here on
+        if not file.is_relative_to(folder):
+            raise refusal
+        return _read_file(file, policy)
+    except (OSError, ValueError, RuntimeError):  # missing, NUL in the name, a loop of links
+        raise refusal from None
+
+
+def _read_file(file: Path, policy: MediaPolicy) -> bytes:
+    """Never blocks on a FIFO, never follows a link put there since the path was resolved, never reads past the cap."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as handle:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        _check_bytes(status.st_size, policy)
+        return _capped(handle.read(policy.max_bytes + 1), policy)

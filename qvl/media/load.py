@@ -1,0 +1,177 @@
+"""From a media part of a message to the pixels, the grid and the digest that the engine needs.
+
+Knows how the sizes a request asks for combine with the checkpoint's. Does not know tokens, batches or devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from qvl.errors import BadMedia, InvalidRequest
+from qvl.media import fetch
+from qvl.media.fetch import MediaPolicy
+from qvl.media.image import decode_image
+from qvl.media.resize import resize_bicubic, smart_resize
+from qvl.media.video import FrameStack, check_sampling, decode_video, sample_indices
+from qvl.specs import ProcessorSpec
+from qvl.types import Grid, MediaKind, MediaPart, PixelLimits
+
+DIGEST_BYTES = 16
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedMedia:
+    """One picture or video, ready for the engine.
+
+    `pixels` is uint8 [frames, h, w, 3], C-contiguous: a picture has one frame. `height` and `width` are the size
+    the model takes; where pixels have another, the device resizes. `original_size` is (h, w) of what the caller
+    sent, upright.
+    """
+
+    kind: MediaKind
+    pixels: Pixels
+    height: int
+    width: int
+    grid: Grid
+    digest: bytes
+    original_size: tuple[int, int]
+    num_tokens: int
+
+
+def load(
+    part: MediaPart, spec: ProcessorSpec, policy: MediaPolicy, limits: PixelLimits, *, resize_here: bool
+) -> LoadedMedia:
+    """Read, decode, size and digest one part. `limits` fill what the part's own limits leave open.
+
+    No request goes above the checkpoint's `max_pixels` (a larger wish is served with the checkpoint's). With
+    `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
+    hashing release the GIL. Raises BadMedia, MediaRefused, PayloadTooLarge, InvalidRequest.
+    """
+    limits = part.limits.over(limits)
+    _check(limits, spec)
+    if part.kind == "video":
+        pixels, size = _load_video(part.source, spec, policy, limits, resize_here)
+        height, width = frame_size(len(pixels), *size, spec, limits)
+    else:
+        picture = _load_picture(part.source, policy)
+        size = (picture.shape[0], picture.shape[1])
+        height, width = picture_size(*size, spec, limits)
+        pixels = np.ascontiguousarray(resize_bicubic(picture, height, width) if resize_here else picture)[None]
+    slices = -(-len(pixels) // spec.temporal_patch_size)  # an odd last frame is shown twice
+    grid = Grid(slices, height // spec.patch_size, width // spec.patch_size)
+    return LoadedMedia(
+        kind=part.kind,
+        pixels=pixels,
+        height=height,
+        width=width,
+        grid=grid,
+        digest=_digest(part.kind, pixels, (height, width), spec),
+        original_size=size,
+        num_tokens=grid.num_tokens(spec.merge_size),
+    )
+
+
+def picture_size(height: int, width: int, spec: ProcessorSpec, limits: PixelLimits) -> tuple[int, int]:
+    """Height and width in pixels that a picture of `height` x `width` has for the model."""
+    low, high = _bounds(limits, spec.min_pixels, spec.max_pixels, spec.max_pixels)
+    return smart_resize(height, width, factor=spec.factor, min_pixels=low, max_pixels=high)
+
+
+def frame_size(num_frames: int, height: int, width: int, spec: ProcessorSpec, limits: PixelLimits) -> tuple[int, int]:
+    """Height and width in pixels of each frame for the model: the more frames, the smaller they are."""
+    share = spec.video_total_pixels / max(num_frames, 1) * spec.temporal_patch_size
+    most = int(max(min(spec.video_max_pixels, share), spec.video_min_pixels * 1.05))
+    low, high = _bounds(limits, spec.video_min_pixels, most, max(spec.video_max_pixels, most))
+    return smart_resize(height, width, factor=spec.factor, min_pixels=min(low, high), max_pixels=high)
+
+
+def _bounds(limits: PixelLimits, low: int, high: int, cap: int) -> tuple[int, int]:
+    """The request's area bounds within the checkpoint's: one given alone moves the other out of its way."""
+    if limits.min_pixels is not None and limits.min_pixels > cap:
+        raise InvalidRequest(f"min_pixels may be at most {cap}", param="min_pixels")
+    if limits.max_pixels is not None:
+        high = min(high, limits.max_pixels)
+    low = min(low, high) if limits.min_pixels is None else limits.min_pixels
+    return low, high
+
+
+def _check(limits: PixelLimits, spec: ProcessorSpec) -> None:
+    smallest = spec.factor**2
+    if limits.min_pixels is not None and limits.min_pixels < 1:
+        raise InvalidRequest("min_pixels must be at least 1", param="min_pixels")
+    if limits.max_pixels is not None and limits.max_pixels < smallest:
+        raise InvalidRequest(f"max_pixels must be at least {smallest}", param="max_pixels")
+    if limits.min_pixels is not None and limits.max_pixels is not None and limits.min_pixels > limits.max_pixels:
+        raise InvalidRequest("min_pixels is larger than max_pixels", param="min_pixels")
+
+
+def _load_picture(source: Any, policy: MediaPolicy, seconds: float | None = None) -> Pixels:
+    """Any single picture that a MediaPart may name -> uint8 [h, w, 3]."""
+    if isinstance(source, (np.ndarray, Image.Image)):
+        return decode_image(source, max_pixels=policy.max_image_pixels)
+    if isinstance(source, (str, bytes, bytearray, memoryview, Path)):
+        data = fetch.read(source, policy, expect="image", seconds=seconds)
+        return decode_image(data, max_pixels=policy.max_image_pixels)
+    raise BadMedia("a picture is given as a URL, a data URL, a path, bytes, a PIL picture or a uint8 array [h, w, 3]")
+
+
+def _load_video(
+    source: Any, spec: ProcessorSpec, policy: MediaPolicy, limits: PixelLimits, resize_here: bool
+) -> tuple[Pixels, tuple[int, int]]:
+    """Any video that a MediaPart may name -> sampled frames uint8 [n, h, w, 3], and (h, w) before resizing."""
+
+    def fit(num_frames: int, height: int, width: int) -> tuple[int, int]:
+        return frame_size(num_frames, height, width, spec, limits)
+
+    check_sampling(limits, spec)
+    if fetch.is_frame_list(source):
+        source = fetch.read_frame_list(source, policy, max_frames=spec.max_frames)
+    if isinstance(source, (list, tuple, np.ndarray)):
+        indices = _pick_frames(source, spec, limits)
+        stack = FrameStack(len(indices), policy, fit=fit, resize_here=resize_here)
+        end = time.monotonic() + policy.total_timeout
+        for index in indices.tolist():
+            stack.add(_load_picture(source[index], policy, end - time.monotonic()))
+        return stack.frames(), stack.size
+    if isinstance(source, (str, bytes, bytearray, memoryview, Path)):
+        data = fetch.read(source, policy, expect="video")
+        clip = decode_video(data, limits, spec, policy, fit=fit, resize_here=resize_here)
+        return clip.frames, clip.size
+    raise BadMedia(
+        "a video is given as a URL, a data URL, a path, bytes, a uint8 array [n, h, w, 3] or a list of pictures"
+    )
+
+
+def _pick_frames(
+    source: Sequence[Any] | npt.NDArray[Any], spec: ProcessorSpec, limits: PixelLimits
+) -> npt.NDArray[np.int64]:
+    """Indices of the frames to take: all of them, since the caller chose them, unless the request says how many."""
+    if isinstance(source, np.ndarray) and source.ndim != 4:
+        raise BadMedia(f"an array {list(source.shape)} is not a video; give uint8 [n, h, w, 3]")
+    if len(source) == 0:
+        raise BadMedia("the video has no frames")
+    if limits.num_frames is not None:
+        return sample_indices(len(source), spec.fps, limits, spec)
+    if len(source) > spec.max_frames:
+        raise BadMedia(f"the video has {len(source)} frames, at most {spec.max_frames} can be taken; set num_frames")
+    return np.arange(len(source))
+
+
+def _digest(kind: MediaKind, pixels: Pixels, size: tuple[int, int], spec: ProcessorSpec) -> bytes:
+    """Everything that the embedding depends on. The pixels are hashed where they lie."""
+    settings = (spec.image_mean, spec.image_std, spec.patch_size, spec.temporal_patch_size, spec.merge_size)
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"qvl media")
+    state.update(repr((kind, pixels.shape, size, settings)).encode())
+    state.update(pixels.reshape(-1).data)
+    return state.digest()
