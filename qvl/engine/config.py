@@ -7,13 +7,13 @@ Knows the defaults and why they are what they are. Does not import torch: what i
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import psutil
 
 from qvl.engine.locate import find_model
 from qvl.engine.options import EngineOptions
@@ -208,8 +208,11 @@ def _resolve_policy(options: EngineOptions) -> MediaPolicy:
         allow_any_local_path=options.allow_any_local_path,
         allowed_local_path=Path(root).expanduser().resolve() if root is not None else None,
     )
-    caps = {"max_bytes": options.max_media_bytes, "max_image_pixels": options.max_image_pixels}
-    return dataclasses.replace(policy, **{name: cap for name, cap in caps.items() if cap is not None})
+    return dataclasses.replace(
+        policy,
+        max_bytes=options.max_media_bytes or policy.max_bytes,
+        max_image_pixels=options.max_image_pixels or policy.max_image_pixels,
+    )
 
 
 def _name_of(model: str, spec: ModelSpec) -> str:
@@ -253,17 +256,33 @@ def _gib(num_bytes: int) -> str:
 
 
 def available_host_memory() -> int:
-    """Bytes that this process may still take: free memory of the machine, or less where a control group says so."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    """Bytes that this process may still take: free memory of the machine, or less where its control group says so."""
+    free = _meminfo_available()
+    for group, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
+        folder = Path(group)
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such control group, or "max"
+            taken = int((folder / used).read_text()) - _reclaimable(folder)
+            free = min(free, int((folder / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no such control group, or its limit is the word "max"
             continue
     return max(free, 0)
+
+
+def _meminfo_available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux: half of what is built in
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files in the page cache that a control group counts as used and would give up when asked."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file"))
 
 
 def _path_to_text(value: Any) -> str:

@@ -26,6 +26,19 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 MEDIA_KINDS = ("image", "video")
 PROCESSOR_KEYS = ("min_pixels", "max_pixels", "fps", "num_frames")
 DEFAULT_MM_LIMITS = {"image": 4, "video": 1}
+_COUNTS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "num_blocks",
+    "kv_cache_memory",
+    "encoder_cache_memory",
+    "encoder_budget_tokens",
+    "num_threads",
+    "max_media_bytes",
+    "max_image_pixels",
+)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -35,7 +48,7 @@ def _mm_defaults() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of an engine; names and meanings are vLLM's where vLLM has them. None: qvl chooses (see `config.resolve`).
+    """Options of an engine; names and meanings are vLLM's where it has them. None: `config.resolve` chooses.
 
     `model`: a checkpoint folder, a name found in the usual places (`locate.find_model`), or "demo", the bundled one.
     `kv_cache_memory`, `encoder_cache_memory`, `max_media_bytes` are bytes (texts like "2GiB" are read by `from_dict`).
@@ -82,10 +95,8 @@ class EngineOptions:
         self._check_numbers()
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:
-                raise ConfigError(
-                    f"'{name}' is {getattr(self, name)}, but this version of qvl runs a model on one device; leave it at 1",
-                    param=name,
-                )
+                says = f"'{name}' is {getattr(self, name)}, but this version of qvl runs a model on one device"
+                raise ConfigError(f"{says}; leave it at 1", param=name)
 
     def _check_words(self) -> None:
         _one_of("device", self.device, DEVICES)
@@ -97,14 +108,7 @@ class EngineOptions:
             _known("mm_processor_kwargs", name, PROCESSOR_KEYS)
 
     def _check_numbers(self) -> None:
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "block_size",
-            "num_blocks",
-            "kv_cache_memory",
-        ) + ("encoder_cache_memory", "encoder_budget_tokens", "num_threads", "max_media_bytes", "max_image_pixels"):
+        for name in _COUNTS:
             value = getattr(self, name)
             _require(value is None or (type(value) is int and value >= 1), name, "a whole number of at least 1", value)
         for kind, count in self.limit_mm_per_prompt.items():
@@ -144,12 +148,12 @@ class EngineOptions:
 
 
 def parse_mm_limits(text: str) -> dict[str, int]:
-    """ "image=4,video=1" or '{"image": 4}' -> {"image": 4, ...}. Raises `ConfigError`."""
+    """Counts of a text like `image=4,video=1` or `{"image": 4}`. Raises `ConfigError`."""
     return {kind: _integer("limit_mm_per_prompt", count) for kind, count in _pairs("limit_mm_per_prompt", text).items()}
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """ "1073741824", "1g", "1GiB" and "512 MB" -> bytes (units are powers of 1024). Raises `ConfigError` naming `name`."""
+    """Bytes of a text like "1073741824", "1g", "1GiB" or "512 MB" (powers of 1024). Raises `ConfigError`."""
     number = text.strip().lower().removesuffix("b").removesuffix("i").strip()
     unit = number[-1:] if number[-1:].isalpha() else ""
     try:

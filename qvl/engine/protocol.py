@@ -179,19 +179,21 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(body: bytes) -> ToEngine:
-    """The message in a frame that an engine received. Raises `ProtocolError`; `InvalidRequest` for bad sampling values."""
+    """The message in a frame for an engine. Raises `ProtocolError`, `InvalidRequest` for bad sampling values."""
     try:
-        return _to_engine.decode(body)
+        message: ToEngine = _to_engine.decode(body)
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"not a message for an engine: {error}") from error
+    return message
 
 
 def decode_from_engine(body: bytes) -> FromEngine:
     """The message in a frame that an engine sent. Raises `ProtocolError`."""
     try:
-        return _from_engine.decode(body)
+        message: FromEngine = _from_engine.decode(body)
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"not a message from an engine: {error}") from error
+    return message
 
 
 def frame(body: bytes) -> bytes:

@@ -192,7 +192,7 @@ class Scheduler:
         return True
 
     def _prepare_media(self, seq: Sequence, num_tokens: int, step: _Step) -> int:
-        """See that the pictures of the next `num_tokens` tokens are encoded by this step: how many tokens may be computed.
+        """Have the pictures of the next `num_tokens` tokens encoded; returns how many of these may be computed.
 
         The range stops before the first picture that must wait, because of a budget or of a cache full of pinned ones.
         """
@@ -221,8 +221,10 @@ class Scheduler:
     # -- taking in what a step computed
 
     def finish(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
-        """Append the sampled tokens, decide who is done, make full blocks findable. To be called once per step, also after
-        a step that failed (with `StepResult.errors` for each of its sequences). Aborted sequences are passed over."""
+        """Append the sampled tokens, decide who is done, make full blocks findable; aborted sequences are passed over.
+
+        To be called once per step, also after one that failed (with `StepResult.errors` for each of its sequences).
+        """
         outputs: list[TokenOutput] = []
         sampled = 0
         for media in batch.encode:
@@ -251,7 +253,7 @@ class Scheduler:
         for index in range(seq.num_registered, entry.end // self.blocks.block_size):
             self.blocks.register(seq.block_table[index], seq.keys[index])
             seq.num_registered = index + 1
-        for index in [i for i in seq.pinned if seq.spans[i].offset + seq.spans[i].length <= entry.end]:
+        for index in [i for i in seq.pinned if seq.spans[i].end <= entry.end]:
             seq.pinned.remove(index)
             self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qvl.engine.protocol import AddRequest, MediaInput
-from qvl.prompt import Span, block_keys, extend_key, mrope_positions
+from qvl.prompt import Span, block_keys, extend_key, mrope_positions, root_key
 from qvl.specs import ModelSpec
 from qvl.types import FinishReason, SamplingParams
 
@@ -151,7 +151,7 @@ class Sequence:
         return self.num_to_compute == 1 and self.num_computed >= self.num_prompt_tokens
 
     def positions(self, start: int, num_tokens: int) -> npt.NDArray[np.int64]:
-        """M-RoPE positions int64 [3, num_tokens] of the tokens from `start`; generated token i stands at i + rope_delta."""
+        """M-RoPE positions int64 [3, num_tokens] from token `start` on; generated token i stands at i + rope_delta."""
         end = start + num_tokens
         if end <= self.num_prompt_tokens:
             return self.prompt_positions[:, start:end]
@@ -162,20 +162,17 @@ class Sequence:
     def spans_in(self, start: int, num_tokens: int) -> list[int]:
         """Indices of the pictures with at least one token in [start, start + num_tokens), in order."""
         end = start + num_tokens
-        return [i for i, s in enumerate(self.spans) if s.offset < end and s.offset + s.length > start]
+        return [i for i, s in enumerate(self.spans) if s.offset < end and s.end > start]
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; the key of a block that it completes is added with it."""
         self.token_ids.append(token_id)
         if len(self.token_ids) % self.block_size == 0:
-            self.keys.append(self._last_block_key())
-
-    def _last_block_key(self) -> bytes:
-        start = len(self.token_ids) - self.block_size
-        # The block that holds the end of the prompt may touch a picture, which only block_keys puts into the key.
-        if start < self.num_prompt_tokens:
-            return block_keys(self.token_ids, self.spans, self.block_size, self.salt)[-1]
-        return extend_key(self.keys[-1], self.token_ids[start:])
+            start = len(self.token_ids) - self.block_size
+            parent = self.keys[-1] if self.keys else root_key(self.salt)
+            # The block that begins in the prompt may hold the end of a picture.
+            spans = self.spans if start < self.num_prompt_tokens else ()
+            self.keys.append(extend_key(parent, self.token_ids[start:], spans, start))
 
     def start_running(self, block_table: list[int], num_hits: int) -> None:
         """Admitted: these blocks are its own now, the first `num_hits` of them computed before."""
