@@ -1,7 +1,7 @@
 """The register of paged attention implementations.
 
-Knows which implementations exist and what each needs. Does not know layers. A new one is a file beside this and one entry in
-`CANDIDATES`, before the universal one.
+Knows which implementations exist and what each needs. Does not know layers. A new one is a file beside this and one
+entry in `CANDIDATES`, before the universal one.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: 
 
 
 def attend_decodes(q: Tensor, kv: tuple[Tensor, Tensor], group: DecodeGroup) -> Tensor:  # [g, heads, d] -> the same
-    """The query heads that share a KV head become the query axis, so nothing is repeated and no causal mask is needed."""
+    """The query heads of one KV head become the query axis: nothing is repeated, no causal mask is needed."""
     k, v = (
         cache[group.blocks].flatten(1, 2)[:, : group.length].transpose(1, 2).to(q.dtype) for cache in kv
     )  # [g, kv_heads, length, d]

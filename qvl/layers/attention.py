@@ -1,7 +1,7 @@
 """The attention seam: what a step tells the layers about its sequences, the paged cache, and attention inside pictures.
 
-Knows shapes and the interface of a paged attention. Does not know requests, nor which implementation runs: `qvl.kernels`
-chooses one per device.
+Knows shapes and the interface of a paged attention. Does not know requests, nor which implementation runs:
+`qvl.kernels` chooses one per device.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ KVCache = list[tuple[Tensor, Tensor]]
 class AttentionMetadata:
     """One step's sequences; the first `num_decodes` of them have exactly one query token.
 
-    Tensors live on the device of the model, the lists are host copies of the same numbers, so that no layer has to wait for
-    the device to learn a length.
+    Tensors live on the device of the model, the lists are host copies of the same numbers, so that no layer has to
+    wait for the device to learn a length.
     """
 
     cu_seqlens_q: Tensor  # int32 [b + 1], running sum of query_lens
@@ -47,7 +47,7 @@ class PagedAttention(Protocol):
         """Whatever `run` needs that is the same in every layer."""
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
-        """Store k, v [n, kv_heads, head_dim] in the cache, then attend q [n, heads, head_dim]: [n, heads * head_dim]."""
+        """Store k, v [n, kv_heads, head_dim], then attend q [n, heads, head_dim]: [n, heads * head_dim]."""
 
 
 def make_kv_cache(
@@ -62,8 +62,9 @@ def make_kv_cache(
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Full attention inside each of consecutive segments; q, k, v [n, heads, head_dim], sum(lengths) == n: [n, heads * head_dim].
+    """Full attention inside each of consecutive segments of the given lengths.
 
+    q, k, v [n, heads, head_dim] with sum(lengths) == n: [n, heads * head_dim].
     Neighbouring segments of one length (the slices of a video, pictures of one size) go through in one batch.
     """
     outputs = []

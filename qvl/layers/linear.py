@@ -1,7 +1,7 @@
 """Linear layers whose rows may be several projections of the checkpoint stored as one matrix.
 
-Knows its weight, its bias and how many rows each part has. Does not know how the product is computed on a device: that is
-`qvl.kernels`.
+Knows its weight, its bias and how many rows each part has. Does not know how the product is computed on a device:
+that is `qvl.kernels`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qvl.kernels.linear import linear
 class Linear(nn.Module):
     """y = x W^T + b with W [sum(parts), in_features].
 
-    `parts` are the row counts of the merged projections in order (q, k, v or gate, up); an ordinary layer has one. The matrix
-    has `dtype`, the bias the dtype of the activations.
+    `parts` are the row counts of the merged projections in order (q, k, v or gate, up); an ordinary layer has one.
+    The matrix has `dtype`, the bias the dtype of the activations.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Root-mean-square and layer normalisation.
 
-Knows the arithmetic and that the sum with the residual belongs to it, so that a device may fuse the two. Does not know where in
-a network it stands.
+Knows the arithmetic and that the sum with the residual belongs to it, so that a device may fuse the two. Does not
+know where in a network it stands.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Qwen2-VL: a vision tower and a causal decoder with three-axis rotary positions over a paged cache.
 
-Knows the network and what its checkpoint calls each weight. Does not know requests, prompts, sampling or files. Request state
-comes in as tensors and goes out as tensors: nothing is remembered between two calls.
+Knows the network and what its checkpoint calls each weight. Does not know requests, prompts, sampling or files.
+Request state comes in as tensors and goes out as tensors: nothing is remembered between two calls.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Decoder(nn.Module):
 class Qwen2VLForConditionalGeneration(nn.Module):
     """The whole network. Parameters stand on `meta` until `qvl.models.weights.load_weights` gives them values.
 
-    `dtype` is the dtype of the weight matrices. Activations have `compute_dtype`: the same on a GPU, fp32 on a CPU, where
-    16-bit weights are a way to read less memory and the arithmetic is done in fp32.
+    `dtype` is the dtype of the weight matrices. Activations have `compute_dtype`: the same on a GPU, fp32 on a CPU,
+    where 16-bit weights are a way to read less memory and the arithmetic is done in fp32.
     """
 
     # How the checkpoints of the last years spell the same weight, newest first, and what is stored as one matrix here.
@@ -150,7 +150,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
     def forward(
         self, hidden_states: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
     ) -> Tensor:
-        """[n, hidden], positions int64 [3, n]: hidden states after the final norm [n, hidden]; the cache gains n tokens."""
+        """[n, hidden], positions int64 [3, n]: after the final norm [n, hidden]; the cache gains n tokens."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
         delta, residual = None, hidden_states.to(self.compute_dtype)

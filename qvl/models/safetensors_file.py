@@ -1,7 +1,7 @@
 """Reading safetensors files through a memory map without holding more of them than the piece in hand.
 
-Knows the file format. Does not know models. The library's own reader keeps every page it has touched in the process, which doubles
-the memory of a load; this one gives them back.
+Knows the file format. Does not know models. The library's own reader keeps every page it has touched in the process,
+which doubles the memory of a load; this one gives them back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Entry:
 
 
 class SafetensorsFile:
-    """An open file; `entries` by tensor name. Raises CheckpointError for a file that is truncated or no safetensors file."""
+    """An open file; `entries` by tensor name.
+
+    Raises CheckpointError for a file that is truncated or no safetensors file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,9 +82,8 @@ class SafetensorsFile:
         if dtype is not None and last - first != math.prod(entry.shape) * dtype.itemsize:
             raise CheckpointError(f"{self.path.name}: the size of '{name}' does not fit its shape; the file is damaged")
         if not 0 <= first <= last or entry.stop > len(self._map):
-            raise CheckpointError(
-                f"{self.path.name} is truncated: '{name}' ends at byte {entry.stop} of {len(self._map)}; download it again"
-            )
+            ends = f"'{name}' ends at byte {entry.stop} of {len(self._map)}"
+            raise CheckpointError(f"{self.path.name} is truncated: {ends}; download it again")
         return entry
 
     def pieces(self, entry: Entry) -> Iterator[tuple[int, Tensor]]:

@@ -1,7 +1,7 @@
 """The vision tower of Qwen2-VL: patches in, tokens of the decoder's width out.
 
-Knows its weights and that every temporal slice of every picture attends to itself only. Does not know pixels, requests or
-caches.
+Knows its weights and that every temporal slice of every picture attends to itself only. Does not know pixels,
+requests or caches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checkpoint's tensors into a network's parameters, each used exactly once or named in an error.
 
-Knows files, names and shapes; streams tensor by tensor so that the host holds the weights once. Does not know any network: what
-names mean comes from the class (`RENAMES`, `MERGED`, `checkpoint_shapes`).
+Knows files, names and shapes; streams tensor by tensor so that the host holds the weights once. Does not know any
+network: what names mean comes from the class (`RENAMES`, `MERGED`, `checkpoint_shapes`).
 """
 
 from __future__ import annotations
@@ -63,19 +63,20 @@ def load_weights(
 ) -> None:
     """Give every parameter of `model` its value from the safetensors files in `folder`, cast to the parameter's dtype.
 
-    "dummy" reads no file: fixed-seed small random numbers. CheckpointError names what is missing, unexpected, misshapen,
-    truncated or quantised, before anything is allocated. The host's peak is the weights plus a few tens of megabytes.
+    "dummy" reads no file: fixed-seed small random numbers. CheckpointError names what is missing, unexpected,
+    misshapen, truncated or quantised, before anything is allocated. The host's peak is the weights plus a few tens of
+    megabytes.
     """
     assert dtype == model.dtype, (dtype, model.dtype)
     if load_format == "dummy":
-        model.to_empty(device=torch.device(device))
+        materialise(model, device)
         fill_randomly(model)
         return
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(Path(folder))]
         slots = expected_slots(model)
         sources = match(slots, rename(files, model.RENAMES), tied=model.spec.text.tie_word_embeddings)
-        model.to_empty(device=torch.device(device))
+        materialise(model, device)
         parameters = dict(model.named_parameters())
         for name, slot in slots.items():
             copy(sources[name], parameters[slot.parameter], slot)
@@ -156,9 +157,8 @@ def rename(files: Iterable[SafetensorsFile], renames: Iterable[tuple[str, str]])
             canonical = next((new + name[len(old) :] for old, new in renames if name.startswith(old)), name)
             if canonical in sources:
                 first = sources[canonical]
-                raise CheckpointError(
-                    f"the same weight occurs twice: '{first.name}' in {first.file.path.name} and '{name}' in {file.path.name}"
-                )
+                where = f"'{first.name}' in {first.file.path.name} and '{name}' in {file.path.name}"
+                raise CheckpointError(f"the same weight occurs twice: {where}")
             sources[canonical] = Source(name, file, entry)
     return sources
 
@@ -210,6 +210,14 @@ def check_tied(embedding: Source | None, head: Source) -> None:
         )
 
 
+def materialise(model: nn.Module, device: torch.device | str) -> None:
+    """Memory for every parameter (`Module.to_empty` would import 30 MB of tracing machinery for it)."""
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, leaf, nn.Parameter(empty, requires_grad=False))
+
+
 def copy(source: Source, parameter: Tensor, slot: Slot) -> None:
     """One tensor into its rows of a parameter, piece by piece, cast on the way."""
     target = parameter.data.narrow(0, slot.start, slot.rows).view(-1)
@@ -219,8 +227,10 @@ def copy(source: Source, parameter: Tensor, slot: Slot) -> None:
 
 
 def fill_randomly(model: nn.Module) -> None:
-    """The same small random numbers for the same network every time; norms get weight one. One block is drawn and repeated,
-    because drawing billions of numbers takes minutes."""
+    """The same small random numbers for the same network every time; norms get weight one.
+
+    One block is drawn and repeated, because drawing billions of numbers takes minutes.
+    """
     block = torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_STD
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ def folder(request: pytest.FixtureRequest, checkpoints: tuple[Path, ...]) -> Pat
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path) -> Iterator[tuple[Any, Any]]:
+def models(folder: Path) -> tuple[Any, Any]:
     torch.set_num_threads(1)
-    yield oracle.load_reference(folder), oracle.load_ours(folder)
+    return oracle.load_reference(folder), oracle.load_ours(folder)
 
 
 @pytest.mark.parametrize("name", oracle.CASES)

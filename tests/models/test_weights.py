@@ -1,0 +1,236 @@
+"""Loading: every spelling gives the same network, and every defect is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qvl.errors import CheckpointError, ConfigError
+from qvl.models import safetensors_file
+from qvl.models.registry import build_model, model_class
+from qvl.models.weights import load_weights
+from qvl.specs import load_spec
+from tests.checkpoints import write_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, load_format: Any = "auto") -> Tensors:
+    model = build_model(load_spec(folder), dtype, "cpu")
+    load_weights(model, folder, device="cpu", dtype=dtype, load_format=load_format)
+    return dict(model.named_parameters())
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def editable(tmp_path: Path, checkpoint: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def respell(folder: Path, spell: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({spell(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def test_merged_matrices_hold_their_parts_in_order(checkpoint: Path) -> None:
+    theirs = load_file(checkpoint / "model.safetensors")
+    ours = load(checkpoint)
+    layer = "model.layers.1."
+    parts = [theirs[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]
+    assert torch.equal(ours[f"{layer}self_attn.qkv_proj.weight"], torch.cat(parts))
+    parts = [theirs[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]
+    assert torch.equal(ours[f"{layer}mlp.gate_up_proj.weight"], torch.cat(parts))
+
+
+def test_the_newer_spelling_is_the_same_network(editable: Path, checkpoint: Path) -> None:
+    def newer(name: str) -> str:
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+    respell(editable, newer)
+    assert "model.language_model.norm.weight" in load_file(editable / "model.safetensors")
+    assert same(load(editable), load(checkpoint))
+
+
+def test_shards_are_the_same_network(tmp_path: Path, checkpoint: Path) -> None:
+    sharded = write_checkpoint(tmp_path / "model", seed=len("plain"), num_shards=3)
+    assert len(list(sharded.glob("*.safetensors"))) == 3
+    assert same(load(sharded), load(checkpoint))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    sharded = write_checkpoint(tmp_path / "model", num_shards=3)
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 3 .* model-00002-of-00003.safetensors"):
+        load(sharded)
+
+
+def test_an_index_that_promises_too_much_is_named(tmp_path: Path) -> None:
+    sharded = write_checkpoint(tmp_path / "model", num_shards=2)
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors .* model.ghost"):
+        load(sharded)
+    index["weight_map"]["model.ghost"] = "../model.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("saved", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_precision_loads_as_every_other(tmp_path: Path, saved: str, target: torch.dtype) -> None:
+    folder = write_checkpoint(tmp_path / "model", dtype=saved)
+    theirs = load_file(folder / "model.safetensors")
+    ours = load(folder, target)
+    for name in ("model.embed_tokens.weight", "visual.blocks.0.attn.qkv.weight", "model.layers.0.mlp.down_proj.weight"):
+        assert ours[name].dtype == target
+        assert torch.equal(ours[name], theirs[name].to(target))
+
+
+def test_a_tied_checkpoint_may_carry_its_head(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", variant="tied")
+    expected = load(folder)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert same(load(folder), expected)
+    edit(folder, lambda t: t["lm_head.weight"][-1].add_(1))
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings.*'lm_head.weight' differs"):
+        load(folder)
+
+
+def test_buffers_of_old_files_are_passed_over(editable: Path, checkpoint: Path) -> None:
+    edit(editable, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert same(load(editable), load(checkpoint))
+
+
+def _misshape(tensors: Tensors) -> None:
+    tensors["model.norm.weight"] = torch.ones(63)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), "1 tensors are missing: .*1.self_attn.k_proj.bias"),
+        (lambda t: t.pop("lm_head.weight"), "missing: lm_head.weight"),
+        (lambda t: t.update({"model.extra.weight": torch.ones(2)}), "not part of this model: model.extra.weight"),
+        (_misshape, r"wrong shape: model.norm.weight \[63\] instead of \[64\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64).char()}), "not supported: .*norm.weight I8"),
+        (lambda t: t.update({"model.language_model.norm.weight": torch.ones(64)}), "twice: .*model.norm.weight"),
+        (lambda t: t.update({"model.layers.0.qweight": torch.ones(2)}), "quantised .*qweight.*unquant"),
+    ],
+    ids=["missing-part", "missing-head", "unexpected", "shape", "number-type", "twice", "quantised"],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(editable: Path, change: Callable[[Tensors], object], says: str) -> None:
+    edit(editable, change)
+    with pytest.raises(CheckpointError, match=says):
+        load(editable)
+
+
+def test_long_lists_are_cut(editable: Path) -> None:
+    edit(editable, lambda t: t.update({f"x{i}": torch.ones(1) for i in range(30)}))
+    with pytest.raises(CheckpointError, match=r"30 tensors are .* x\d+ and 22 more"):
+        load(editable)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, 50_000, -1])
+def test_a_truncated_file_is_an_error(editable: Path, keep: int) -> None:
+    path = editable / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model.safetensors"):
+        load(editable)
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"\x10" + bytes(7) + b"[1, 2, 3, 4,   ]"]
+)
+def test_other_files_are_no_weights(editable: Path, content: bytes) -> None:
+    (editable / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"git-lfs|damaged"):
+        load(editable)
+
+
+def test_a_shape_that_lies_about_its_size_is_damage(editable: Path) -> None:
+    path = editable / "model.safetensors"
+    content = path.read_bytes()
+    assert b'"shape":[64]' in content
+    path.write_bytes(content.replace(b'"shape":[64]', b'"shape":[65]', 1))
+    with pytest.raises(CheckpointError, match="does not fit its shape"):
+        load(editable)
+
+
+def test_a_folder_without_safetensors_says_what_to_do(editable: Path) -> None:
+    (editable / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        load(editable)
+    (editable / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickle"):
+        load(editable)
+
+
+def test_tensors_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    whole = load(checkpoint)
+    monkeypatch.setattr(safetensors_file, "PIECE", 4096 + 8)
+    assert same(load(checkpoint), whole)
+
+
+def test_dummy_weights_need_no_file_and_repeat(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", no_weights=True)
+    first, second = load(folder, load_format="dummy"), load(folder, load_format="dummy")
+    assert same(first, second)
+    matrix = first["model.layers.0.mlp.gate_up_proj.weight"]
+    assert matrix.std().item() == pytest.approx(0.02, rel=0.1)
+    assert len(matrix.unique(dim=0)) == len(matrix)
+    assert torch.equal(first["model.norm.weight"], torch.ones(64))
+
+
+def test_an_unknown_architecture_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'LlamaForCausalLM' is not supported; supported: Qwen2VL"):
+        model_class("LlamaForCausalLM")
+
+
+_MEASURE = """
+import re, sys, torch
+from qvl.models.registry import build_model
+from qvl.models.weights import load_weights
+from qvl.specs import load_spec
+torch.set_num_threads(1)
+torch.randn(64, 64) @ torch.randn(64, 64)
+model = build_model(load_spec(sys.argv[1]), torch.bfloat16, "cpu")
+def peak():  # bytes; unlike ru_maxrss it starts anew with the program
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+load_weights(model, sys.argv[1], device="cpu", dtype=torch.bfloat16)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_the_host_holds_the_weights_once(tmp_path: Path) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 16384, "num_attention_heads": 16, "num_key_value_heads": 2}
+    text = {**wide, "vocab_size": 40_000, "num_hidden_layers": 3, "mrope_section": [4, 6, 6]}
+    folder = write_checkpoint(tmp_path / "model", dtype="bfloat16", text=text)
+    weights = (folder / "model.safetensors").stat().st_size
+    assert weights > 200e6
+    run = subprocess.run([sys.executable, "-c", _MEASURE, str(folder)], capture_output=True, text=True, check=True)
+    assert 0.9 * weights < int(run.stdout) < 1.2 * weights
