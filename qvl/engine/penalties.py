@@ -1,7 +1,7 @@
 """Which tokens a request has used so far, counted on the device, and the three penalties that read the counts.
 
-Knows token histories. Does not know where logits come from, nor when a request ends: the table is a cache, and a row that
-was given away is rebuilt from the history that its owner hands in again.
+Knows token histories. Does not know where logits come from, nor when a request ends: the table is a cache, and a row
+that was given away is rebuilt from the history that its owner hands in again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def wants_penalties(sampling: SamplingParams) -> bool:
 
 
 class TokenCounts:
-    """One table row per request with penalties: prompt tokens seen (bool) and output tokens counted (int32), [rows, vocab].
+    """One table row per request with penalties, [rows, vocab]: seen in the prompt (bool), count in the output (int32).
 
     Grows by doubling to the largest number of rows that one step ever had; 5 bytes per row and vocabulary entry.
     """
@@ -111,10 +111,11 @@ class TokenCounts:
 
 
 def apply_penalties(logits: Tensor, counts: TokenCounts, slots: Tensor, settings: Tensor) -> Tensor:
-    """Penalised logits [r, vocab] of rows whose table rows are `slots` [r]; `settings` [3, r] = repetition, presence, frequency.
+    """Penalised logits [r, vocab] of rows whose table rows are `slots` [r].
 
-    Repetition divides positive and multiplies negative logits of every token of prompt and output (as transformers does);
-    presence and frequency are subtracted for tokens of the output only (as OpenAI and vLLM do).
+    `settings` [3, r] holds repetition, presence and frequency. Repetition divides positive and multiplies negative
+    logits of every token of prompt and output (as transformers does); presence and frequency are subtracted for tokens
+    of the output only (as OpenAI and vLLM do).
     """
     repetition, presence, frequency = settings[:, :, None].unbind(0)
     in_output = counts.in_output[slots]

@@ -1,8 +1,8 @@
-"""From logits to token ids: bans, penalties, filters, and noise that depends on nothing but a request's seed and position.
+"""From logits to token ids: penalties, bans, filters, and noise that depends on a request's seed and position alone.
 
-Knows tensors [rows, vocab] and sampling rules. Does not know models, blocks or when an answer ends. There is no generator
-state: the noise of a token is a hash of (seed, position, token id), so a seeded answer is the same whatever else runs
-beside it, and however often it was preempted.
+Knows tensors [rows, vocab] and sampling rules. Does not know models, blocks or when an answer ends. There is no
+generator state: the noise of a token is a hash of (seed, position, token id), so a seeded answer is the same whatever
+else runs beside it, and however often it was preempted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ FAILED = -1
 
 @dataclass(frozen=True, slots=True)
 class SamplerRow:
-    """One row of logits: `token_ids` are prompt and output so far, `sampling` is resolved (no None but logprobs and seed)."""
+    """One row of logits: `token_ids` are prompt and output so far.
+
+    `sampling` is resolved (no None but in `logprobs` and `seed`); `seed` is used instead of `sampling.seed`; `banned`
+    ids may not be chosen this time.
+    """
 
     owner: object
     sampling: SamplingParams
     seed: int
+    banned: Sequence[int]
     token_ids: Sequence[int]
     num_prompt_tokens: int
 
@@ -52,16 +57,12 @@ class SampledToken:
 
 
 class Sampler:
-    """Chooses one token per row. `never_sampled` ids are banned always, `end_ids` until a row has its min_tokens."""
+    """Chooses one token per row. `never_sampled` ids are banned in every row."""
 
-    def __init__(
-        self, vocab_size: int, *, never_sampled: Iterable[int], end_ids: Iterable[int], device: torch.device
-    ) -> None:
+    def __init__(self, vocab_size: int, *, never_sampled: Iterable[int], device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self.end_ids = tuple(end_ids)
-        self._never_ids = frozenset(never_sampled)
-        self._never = torch.tensor(sorted(self._never_ids), dtype=torch.int64, device=device)
+        self._never = torch.tensor(sorted(never_sampled), dtype=torch.int64, device=device)
         self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)[None]
         self._counts = TokenCounts(vocab_size, device)
 
@@ -145,15 +146,11 @@ class Sampler:
 
     def _ban(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
         logits.index_fill_(1, self._never, -torch.inf)
-        early = [
-            (i, token_id)
-            for i, row in enumerate(rows)
-            if row.sampling.min_tokens > row.position
-            for token_id in (*self.end_ids, *row.sampling.stop_token_ids)
-            if 0 <= token_id < self.vocab_size
+        now = [
+            (i, token_id) for i, row in enumerate(rows) for token_id in row.banned if 0 <= token_id < self.vocab_size
         ]
-        if early:
-            index = self._put(np.asarray(early, dtype=np.int64).T)
+        if now:
+            index = self._put(np.asarray(now, dtype=np.int64).T)
             logits.index_put_((index[0], index[1]), torch.full((), -torch.inf, device=self.device))
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
@@ -174,7 +171,7 @@ def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
 
 
 def _filter_sorted(values: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """-inf outside the first `top_k` and outside the smallest head whose probability reaches `top_p`. [m, c], best first"""
+    """-inf outside the first `top_k` and the smallest head whose probability reaches `top_p`. [m, c], best first"""
     rank = torch.arange(values.shape[1], device=values.device)[None]
     values = values.masked_fill(rank >= top_k, -torch.inf)
     probs = values.softmax(dim=1)

@@ -22,8 +22,8 @@ VOCAB = 211
 CPU = torch.device("cpu")
 
 
-def make_sampler(never: tuple[int, ...] = (), ends: tuple[int, ...] = ()) -> Sampler:
-    return Sampler(VOCAB, never_sampled=never, end_ids=ends, device=CPU)
+def make_sampler(never: tuple[int, ...] = ()) -> Sampler:
+    return Sampler(VOCAB, never_sampled=never, device=CPU)
 
 
 def params(**changes: object) -> SamplingParams:
@@ -31,8 +31,14 @@ def params(**changes: object) -> SamplingParams:
     return SamplingParams(**(neutral | changes))  # type: ignore[arg-type]
 
 
-def row(sampling: SamplingParams, seed: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = ()):
-    return SamplerRow(object(), sampling, seed, [*prompt, *output], len(prompt))
+def row(
+    sampling: SamplingParams,
+    seed: int = 0,
+    prompt: tuple[int, ...] = (1, 2),
+    output: tuple[int, ...] = (),
+    banned: tuple[int, ...] = (),
+) -> SamplerRow:
+    return SamplerRow(object(), sampling, seed, banned, [*prompt, *output], len(prompt))
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -144,7 +150,7 @@ def test_penalty_counts_follow_requests_that_come_and_go() -> None:
     for step in range(40):
         chosen = [r for r in requests if torch.rand((), generator=generator) < 0.5] or requests[:1]
         logits = torch.randn(len(chosen), VOCAB, generator=generator)
-        rows = [SamplerRow(owner, rule, 0, ids, 3) for owner, ids in chosen]
+        rows = [SamplerRow(owner, rule, 0, (), ids, 3) for owner, ids in chosen]
         fresh = [make_sampler().sample(logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(rows)]
         got = [token.token_id for token in sampler.sample(logits, rows)]
         assert got == fresh, step
@@ -154,7 +160,7 @@ def test_penalty_counts_follow_requests_that_come_and_go() -> None:
 
 
 def test_bans_hold_whatever_the_bias_says() -> None:
-    sampler = make_sampler(never=(20, 21), ends=(30,))
+    sampler = make_sampler(never=(20, 21))
     logits = torch.zeros(1, VOCAB)
     logits[0, 20] = 90.0
     biased = params(logit_bias={21: 100.0, 40: 5.0, VOCAB + 3: 100.0}, temperature=1.0, seed=1)
@@ -164,13 +170,11 @@ def test_bans_hold_whatever_the_bias_says() -> None:
     assert 40 in chosen
 
 
-def test_end_ids_wait_for_min_tokens() -> None:
-    sampler = make_sampler(ends=(30,))
-    rule = params(min_tokens=2, stop_token_ids=(31,))
-    logits = torch.zeros(1, VOCAB)
-    logits[0, 30], logits[0, 31], logits[0, 32] = 9.0, 8.0, 1.0
-    picks = [sampler.sample(logits.clone(), [row(rule, output=(5,) * n)])[0].token_id for n in range(4)]
-    assert picks == [32, 32, 30, 30]
+def test_banned_ids_of_one_row_stay_free_in_another() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 30], logits[:, 31], logits[:, 32] = 9.0, 8.0, 1.0
+    first, second = make_sampler().sample(logits, [row(params(), banned=(30, 31, VOCAB)), row(params())])
+    assert (first.token_id, second.token_id) == (32, 30)
 
 
 def test_logprobs_are_those_of_the_raw_distribution() -> None:

@@ -1,0 +1,52 @@
+"""The device as torch sees it: what `resolve` must know before loading, and what running out of memory looks like.
+
+Knows torch's device interfaces. Does not know models or requests.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from qvl.engine.config import DeviceFacts, available_host_memory
+from qvl.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_facts(device: str = "auto") -> DeviceFacts:
+    """Facts about "cpu", "cuda" or, for "auto", a GPU where there is one. Raises `ConfigError` when there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("'device' is 'cuda', but no CUDA GPU was found", param="device")
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device == "cpu" or not torch.cuda.is_available():
+        return DeviceFacts("cpu", (0, 0), available_host_memory(), preferred_cpu_dtype(), num_cores)
+    total = torch.cuda.get_device_properties(0).total_memory
+    return DeviceFacts("cuda", torch.cuda.get_device_capability(0), total, "float32", num_cores)
+
+
+def preferred_cpu_dtype() -> str:
+    """bfloat16 where the processor multiplies it (AVX-512 BF16, AMX), else float32: converting would cost more."""
+    flags = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return "bfloat16" if any(flag() for flag in flags) else "float32"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host (where torch has no class of its own for it)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give back what the caching allocator holds but nobody uses, after an allocation failed."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu (2 threads)" or "cuda (NVIDIA H200)": what the ready line shows."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"

@@ -1,0 +1,126 @@
+"""The engine: requests in, tokens out, one step at a time. Synchronous, single-threaded, one device.
+
+Knows how scheduler and runner are put together and what a request must look like to enter. Does not know sockets, text,
+or who is asking.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence as Items
+
+import numpy as np
+import numpy.typing as npt
+
+from qvl.engine.block_manager import BlockManager
+from qvl.engine.config import EngineConfig
+from qvl.engine.device import device_name
+from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput, TokenOutput
+from qvl.engine.runner import ModelRunner
+from qvl.engine.scheduler import Scheduler
+from qvl.engine.sequence import Sequence
+from qvl.errors import InvalidRequest
+from qvl.specs import ModelSpec
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Engine:
+    """Serves the model of `config`. Raises `CheckpointError` or `ConfigError` when it cannot start."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.monotonic()
+        self.runner = ModelRunner(config)
+        self.config = self.runner.config
+        assert self.config.num_blocks is not None
+        blocks = BlockManager(self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.config, blocks, self.runner.encoder_cache)
+        self.info = engine_info(self.config, self.runner, time.monotonic() - started)
+        self._seeds = random.Random(self.config.seed)
+
+    def add(self, request: AddRequest, pixels: Items[Pixels | None] = ()) -> None:
+        """Queue a request; `pixels` are uint8 [frames, h, w, 3], one per `request.media`.
+
+        Raises `InvalidRequest` (`PromptTooLong` among it); the engine is as it was then.
+        """
+        check_request(request, pixels, self.config.spec)
+        seq = Sequence.create(
+            request,
+            self.config.spec,
+            block_size=self.config.block_size,
+            fallback_seed=self._seeds.getrandbits(63),
+            pixels=list(pixels),
+        )
+        self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at once, its memory is free again; False when there is none. Nothing more is said about it."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[TokenOutput]:
+        """One forward pass: what every request that gained a token (or failed) in it has to say."""
+        batch = self.scheduler.schedule()
+        result = self.runner.run(batch)
+        return self.scheduler.finish(batch, result)
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters for metrics."""
+        return self.scheduler.stats()
+
+    def check_integrity(self) -> None:
+        """Blocks, pictures and queues add up; when idle, everything has been given back."""
+        self.scheduler.check_integrity()
+        if not self.has_work:
+            assert self.scheduler.blocks.num_used == 0, "an idle engine holds blocks"
+
+
+def check_request(request: AddRequest, pixels: Items[Pixels | None], spec: ModelSpec) -> None:
+    """Refuse what the runner could not compute. Raises `InvalidRequest`."""
+    ids = np.asarray(request.token_ids, dtype=np.int64)
+    if len(ids) and not (ids.min() >= 0 and ids.max() < spec.text.vocab_size):
+        raise InvalidRequest(f"token ids must lie in [0, {spec.text.vocab_size})", param="prompt")
+    if len(pixels) != len(request.media):
+        raise InvalidRequest(
+            f"{len(request.media)} pictures are announced, {len(pixels)} handed over", param="messages"
+        )
+    end = 0
+    for media, array in zip(request.media, pixels, strict=True):
+        _check_media(media, array, spec)
+        if not end <= media.offset <= media.offset + media.length <= len(ids):
+            raise InvalidRequest("pictures overlap or lie outside the prompt", param="messages")
+        end = media.offset + media.length
+
+
+def _check_media(media: MediaInput, pixels: Pixels | None, spec: ModelSpec) -> None:
+    vision, grid = spec.vision, media.grid
+    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not pixels.size:
+        raise InvalidRequest("pixels must be uint8 [frames, height, width, 3]", param="messages")
+    slices = -(-pixels.shape[0] // vision.temporal_patch_size)
+    wanted = (slices, media.height // vision.patch_size, media.width // vision.patch_size)
+    fits = media.height % vision.factor == 0 and media.width % vision.factor == 0
+    if (grid.t, grid.h, grid.w) != wanted or not fits or media.length != grid.num_tokens(vision.merge_size):
+        raise InvalidRequest("the size of a picture does not agree with its place in the prompt", param="messages")
+
+
+def engine_info(config: EngineConfig, runner: ModelRunner, load_seconds: float) -> EngineInfo:
+    """What is served and how."""
+    parameters = runner.model.parameters()
+    return EngineInfo(
+        model=config.served_name,
+        device=device_name(runner.device),
+        dtype=config.dtype,
+        attention=runner.model.attention_reason,
+        num_blocks=config.num_blocks or 0,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        load_seconds=load_seconds,
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        kv_cache_bytes=(config.num_blocks or 0) * config.block_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )

@@ -1,0 +1,104 @@
+"""The pictures of a step through the vision tower and into the encoder cache.
+
+Knows pixels in host memory, batches bounded in patches, and what to do when memory runs out. Does not know prompts: a
+picture is its digest, its pixels and its grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qvl.engine.batch import ScheduledMedia
+from qvl.engine.device import is_out_of_memory, release_cached_memory
+from qvl.engine.encoder_cache import EncoderCache
+from qvl.models.preprocess import patchify
+from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from qvl.specs import ProcessorSpec
+
+# Pictures are encoded together up to this many patches (twelve of a megapixel): more brings no speed, only activations.
+MAX_BATCH_PATCHES = 65_536
+
+
+class MediaEncoder:
+    """Encodes pictures; `max_patches` bounds one batch, but for a single picture that is larger by itself."""
+
+    def __init__(
+        self,
+        model: Qwen2VLForConditionalGeneration,
+        cache: EncoderCache[Tensor],
+        processor: ProcessorSpec,
+        max_patches: int = MAX_BATCH_PATCHES,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.processor = processor
+        self.max_patches = max_patches
+
+    def encode(self, media: Sequence[ScheduledMedia]) -> dict[bytes, str]:
+        """Put every picture's embeddings [tokens, hidden] into the cache; digests that failed, with the reason."""
+        failed: dict[bytes, str] = {}
+        for group in batches(media, self.max_patches):
+            failed |= self._encode_group(group)
+        return failed
+
+    def _encode_group(self, group: Sequence[ScheduledMedia]) -> dict[bytes, str]:
+        try:
+            embeddings = self._forward(group)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            embeddings = None
+        if embeddings is not None:
+            for item, rows in zip(group, embeddings, strict=True):
+                self.cache.put(item.span.digest, rows)
+            return {}
+        release_cached_memory(self.model.device)
+        if len(group) == 1:
+            grid = group[0].span.grid
+            reason = (
+                f"out of memory while encoding a {group[0].span.kind} of {grid.num_patches} patches; lower max_pixels"
+            )
+            return {group[0].span.digest: reason}
+        # One of them may be too large by itself: the others should not fall with it.
+        failed: dict[bytes, str] = {}
+        for item in group:
+            failed |= self._encode_group([item])
+        return failed
+
+    def _forward(self, group: Sequence[ScheduledMedia]) -> list[Tensor]:
+        """One tensor [tokens, hidden] per picture, each with memory of its own, so that the cache can let go of one."""
+        patches = [self._patches(item) for item in group]
+        grids = [item.span.grid for item in group]
+        together = self.model.encode_media(torch.cat(patches), grids)
+        rows = torch.split(together, [item.span.length for item in group])
+        return [rows[0]] if len(rows) == 1 else [part.clone() for part in rows]
+
+    def _patches(self, item: ScheduledMedia) -> Tensor:
+        media = item.seq.media[item.index]
+        pixels = tensor_of(item.seq.pixels[item.index]).to(self.model.device, non_blocking=True)
+        return patchify(pixels, media.height, media.width, self.processor)
+
+
+def tensor_of(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 [frames, h, w, 3] without a copy where the array is writable (torch warns about others)."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+
+
+def batches(media: Iterable[ScheduledMedia], max_patches: int) -> Iterator[list[ScheduledMedia]]:
+    """Consecutive pictures, as many as fit into `max_patches` patches, at least one."""
+    group: list[ScheduledMedia] = []
+    total = 0
+    for item in media:
+        patches = item.span.grid.num_patches
+        if group and total + patches > max_patches:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += patches
+    if group:
+        yield group
