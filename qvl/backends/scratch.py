@@ -1,0 +1,139 @@
+"""Private folders for sockets and pixels, and what dead processes left of theirs.
+
+A folder belongs to the process that holds a lock on its file `lock`; the kernel drops the lock with the process, however
+it died, so that the next start can tell what is stale without trusting process numbers. Knows files, not what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qvl.engine.protocol import PixelFile
+from qvl.errors import Overloaded
+
+PREFIX = "qvl-run-"
+# A folder this young may be about to be locked by the process that has just made it.
+GRACE_SECONDS = 60.0
+# Room that is left to others in a memory file system.
+SPARE_BYTES = 16 * 1024 * 1024
+MAX_SOCKET_PATH = 90
+
+
+class ScratchFolder:
+    """A folder of mode 0700 under `base`, removed by `close`, or by a later process when this one was killed."""
+
+    def __init__(self, base: str) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        self._lock: int | None = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Remove the folder and all that is in it. Safe to call twice."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def remove_stale(base: str) -> list[Path]:
+    """Remove this user's folders under `base` whose owner is dead; those that were removed."""
+    removed = []
+    for folder in Path(base).glob(f"{PREFIX}*"):
+        try:
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < GRACE_SECONDS or not _is_free(folder):
+                continue
+        except OSError:  # somebody else removes it at the same time
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        removed.append(folder)
+    return removed
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nobody holds the folder's lock (or it has none)."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def bases() -> list[str]:
+    """Where scratch folders go, the best place first: memory where it can be written, then the usual temporary folder."""
+    memory = "/dev/shm"
+    usual = tempfile.gettempdir()
+    return [memory, usual] if os.access(memory, os.W_OK | os.X_OK) else [usual]
+
+
+def socket_base() -> str:
+    """A folder whose path leaves room for a socket's name (the kernel takes 108 bytes)."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) < MAX_SOCKET_PATH - len(PREFIX) - 20 else "/tmp"
+
+
+class PixelStore:
+    """Writes pixels to files that the engine maps and unlinks. Thread-safe.
+
+    Each picture goes to the first folder with room for it: a container's /dev/shm may hold no more than 64 MiB.
+    """
+
+    def __init__(self, folders: list[Path]) -> None:
+        self._folders = folders
+        self._names = itertools.count()
+
+    def write(self, pixels: npt.NDArray[np.uint8], copies: int = 1) -> list[PixelFile]:
+        """`copies` files (one set of bytes, several names) of `pixels`, uint8 [frames, h, w, 3] in C order.
+
+        Raises `Overloaded` when no folder has room.
+        """
+        frames, height, width, channels = pixels.shape
+        for folder in self._folders:
+            path = folder / f"{next(self._names)}.rgb"
+            try:
+                if not _has_room(folder, pixels.nbytes):
+                    continue
+                path.write_bytes(memoryview(pixels).cast("B"))
+                paths = [path, *(_link(path, f"{path}.{copy}") for copy in range(1, copies))]
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                if error.errno != errno.ENOSPC:
+                    raise
+                continue
+            return [PixelFile(str(one), (frames, height, width, channels)) for one in paths]
+        raise Overloaded("no room left for the pixels of further pictures; send the request again later", retry_after=2)
+
+    def discard(self, files: list[PixelFile]) -> None:
+        """Remove files that the engine will never see."""
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.path)
+
+
+def _has_room(folder: Path, num_bytes: int) -> bool:
+    room = os.statvfs(folder)
+    return room.f_bavail * room.f_frsize >= num_bytes + SPARE_BYTES
+
+
+def _link(path: Path, name: str) -> Path:
+    os.link(path, name)
+    return Path(name)
