@@ -1,0 +1,182 @@
+"""Messages and their content parts, as OpenAI, Qwen's examples and vLLM write them.
+
+Knows every accepted spelling, and says the right form where one is wrong. Never looks behind an address.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qvl.errors import InvalidRequest, suggest
+from qvl.types import MediaKind, MediaPart, Message, Part, PixelLimits, Role, TextPart
+
+LOW_DETAIL_PIXELS = 512 * 512  # `detail: "low"`: what OpenAI scales such pictures to
+MAX_FRAMES = 768
+
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+# Fields of a message that may stand there when they say nothing (clients send back what they were given).
+_EMPTY_MESSAGE_FIELDS = ("name", "refusal", "audio", "tool_calls", "function_call", "annotations", "reasoning_content")
+_LIMITS = ("min_pixels", "max_pixels", "fps", "num_frames", "nframes")
+_FIELDS_OF_PART = {
+    "text": ("text",),
+    "image_url": ("image_url", "detail", "min_pixels", "max_pixels"),
+    "image": ("image", "url", "detail", "min_pixels", "max_pixels"),
+    "video_url": ("video_url", *_LIMITS),
+    "video": ("video", "url", *_LIMITS),
+}
+_RIGHT_FORM = {
+    "text": {"type": "text", "text": "What is this?"},
+    "image_url": {"type": "image_url", "image_url": {"url": "https://... or data:image/png;base64,..."}},
+    "image": {"type": "image", "image": "https://... or data:image/png;base64,..."},
+    "video_url": {"type": "video_url", "video_url": {"url": "https://... or data:video/mp4;base64,..."}},
+    "video": {"type": "video", "video": "https://... or a list of pictures"},
+}
+
+
+def read_messages(messages: list[Any]) -> tuple[Message, ...]:
+    """Raises `InvalidRequest` with the place of the first mistake."""
+    if not messages:
+        raise InvalidRequest("'messages' must not be empty", param="messages")
+    return tuple(_read_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+
+
+def _read_message(message: Any, place: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"'{place}' must be an object with 'role' and 'content'", param=place)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequest(f"'{place}.role' must be one of {', '.join(_ROLES)}", param=f"{place}.role")
+    for name, value in message.items():
+        if name in ("role", "content") or (name == "tool_call_id" and role == "tool"):
+            continue
+        if name not in _EMPTY_MESSAGE_FIELDS:
+            raise InvalidRequest(
+                f"unknown field '{_short(name)}' in '{place}'{suggest(str(name), ('role', 'content'))}", param=place
+            )
+        if value:
+            raise InvalidRequest(f"'{place}.{name}' is not supported by this version", param=f"{place}.{name}")
+    return Message(_ROLES[role], _read_content(message.get("content"), role, f"{place}.content"))
+
+
+def _read_content(content: Any, role: str, place: str) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (TextPart(_text(content, place)),)
+    if isinstance(content, list):
+        return tuple(_read_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+    if content is None and role == "assistant":
+        return ()
+    raise InvalidRequest(f"'{place}' must be a string or a list of parts", param=place)
+
+
+def _read_part(part: Any, place: str) -> Part:
+    if not isinstance(part, Mapping):
+        raise InvalidRequest(f"'{place}' must be an object such as {_form('text')}", param=place)
+    kind = part.get("type")
+    if kind is None:  # Qwen's own examples sometimes leave the type out
+        kind = next((name for name in _FIELDS_OF_PART if name in part), None)
+    if not isinstance(kind, str) or kind not in _FIELDS_OF_PART:
+        known = ", ".join(_FIELDS_OF_PART)
+        hint = suggest(kind, _FIELDS_OF_PART) if isinstance(kind, str) else ""
+        raise InvalidRequest(f"'{place}.type' must be one of {known}{hint}", param=f"{place}.type")
+    _refuse_unknown(part, ("type", *_FIELDS_OF_PART[kind]), place)
+    if kind == "text":
+        return TextPart(_text(part.get("text"), f"{place}.text", kind))
+    if kind == "image_url" or kind == "video_url":
+        return _read_url_part(part, kind, place)
+    return _read_qwen_part(part, "image" if kind == "image" else "video", place)
+
+
+def _read_url_part(part: Mapping[str, Any], kind: str, place: str) -> MediaPart:
+    """`{"type": "image_url", "image_url": {"url": ...}}`; limits may stand inside or beside."""
+    inner = part.get(kind)
+    here = f"{place}.{kind}"
+    if not isinstance(inner, Mapping):
+        raise InvalidRequest(f"'{here}' must be an object with 'url': {_form(kind)}", param=here)
+    _refuse_unknown(inner, ("url", *_FIELDS_OF_PART[kind][1:]), here)
+    media: MediaKind = "image" if kind == "image_url" else "video"
+    fields = {**part, **{name: value for name, value in inner.items() if value is not None}}
+    return MediaPart(media, _text(inner.get("url"), f"{here}.url", kind), _part_limits(fields, place))
+
+
+def _read_qwen_part(part: Mapping[str, Any], kind: MediaKind, place: str) -> MediaPart:
+    """`{"type": "image", "image": ...}`; the source of a video may be a list of its frames."""
+    source = part[kind] if kind in part else part.get("url")
+    here = f"{place}.{kind}"
+    if kind == "video" and isinstance(source, list):
+        if not 1 <= len(source) <= MAX_FRAMES:
+            raise InvalidRequest(f"'{here}' must hold 1 to {MAX_FRAMES} frames", param=here)
+        frames = tuple(_text(frame, f"{here}[{i}]", "image") for i, frame in enumerate(source))
+        return MediaPart("video", frames, _part_limits(part, place))
+    return MediaPart(kind, _text(source, here, kind), _part_limits(part, place))
+
+
+def _part_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
+    """The limits of one part with its `detail`: "low" caps the area, "high" and "auto" keep the server's own limits."""
+    limits = read_limits({name: fields[name] for name in _LIMITS if name in fields}, place)
+    detail = fields.get("detail")
+    if detail not in (None, "auto", "low", "high"):
+        raise InvalidRequest(f"'{place}.detail' must be auto, low or high", param=f"{place}.detail")
+    if detail != "low" or limits.max_pixels is not None:
+        return limits
+    return PixelLimits(min_pixels=limits.min_pixels, max_pixels=max(LOW_DETAIL_PIXELS, limits.min_pixels or 0))
+
+
+def read_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
+    """`min_pixels`, `max_pixels` (areas), `fps`, `num_frames` (also `nframes`). Raises `InvalidRequest`."""
+    _refuse_unknown(fields, _LIMITS, place)
+    low, high = (_integer(fields.get(name), f"{place}.{name}", 2**31 - 1) for name in ("min_pixels", "max_pixels"))
+    if low is not None and high is not None and low > high:
+        raise InvalidRequest(f"'{place}.min_pixels' is above max_pixels", param=f"{place}.min_pixels")
+    name = "nframes" if fields.get("num_frames") is None else "num_frames"
+    num_frames = _integer(fields.get(name), f"{place}.{name}", MAX_FRAMES)
+    fps = fields.get("fps")
+    if fps is not None and not (_is_number(fps) and 0 < fps <= 1000):
+        raise InvalidRequest(f"'{place}.fps' must be a number above 0 and at most 1000", param=f"{place}.fps")
+    if fps is not None and num_frames is not None:
+        raise InvalidRequest(f"'{place}' must give either fps or {name}, not both", param=f"{place}.{name}")
+    return PixelLimits(low, high, None if fps is None else float(fps), num_frames)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _integer(value: Any, place: str, high: int) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or not 1 <= value <= high:
+        raise InvalidRequest(f"'{place}' must be an integer from 1 to {high}", param=place)
+    return value
+
+
+def _text(value: Any, place: str, form: str = "") -> str:
+    if not isinstance(value, str):
+        hint = f": {_form(form)}" if form else ""
+        raise InvalidRequest(f"'{place}' must be a string{hint}", param=place)
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidRequest(f"'{place}' holds lone surrogates, which are no text", param=place)
+    return value
+
+
+def _refuse_unknown(fields: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
+    for name, value in fields.items():
+        if name not in known and value is not None:
+            hint = suggest(str(name), known)
+            raise InvalidRequest(f"'{_short(name)}' is not supported in '{place}'{hint}", param=place)
+
+
+def _form(kind: str) -> str:
+    return json.dumps(_RIGHT_FORM[kind])
+
+
+def _short(name: object) -> str:
+    return str(name)[:80]

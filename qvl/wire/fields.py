@@ -1,0 +1,203 @@
+"""The fields of a request: typed, bounded, and every one that this version cannot honour refused by name.
+
+Knows field names and their neutral values (those that ask for nothing). Does not know messages or prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qvl.errors import InvalidRequest, suggest
+from qvl.types import SamplingParams
+from qvl.wire.responses import Options
+
+_HUGE = 2**31 - 1
+
+Count = Annotated[int, Field(ge=-_HUGE, le=_HUGE)]
+TokenId = Annotated[int, Field(ge=0, le=_HUGE)]
+
+# Accepted, whatever they hold: labels for the caller's own book-keeping, and switches without meaning for this family.
+IGNORED = frozenset(("user", "metadata", "safety_identifier", "prompt_cache_key", "add_special_tokens"))
+
+# Accepted with these values, which ask for nothing; null always is. Anything else is refused by name.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "media_io_kwargs": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "priority": (0,),
+    "kv_transfer_params": (),
+    "include_reasoning": (True, False),
+}
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class Fields(BaseModel):
+    """Strict: JSON types are not converted into each other, and NaN and infinity are no numbers."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(Fields):
+    """What chat and plain completions share. Null means "not given"."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Count | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Count | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises `InvalidRequest` naming the field that is out of range."""
+        neutral = SamplingParams()
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=neutral.skip_special_tokens
+            if self.skip_special_tokens is None
+            else self.skip_special_tokens,
+            logit_bias=_bias(self.logit_bias or {}),
+            logprobs=logprobs,
+            n=1 if self.n is None else self.n,
+        )
+
+    def options(self) -> Options:
+        """Raises `InvalidRequest` for stream options without a stream."""
+        wanted = self.stream_options or StreamOptions()
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("'stream_options' needs 'stream': true", param="stream_options")
+        continuous = bool(wanted.continuous_usage_stats)
+        return Options(
+            include_usage=bool(wanted.include_usage) or continuous,
+            continuous_usage=continuous,
+            token_ids=bool(self.return_token_ids),
+            tokens_as_ids=bool(self.return_tokens_as_token_ids),
+        )
+
+
+def _bias(entries: Mapping[str, float]) -> dict[int, float]:
+    """OpenAI writes the token ids as strings."""
+    bias: dict[int, float] = {}
+    for key, value in entries.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= _HUGE):
+            raise InvalidRequest("the keys of 'logit_bias' must be token ids", param="logit_bias")
+        bias[int(key)] = value
+    return bias
+
+
+def read_object(body: Mapping[str, Any] | bytes) -> dict[str, Any]:
+    """The JSON object of a request body. Raises `InvalidRequest`."""
+    if isinstance(body, bytes | bytearray | memoryview):
+        try:
+            body = msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, Mapping):
+        raise InvalidRequest("the body must be a JSON object")
+    return dict(body)
+
+
+def read_fields(kind: type[Body], body: Mapping[str, Any]) -> Body:
+    """`body` as a `kind`. Raises `InvalidRequest` naming the first field that is unknown, unsupported or mistyped."""
+    known = kind.model_fields
+    for name, value in body.items():
+        if name in known or name in IGNORED or value is None:
+            continue
+        if name not in NEUTRAL:
+            hint = suggest(str(name), [*known, *NEUTRAL])
+            raise InvalidRequest(f"unknown field '{str(name)[:80]}'{hint}", param=str(name)[:80])
+        if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
+            raise InvalidRequest(f"'{name}' is not supported by this version", param=name)
+    try:
+        return kind.model_validate({name: value for name, value in body.items() if name in known})
+    except ValidationError as error:
+        raise _as_invalid_request(error) from error
+    except (OverflowError, RecursionError) as error:
+        raise InvalidRequest("the body holds a number or a nesting beyond all bounds") from error
+
+
+def _as_invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first complaint, with the field's place but without the value that was sent."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = [part for part in first["loc"] if not (isinstance(part, str) and _is_type_name(part))]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:80]
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field '{param}'", param=param)
+    return InvalidRequest(f"'{param}': {first['msg'][:1].lower()}{first['msg'][1:]}", param=param)
+
+
+def _is_type_name(part: str) -> bool:
+    """pydantic puts the tried branch of a union into the place of an error ("list[str]")."""
+    return part in ("str", "int") or part.startswith(("list[", "dict[", "constrained-"))

@@ -1,0 +1,248 @@
+"""Answers in OpenAI's shapes, as JSON bytes: whole ones, chunks of a stream, lists of models.
+
+Knows the shapes. Does not know sockets or event streams. Chunks are on the hot path (one per token and answer): plain
+dictionaries through msgspec, no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+
+from qvl.errors import QvlError
+from qvl.types import Answer, Completion, Delta, TokenLogprob, Usage
+
+TokenBytes: TypeAlias = Callable[[int], bytes]
+
+_encode = msgspec.json.Encoder().encode
+_LOWEST = -9999.0  # what OpenAI writes where a probability is zero: JSON has no infinity
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all chunks of one answer share: the request's id, the served model's name, Unix seconds."""
+
+    id: str
+    model: str
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request may say about the form of its answer.
+
+    `include_usage`: a last chunk with the token counts. `continuous_usage`: counts in every chunk. `token_ids`: the ids
+    beside the text. `tokens_as_ids`: log-probabilities name tokens "token_id:7".
+    """
+
+    include_usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+
+
+class ChatWriter:
+    """Writes the answer to one chat request; keep one per request (it remembers which answers have begun)."""
+
+    def __init__(self, head: Head, token_bytes: TokenBytes, options: Options = Options()) -> None:
+        self._head = head
+        self._token_bytes = token_bytes
+        self._options = options
+        self._begun: set[int] = set()
+
+    def chunk(self, delta: Delta) -> bytes:
+        """One `chat.completion.chunk`; the first of every answer carries its role."""
+        message = {"content": delta.text}
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            message = {"role": "assistant", "content": delta.text}
+        choice: dict[str, Any] = {
+            "index": delta.index,
+            "delta": message,
+            "logprobs": self._logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._options.token_ids:
+            choice["token_ids"] = delta.token_ids
+        return _encode(_chunk(self._head, "chat.completion.chunk", [choice], self._options, delta.usage))
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The last chunk of a stream with `include_usage`: no choices, the exact counts."""
+        return _encode(_usage_chunk(self._head, "chat.completion.chunk", usage))
+
+    def response(self, completion: Completion) -> bytes:
+        """A whole `chat.completion`."""
+        choices = [self._choice(answer) for answer in completion.answers]
+        return _encode(_whole(self._head, "chat.completion", choices, completion.usage))
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        choice = {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text},
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        return {**choice, "token_ids": answer.token_ids} if self._options.token_ids else choice
+
+    def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if entries is None:
+            return None
+        content = [
+            {**self._token(e.token_id, e.logprob), "top_logprobs": [self._token(id, value) for id, value in e.top]}
+            for e in entries
+        ]
+        return {"content": content}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._token_bytes(token_id)
+        name = _token_name(token_id, data, self._options)
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class CompletionWriter:
+    """Writes the answers to one `/v1/completions` request; keep one per request.
+
+    With several prompts, the answers of prompt i are `first_index` = i * n and on.
+    """
+
+    def __init__(self, head: Head, token_bytes: TokenBytes, options: Options = Options()) -> None:
+        self._head = head
+        self._token_bytes = token_bytes
+        self._options = options
+        self._lengths: dict[int, int] = {}
+
+    def chunk(self, delta: Delta, first_index: int = 0) -> bytes:
+        """One `text_completion` piece."""
+        index = first_index + delta.index
+        choice = self._choice(
+            index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
+        )
+        return _encode(_chunk(self._head, "text_completion", [choice], self._options, delta.usage))
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The last chunk of a stream with `include_usage`: no choices, the exact counts."""
+        return _encode(_usage_chunk(self._head, "text_completion", usage))
+
+    def response(self, completions: Sequence[Completion]) -> bytes:
+        """A whole `text_completion` for all prompts of the request."""
+        choices: list[dict[str, Any]] = []
+        for completion in completions:
+            for a in completion.answers:
+                choices.append(
+                    self._choice(len(choices), a.text, a.token_ids, a.logprobs, a.finish_reason, a.stop_reason)
+                )
+        return _encode(_whole(self._head, "text_completion", choices, add_usage([c.usage for c in completions])))
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: str | None,
+        stop_reason: str | int | None,
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": None if logprobs is None else self._logprobs(index, logprobs),
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        return {**choice, "token_ids": token_ids} if self._options.token_ids else choice
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Parallel lists, as this older endpoint has them; `text_offset` counts characters from the answer's start."""
+        names, offsets, tops = [], [], []
+        offset = self._lengths.get(index, 0)
+        for entry in entries:
+            name = self._name(entry.token_id)
+            names.append(name)
+            offsets.append(offset)
+            offset += len(self._token_bytes(entry.token_id).decode("utf-8", "replace"))
+            tops.append({self._name(id): _finite(value) for id, value in entry.top} or None)
+        self._lengths[index] = offset
+        values = [_finite(entry.logprob) for entry in entries]
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _name(self, token_id: int) -> str:
+        return _token_name(token_id, self._token_bytes(token_id), self._options)
+
+
+def add_usage(parts: Sequence[Usage]) -> Usage:
+    """The counts of several requests together."""
+    return Usage(
+        sum(part.prompt_tokens for part in parts),
+        sum(part.completion_tokens for part in parts),
+        sum(part.cached_tokens for part in parts),
+    )
+
+
+def model_list(names: Sequence[str], *, created: int, max_model_len: int) -> dict[str, Any]:
+    """The body of `/v1/models`; `max_model_len` in tokens."""
+    same = {
+        "object": "model",
+        "created": created,
+        "owned_by": "qvl",
+        "root": names[0] if names else None,
+        "parent": None,
+    }
+    return {"object": "list", "data": [{"id": name, **same, "max_model_len": max_model_len} for name in names]}
+
+
+def tokenize_response(
+    token_ids: Sequence[int], *, max_model_len: int, token_bytes: TokenBytes | None = None
+) -> dict[str, Any]:
+    """The body of `/tokenize`; with `token_bytes` also each token's text."""
+    texts = None if token_bytes is None else [token_bytes(id).decode("utf-8", "replace") for id in token_ids]
+    return {"count": len(token_ids), "max_model_len": max_model_len, "tokens": list(token_ids), "token_strs": texts}
+
+
+def detokenize_response(text: str) -> dict[str, Any]:
+    """The body of `/detokenize`."""
+    return {"prompt": text}
+
+
+def error_body(error: QvlError) -> dict[str, Any]:
+    """The OpenAI error body."""
+    return {"error": dict(error.body()["error"])}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob >= _LOWEST else _LOWEST  # also for not-a-number, which compares false
+
+
+def _token_name(token_id: int, data: bytes, options: Options) -> str:
+    return f"token_id:{token_id}" if options.tokens_as_ids else data.decode("utf-8", "replace")
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def _chunk(head: Head, kind: str, choices: list[dict[str, Any]], options: Options, usage: Usage) -> Mapping[str, Any]:
+    chunk = {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}
+    if options.continuous_usage:
+        chunk["usage"] = _usage(usage)
+    elif options.include_usage:
+        chunk["usage"] = None
+    return chunk
+
+
+def _usage_chunk(head: Head, kind: str, usage: Usage) -> Mapping[str, Any]:
+    return {**_chunk(head, kind, [], Options(), usage), "usage": _usage(usage)}
+
+
+def _whole(head: Head, kind: str, choices: list[dict[str, Any]], usage: Usage) -> Mapping[str, Any]:
+    return {**_chunk(head, kind, choices, Options(), usage), "usage": _usage(usage)}
