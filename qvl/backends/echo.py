@@ -9,6 +9,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from qvl.backends.base import BackendInfo, Observer
 from qvl.errors import InvalidRequest, PromptTooLong
@@ -105,10 +106,11 @@ class EchoBackend:
             self._aborted += not ended
 
 
-def _steps(
-    text: str, sampling: SamplingParams, room: int
-) -> Iterator[tuple[str, str, FinishReason | None, str | None]]:
-    """(characters generated, text shown, finish_reason, stop_reason) of every step; the last one has a finish_reason."""
+Step: TypeAlias = tuple[str, str, FinishReason | None, str | None]
+
+
+def _steps(text: str, sampling: SamplingParams, room: int) -> Iterator[Step]:
+    """(characters generated, text shown, finish_reason, stop_reason); the last one has a finish_reason."""
     hits = [(text.find(stop), stop) for stop in sampling.stop if stop in text]
     start, stop = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0])) if hits else (len(text), None)
     generated = text[: start + len(stop)] if stop else text

@@ -31,7 +31,8 @@ CONNECT_EVERY_SECONDS = 0.02
 class EngineProcess:
     """A worker and the one connection to it. All methods and callbacks run on the loop that called `start`.
 
-    `on_message` gets every message of the worker; `on_end` is called once, with the exit code, when the process is gone.
+    `on_message` gets every message of the worker; `on_end` is called once, with the exit code, when the process is
+    gone.
     """
 
     def __init__(self, on_message: Callable[[FromEngine], None], on_end: Callable[[int], None]) -> None:

@@ -1,7 +1,8 @@
 """Private folders for sockets and pixels, and what dead processes left of theirs.
 
-A folder belongs to the process that holds a lock on its file `lock`; the kernel drops the lock with the process, however
-it died, so that the next start can tell what is stale without trusting process numbers. Knows files, not what is in them.
+A folder belongs to the process that holds a lock on its file `lock`; the kernel drops the lock with the process,
+however it died, so that the next start can tell what is stale without trusting process numbers. Knows files, not what
+is in them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def bases() -> list[str]:
-    """Where scratch folders go, the best place first: memory where it can be written, then the usual temporary folder."""
+    """Where scratch folders go, the best place first: memory if it can be written, then the usual temporary folder."""
     memory = "/dev/shm"
     usual = tempfile.gettempdir()
     return [memory, usual] if os.access(memory, os.W_OK | os.X_OK) else [usual]
@@ -112,7 +113,7 @@ class PixelStore:
             try:
                 if not _has_room(folder, pixels.nbytes):
                     continue
-                path.write_bytes(memoryview(pixels).cast("B"))
+                path.write_bytes(pixels.data.cast("B"))
                 paths = [path, *(_link(path, f"{path}.{copy}") for copy in range(1, copies))]
             except OSError as error:
                 path.unlink(missing_ok=True)

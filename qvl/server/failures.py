@@ -1,0 +1,71 @@
+"""How an error becomes an HTTP response: the one place where `QvlError` meets status codes and headers.
+
+Knows HTTP. Never tells a caller what an unexpected exception said: that goes to the log, under the request's id.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from qvl.errors import InvalidRequest, ModelNotFound, Overloaded, QvlError, Unauthorized, Unavailable
+
+logger = logging.getLogger("qvl.server")
+
+RETRY_AFTER_UNAVAILABLE = 5
+
+
+class ClientGone(BaseException):
+    """The client closed its connection (or stopped reading) before its answer was complete; nobody is left to tell.
+
+    Control flow like `asyncio.CancelledError`, and like it no `Exception`: frameworks would answer it with a 500.
+    """
+
+
+class _HttpFailure(InvalidRequest):
+    """What the router says (404, 405): a status without a class of its own in the error tree."""
+
+
+def error_bytes(error: QvlError) -> bytes:
+    """The OpenAI error body as JSON."""
+    return msgspec.json.encode(error.body())
+
+
+def error_response(error: QvlError) -> Response:
+    """The whole response to a request that failed."""
+    headers: dict[str, str] = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(RETRY_AFTER_UNAVAILABLE)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return Response(error_bytes(error), error.status, headers, "application/json")
+
+
+def http_exception_response(error: HTTPException) -> Response:
+    """An unknown route or a wrong method, told like every other error."""
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    failure = _HttpFailure(f"{phrase}: no such route or method here; see /docs for what there is")
+    body = failure.body()
+    body["error"]["code"] = phrase.replace(" ", "_")
+    return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
+
+
+def internal_error(request_id: str) -> QvlError:
+    """What may be told about an exception that nobody foresaw."""
+    return QvlError(f"internal error; the server's log has the details under request id {request_id}")
+
+
+def check_model(name: str | None, served: tuple[str, ...]) -> str:
+    """The name that the answer carries. A missing or empty name means the one model that is served.
+
+    Raises `ModelNotFound` for a name that is not one of `served`.
+    """
+    if name and name not in served:
+        raise ModelNotFound(name, served)
+    return name or served[0]

@@ -1,0 +1,127 @@
+"""What /metrics says. Knows names and buckets; asks the backend for its numbers when it is asked itself.
+
+Every app has a registry of its own, so that several can live in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import Scope
+
+from qvl.types import Delta, Usage
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
+STAGE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """Counters and histograms of one server; also the backend's `Observer`."""
+
+    def __init__(self, gauges: Callable[[], Mapping[str, float]], stats: Callable[[], Mapping[str, float]]) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._requests = Counter(
+            "qvl_http_requests", "HTTP requests by route and status", ["method", "route", "status"], registry=registry
+        )
+        self._first = Histogram(
+            "qvl_time_to_first_token_seconds",
+            "From a request to its first token",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._per_token = Histogram(
+            "qvl_time_per_output_token_seconds",
+            "Time per token after the first, mean of a request",
+            buckets=TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._whole = Histogram(
+            "qvl_request_seconds", "From a request to its last token", buckets=SECONDS, registry=registry
+        )
+        self._prompt = Counter("qvl_prompt_tokens", "Tokens of prompts, pictures included", registry=registry)
+        self._cached = Counter("qvl_cached_prompt_tokens", "Tokens of prompts found in the cache", registry=registry)
+        self._generated = Counter("qvl_generation_tokens", "Tokens generated", registry=registry)
+        self._finished = Counter(
+            "qvl_answers", "Finished answers by how they ended", ["finish_reason"], registry=registry
+        )
+        self._stages = Histogram(
+            "qvl_media_stage_seconds",
+            "Time that one picture or video spends in a stage of its preparation",
+            ["kind", "stage"],
+            buckets=STAGE_SECONDS,
+            registry=registry,
+        )
+        registry.register(_Numbers("qvl_", gauges))
+        registry.register(_Numbers("qvl_engine_", stats))
+        ProcessCollector(registry=registry)
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def media_stage(self, kind: str, stage: str, seconds: float) -> None:
+        self._stages.labels(kind, stage).observe(seconds)
+
+    def count_request(self, scope: Scope, status: int) -> None:
+        """Routes are counted by their pattern: a path that matches none must not become a series of its own."""
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._requests.labels(_known_method(scope["method"]), route, str(status)).inc()
+
+    async def track(self, deltas: AsyncGenerator[Delta, None], since: float) -> AsyncGenerator[Delta, None]:
+        """`deltas`, measured on the way; `since` is the `time.perf_counter()` at which the request was complete."""
+        first: float | None = None
+        usage = Usage()
+        finished: list[str] = []
+        async with aclosing(deltas):
+            try:
+                async for delta in deltas:
+                    if first is None:
+                        first = time.perf_counter()
+                    usage = delta.usage
+                    if delta.finish_reason is not None:
+                        finished.append(delta.finish_reason)
+                    yield delta
+            finally:
+                self._count_generation(since, first, usage, finished)
+
+    def _count_generation(self, since: float, first: float | None, usage: Usage, finished: Iterable[str]) -> None:
+        now = time.perf_counter()
+        self._prompt.inc(usage.prompt_tokens)
+        self._cached.inc(usage.cached_tokens)
+        self._generated.inc(usage.completion_tokens)
+        for reason in finished:
+            self._finished.labels(reason).inc()
+        if first is None:
+            return
+        self._first.observe(first - since)
+        self._whole.observe(now - since)
+        if usage.completion_tokens > 1:
+            self._per_token.observe((now - first) / (usage.completion_tokens - 1))
+
+
+class _Numbers(Collector):
+    """Numbers by name, read when they are asked for; a name that ends in `_total` is a counter."""
+
+    def __init__(self, prefix: str, read: Callable[[], Mapping[str, float]]) -> None:
+        self._prefix = prefix
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        for name, value in self._read().items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            about = name.removesuffix("_total").replace("_", " ")
+            yield family(self._prefix + name, about, value=value)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+def _known_method(method: str) -> str:
+    return method if method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH") else "other"

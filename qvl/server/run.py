@@ -1,0 +1,121 @@
+"""Running the server in this process until it is told to stop: the socket, the one ready line, the way down.
+
+Knows uvicorn and signals. Does not know routes or engines.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from qvl.backends.base import Backend, BackendInfo
+from qvl.errors import ConfigError, QvlError
+from qvl.server.app import create_app
+from qvl.server.http_protocol import http_protocol
+from qvl.server.options import ServerOptions
+from qvl.server.service import Service
+
+# After the running requests have ended (or were told that they will not), connections only have to be closed.
+CLOSE_SECONDS = 3
+KEEP_ALIVE_SECONDS = 75
+
+
+class Server(uvicorn.Server):
+    """uvicorn with another way down: the first signal drains, the second one ends at once; the exit code is 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._deadline: float | None = None
+        self.start_error: QvlError | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._deadline is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._service.admission.draining = True
+            self._deadline = time.monotonic() + self._service.options.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second."""
+        if self._deadline is not None and self._drained():
+            # What still runs is told so by the backend, in its stream or as a 503, instead of losing its connection.
+            await self._service.backend.stop()
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _drained(self) -> bool:
+        assert self._deadline is not None
+        return self._service.admission.running == 0 or time.monotonic() >= self._deadline
+
+
+def run(options: ServerOptions, backend: Backend) -> int:
+    """Serve until SIGTERM or SIGINT; returns 0.
+
+    Raises `ConfigError` when the address cannot be bound, and whatever `backend.start` raises; the server is down then.
+    """
+    listener = _bind(options)
+    url = _url(options, listener)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def started(error: QvlError | None) -> None:
+        if error is None:
+            print(ready_line(url + options.root_path, backend.info, options.served_model_names), flush=True)
+        else:
+            server.start_error = error
+            server.should_exit = True
+
+    app = create_app(backend, options, started)
+    config = uvicorn.Config(
+        app,
+        http=http_protocol(options),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=options.access_log,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    server = Server(config, app.state.service)
+    print(f"qvl: HTTP is up on {url}, the model is loading", file=sys.stderr, flush=True)
+    server.run(sockets=[listener])
+    if server.start_error is not None:
+        raise server.start_error
+    return 0
+
+
+def ready_line(url: str, info: BackendInfo, names: tuple[str, ...] = ()) -> str:
+    """The one line that says where, what, on which device, in which precision, and how much fits at once."""
+    name = (names or info.names)[0]
+    full = info.kv_tokens / info.max_model_len if info.max_model_len else 0.0
+    capacity = f"KV cache {info.kv_tokens:,} tokens = {full:.1f} requests of {info.max_model_len:,} tokens"
+    what = f"model {name}  device {info.device}  dtype {info.dtype}"
+    return f"qvl ready: {url}  {what}  {capacity}  ({info.load_seconds:.1f} s)"
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {reason}", param="port") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def _url(options: ServerOptions, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(options.host, options.host)
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

@@ -1,0 +1,88 @@
+"""A real server on a free port of the loopback address, in a thread, for the time of a test."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import requests
+import uvicorn
+
+from qvl.backends.base import Backend
+from qvl.server.app import create_app
+from qvl.server.http_protocol import http_protocol
+from qvl.server.options import ServerOptions
+from qvl.server.service import Service
+
+
+@dataclass
+class Live:
+    url: str
+    port: int
+    service: Service
+    loop: asyncio.AbstractEventLoop
+
+    def post(self, path: str, body: Any, **more: Any) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=60, **more)
+
+    def get(self, path: str, **more: Any) -> requests.Response:
+        return requests.get(self.url + path, timeout=60, **more)
+
+    def metric(self, name: str) -> float:
+        """The value of one line of /metrics."""
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith(name) and line[len(name)] in " {":
+                return float(line.rsplit(" ", 1)[1])
+        raise KeyError(name)
+
+    def wait_metric(self, name: str, value: float) -> None:
+        wait_until(lambda: self.metric(name) == value, f"{name} never became {value}")
+
+
+def wait_until(condition: Any, message: str, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, message
+        time.sleep(0.02)
+
+
+@contextmanager
+def live(backend: Backend, options: ServerOptions | None = None, *, wait_ready: bool = True) -> Iterator[Live]:
+    """Serves `backend` until the block ends; the socket, the protocol and the layers are those of `qvl serve`."""
+    options = replace(options or ServerOptions(), port=0)
+    app = create_app(backend, options)
+    config = uvicorn.Config(
+        app,
+        port=0,
+        http=http_protocol(options),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=2,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started or not thread.is_alive(), "the server did not start")
+    port = server.servers[0].sockets[0].getsockname()[1]
+    running = Live(f"http://127.0.0.1:{port}", port, app.state.service, loops[0])
+    try:
+        if wait_ready:
+            wait_until(lambda: running.get("/ready").status_code == 200, "the backend never became ready", 120)
+        yield running
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
