@@ -1,0 +1,61 @@
+"""Quick scores while training: given the right answer so far, how often is the next token right, on held-out fonts.
+
+Stricter, free-running scores come from score.py.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tools.demo_model import pack, tasks
+from tools.demo_model.feed import Batch, to_device
+from tools.demo_model.fonts import FontBook
+from tools.demo_model.losses import prepare
+from tools.demo_model.model import DemoModel
+from tools.demo_model.tasks import Studio
+
+SETS: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [
+    ("read", "one", ((9, 12),)), ("line", "one", ((8, 12),)), ("chinese", "one", ((8, 12),)), ("two", "two", ((8, 12),)),
+    ("table", "table", ((9, 16),)), ("shape", "one", ((10, 12),)), ("word", "one", ((9, 12),)),
+    ("several", "several", ((5, 13),) * 3), ("video", "video", ((8, 16),) * 3),
+]  # fmt: skip
+MAKERS = {
+    "read": tasks.plain_reading, "line": tasks.one_line, "chinese": tasks.chinese_reading, "two": tasks.follow_up,
+    "table": tasks.table, "shape": tasks.shape_box, "word": tasks.word_box,
+}  # fmt: skip
+
+
+def held_out_batches(fonts: Path, size: int, device: torch.device) -> dict[str, Batch]:
+    book, batches = FontBook(fonts, "held_out"), {}
+    for name, sort, grids in SETS:
+        rng = random.Random(name)
+        studio, recipe = Studio(rng, book), pack.Recipe(sort, grids, size)
+        if name in MAKERS:
+            samples = [MAKERS[name](studio, grids[0]) for _ in range(size)]
+        else:
+            maker = tasks.several if name == "several" else tasks.video
+            samples = [maker(studio, list(grids)) for _ in range(size)]
+        pixels = np.zeros(pack.pixel_bytes(recipe), np.uint8)
+        pack.fill_pixels(samples, recipe, pixels)
+        batches[name] = to_device(pack.pack_batch(samples, recipe, random.Random(0)), pixels, device)
+    return batches
+
+
+@torch.no_grad()
+def teacher_forced(model: DemoModel, tests: dict[str, Batch], dtype: torch.dtype) -> str:
+    """`name tokens-right/whole-conversations-right` for each set."""
+    found = []
+    for name, batch in tests.items():
+        ready, arrays = prepare(batch, dtype, 0.0), batch.arrays
+        if ready is None:
+            continue
+        features = model.see(ready.patches)
+        hidden, _ = model.decode(model.embed(arrays["ids"], features, arrays["vision"]).to(dtype), arrays["positions"])
+        labels = arrays["labels"]
+        right = (model.logits(hidden).argmax(-1) == labels) | (labels < 0)
+        supervised = (labels >= 0).sum()
+        tokens = 1 - (~right).sum() / supervised
+        found.append(f"{name} {100 * float(tokens):.1f}/{100 * float(right.all(1).float().mean()):.0f}")
+    return " ".join(found)
