@@ -20,7 +20,8 @@ from qvl.errors import BadMedia, MediaRefused
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-_TUNNELS = tuple(ipaddress.ip_network(net) for net in ("2001::/32", "2002::/16"))  # Teredo, 6to4: IPv4 in disguise
+# Teredo and 6to4 are IPv4 in disguise; the last two are newer than some Pythons' own tables.
+_SPECIAL = tuple(ipaddress.ip_network(net) for net in ("2001::/23", "2002::/16", "3fff::/20", "192.88.99.0/24"))
 
 
 def is_public(address: str) -> bool:
@@ -36,8 +37,10 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip in _NAT64:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if ip not in _GLOBAL_UNICAST or any(ip in net for net in _TUNNELS):
+        if ip not in _GLOBAL_UNICAST:
             return False
+    if any(ip in net for net in _SPECIAL):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private or ip.is_unspecified)
 
 

@@ -68,6 +68,8 @@ def parse_url(text: str, policy: MediaPolicy, base: httpx.URL | None = None) -> 
         raise MediaRefused("URLs with a user name or password in them are not fetched")
     if not _HOST.fullmatch(url.raw_host.decode("ascii", "replace")):
         raise MediaRefused("the host in the URL cannot be understood")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise MediaRefused("the port in the URL does not exist")
     # Below 1024 live mail, remote shells and the like: services that were never meant to be spoken HTTP to.
     if url.port is not None and url.port not in (80, 443) and url.port < 1024 and not policy.allow_private_hosts:
         raise MediaRefused("this server fetches from ports 80, 443 and those above 1023 only")

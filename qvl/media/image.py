@@ -36,6 +36,7 @@ _DECODE_ERRORS = (
     MemoryError,
     struct.error,
     zlib.error,
+    Warning,  # where the process turns warnings into errors
 )
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

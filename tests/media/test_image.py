@@ -1,0 +1,320 @@
+"""Every mode and format a caller may send, against what a viewer shows; every damaged file against BadMedia."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from qvl.errors import BadMedia
+from qvl.media.image import decode_image
+
+CAP = 178_956_970
+
+
+def decode(data) -> np.ndarray:
+    pixels = decode_image(data, max_pixels=CAP)
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+    assert pixels.flags.c_contiguous
+    return pixels
+
+
+def encoded(picture: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def corners() -> Image.Image:
+    """A 24x16 picture whose four quarters are red, green / blue, yellow."""
+    array = np.zeros((16, 24, 3), dtype=np.uint8)
+    array[:8, :12], array[:8, 12:] = (255, 0, 0), (0, 255, 0)
+    array[8:, :12], array[8:, 12:] = (0, 0, 255), (255, 255, 0)
+    return Image.fromarray(array)
+
+
+LOSSLESS = ["PNG", "BMP", "GIF", "TIFF", "PPM"]
+
+
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_lossless_formats_give_their_pixels(format):
+    np.testing.assert_array_equal(decode(encoded(corners(), format)), np.asarray(corners()))
+
+
+def test_webp_and_jpeg_2000_without_loss():
+    np.testing.assert_array_equal(decode(encoded(corners(), "WEBP", lossless=True)), np.asarray(corners()))
+    np.testing.assert_array_equal(decode(encoded(corners(), "JPEG2000", irreversible=False)), np.asarray(corners()))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "AVIF"])
+def test_lossy_formats_come_close(format):
+    if format == "AVIF" and "AVIF" not in Image.registered_extensions().values():
+        pytest.skip("this Pillow has no AVIF")
+    pixels = decode(encoded(corners(), format, quality=95)).astype(int)
+    assert np.abs(pixels[3, 3] - (255, 0, 0)).max() < 30
+    assert np.abs(pixels[12, 20] - (255, 255, 0)).max() < 30
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_a_picture_upright(orientation, format):
+    """The camera stored the scene turned by the inverse of what EXIF tells the viewer to do."""
+    stored = corners().transpose(TURNS[orientation]) if orientation in TURNS else corners()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    pixels = decode(encoded(stored, format, exif=exif, **options)).astype(int)
+    assert pixels.shape == (16, 24, 3)
+    assert np.abs(pixels - np.asarray(corners()).astype(int)).max() <= (40 if format == "JPEG" else 0)
+
+
+def test_a_pil_picture_is_turned_too_and_left_as_it_was():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(io.BytesIO(encoded(corners().transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)))
+    assert decode(picture).shape == (16, 24, 3)
+    assert picture.size == (16, 24)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_turns_nothing():
+    data = encoded(corners(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    assert decode(data).shape == (16, 24, 3)
+
+
+def half_clear(mode: str) -> Image.Image:
+    """Left half clear, right half opaque and black."""
+    alpha = Image.new("L", (8, 4), 0)
+    alpha.paste(255, (4, 0, 8, 4))
+    picture = Image.new(mode, (8, 4), 0)
+    picture.putalpha(alpha)
+    return picture
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_white(mode, format):
+    if (mode, format) == ("LA", "WEBP"):
+        pytest.skip("WebP has no grey with alpha")
+    data = encoded(half_clear(mode), format, **({"lossless": True} if format == "WEBP" else {}))
+    pixels = decode(data)
+    assert (pixels[:, :4] == 255).all()
+    assert (pixels[:, 4:] == 0).all()
+
+
+def test_palette_transparency_is_white():
+    picture = Image.new("P", (8, 4), 0)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.paste(1, (4, 0, 8, 4))
+    for options in ({"transparency": 0}, {"transparency": bytes([0, 255])}):
+        pixels = decode(encoded(picture, "PNG", **options))
+        assert (pixels[:, :4] == 255).all()
+        assert (pixels[:, 4:] == (0, 0, 255)).all()
+    assert (decode(encoded(picture, "GIF", transparency=1))[:, 4:] == 255).all()
+    assert (decode(picture.convert("PA"))[:, :4] == (255, 0, 0)).all()
+
+
+def test_a_transparent_colour_of_grey_and_rgb_files_is_white():
+    grey = encoded(Image.new("L", (4, 4), 7), "PNG", transparency=7)
+    colour = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    assert (decode(grey) == 255).all()
+    assert (decode(colour) == 255).all()
+
+
+def test_half_transparent_is_half_way_to_white():
+    assert np.abs(decode(Image.new("RGBA", (2, 2), (0, 0, 0, 128))).astype(int) - 127).max() <= 1
+
+
+def test_opaque_alpha_changes_nothing():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, size=(40, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.putalpha(255)
+    np.testing.assert_array_equal(decode(encoded(picture, "PNG")), pixels)
+
+
+def test_cmyk():
+    picture = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    for data in (picture, encoded(picture, "TIFF"), encoded(picture, "JPEG", quality=95)):
+        assert np.abs(decode(data)[8, 8].astype(int) - (255, 0, 0)).max() < 20
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped():
+    values = np.array([[0, 128, 257, 32896, 65535]], dtype=np.uint16)
+    expected = [0, 0, 1, 128, 255]
+    for format in ("PNG", "TIFF", "PPM"):
+        pixels = decode(encoded(Image.fromarray(values), format))
+        assert pixels[0, :, 0].tolist() == expected, format
+        assert (pixels == pixels[:, :, :1]).all()
+
+
+def test_a_dark_16_bit_file_stays_dark():
+    values = np.full((4, 4), 200, dtype=np.uint16)
+    for format in ("PNG", "TIFF", "PPM"):
+        assert decode(encoded(Image.fromarray(values), format)).max() == 1, format
+
+
+def test_32_bit_and_float_grey():
+    assert decode(Image.fromarray(np.array([[0, 100, 255]], dtype=np.int32)))[0, :, 0].tolist() == [0, 100, 255]
+    assert decode(Image.fromarray(np.array([[0, 65535]], dtype=np.int32)))[0, :, 0].tolist() == [0, 255]
+    assert decode(Image.fromarray(np.array([[-5, 0, 2**30]], dtype=np.int32)))[0, :, 0].tolist() == [0, 0, 255]
+    for scale in (1.0, 255.0):
+        values = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32) * scale
+        assert decode(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 128, 255, 0]
+
+
+def test_one_bit_and_grey():
+    picture = Image.new("1", (9, 3), 0)
+    picture.putpixel((4, 1), 1)
+    for format in ("PNG", "TIFF", "PPM", "BMP"):
+        pixels = decode(encoded(picture, format))
+        assert pixels[1, 4].tolist() == [255, 255, 255]
+        assert pixels.sum() == 3 * 255
+    assert (decode(encoded(Image.new("L", (3, 3), 77), "PNG")) == 77).all()
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_gives_its_first_frame(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert (decode(data) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 77), (3, 1), (27, 27)])
+def test_tiny_pictures(size):
+    assert decode(encoded(Image.new("RGB", size, "red"), "PNG")).shape == (size[1], size[0], 3)
+
+
+# -- damaged, hostile, or no picture at all
+
+
+def refused(data, match: str, cap: int = CAP) -> None:
+    with pytest.raises(BadMedia, match=match):
+        decode_image(data, max_pixels=cap)
+
+
+def test_what_is_no_picture_says_what_it_seems_to_be():
+    refused(b"", "0 bytes")
+    refused(b"hello", "not a picture")
+    refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG")
+    refused(b"<?xml version='1.0'?>\n<!-- c -->\n<svg/>", "SVG")
+    refused(b"<!DOCTYPE html><html></html>", "web page")
+    refused(b"%PDF-1.7", "PDF")
+    refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture")
+
+
+def test_readers_that_are_not_on_the_list_are_not_tried():
+    """Pillow can write and read these, but each reader more is a way in."""
+    for format in ("TGA", "PCX", "SGI", "ICNS"):
+        size = (32, 32) if format == "ICNS" else (9, 9)
+        data = encoded(Image.new("RGB", size), format)
+        Image.open(io.BytesIO(data)).load()
+        refused(data, "not a picture")
+
+
+@pytest.mark.parametrize("format", [*LOSSLESS, "JPEG", "WEBP", "JPEG2000"])
+def test_truncated_files(format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, format)
+    for keep in (0.2, 0.6):
+        refused(data[: int(len(data) * keep)], "damaged|not a picture")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([*LOSSLESS, "JPEG", "WEBP"]), st.data())
+def test_flipped_bytes_never_raise_anything_but_bad_media(format, data):
+    file = bytearray(encoded(corners(), format))
+    for _ in range(data.draw(st.integers(1, 8))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow speaks about odd TIFF tags
+        with contextlib.suppress(BadMedia):
+            decode_image(bytes(file), max_pixels=10_000_000)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_bomb_is_refused_by_its_header(monkeypatch):
+    gif = bytearray(encoded(Image.new("P", (8, 8)), "GIF"))
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
+    refused(png_claiming(50_000, 50_000), "too many pixels|at most")
+    refused(png_claiming(101, 100), "101x100; this server takes at most 10000 pixels", cap=10_000)
+    refused(bytes(gif), "too many pixels|at most")
+
+
+def test_between_the_warning_and_the_error_of_pillow_our_own_cap_decides():
+    """Pillow warns above 89 million pixels. A process that turns warnings into errors gets BadMedia all the same."""
+    before = Image.MAX_IMAGE_PIXELS
+    data = png_claiming(12_000, 10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused(data, "at most 100000000", cap=100_000_000)
+        warnings.simplefilter("error")
+        refused(data, "too many pixels", cap=200_000_000)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_8000_by_10000_works():
+    data = encoded(Image.new("1", (8000, 10000), 1), "PNG")
+    pixels = decode(data)
+    assert pixels.shape == (10000, 8000, 3)
+    assert pixels.min() == 255
+
+
+# -- arrays
+
+
+def test_arrays():
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, size=(5, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode(colour), colour)
+    np.testing.assert_array_equal(decode(colour[:, ::-1]), colour[:, ::-1])
+    for grey in (colour[:, :, 0], colour[:, :, :1]):
+        np.testing.assert_array_equal(decode(grey)[:, :, 2], colour[:, :, 0])
+    clear = np.dstack([colour, np.zeros((5, 7), dtype=np.uint8)])
+    assert (decode(clear) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8), np.zeros((1, 4, 4, 3), np.uint8)],
+)
+def test_other_arrays_are_refused_by_shape_and_type(array):
+    refused(array, "is not a picture")
+
+
+def test_empty_and_oversized_arrays():
+    refused(np.zeros((0, 4, 3), np.uint8), "empty")
+    refused(np.zeros((20, 20), np.uint8), "at most", cap=399)
+    refused(Image.new("L", (20, 20)), "at most", cap=399)
