@@ -14,7 +14,7 @@ Knows sequences, blocks and budgets. Does not know tensors; what a step computed
 from __future__ import annotations
 
 from bisect import insort
-from typing import Protocol
+from typing import Any, Protocol
 
 from qvl.engine.batch import ScheduledBatch, ScheduledMedia, ScheduledSeq, StepResult
 from qvl.engine.block_manager import BlockManager
@@ -76,7 +76,7 @@ class Scheduler:
     Per step: `schedule`, run the batch, `finish`. Raises `ConfigError` when the cache cannot hold one full sequence.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, encoder_cache: EncoderCache[object]) -> None:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, encoder_cache: EncoderCache[Any]) -> None:
         room = blocks.num_blocks * blocks.block_size
         if room < config.max_model_len:
             raise ConfigError(f"the KV cache holds {room} tokens, fewer than max_model_len {config.max_model_len}")

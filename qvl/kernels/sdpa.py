@@ -22,7 +22,7 @@ class DecodeGroup:
     """Sequences with one query token each, attended in one padded batch."""
 
     rows: Tensor  # int64 [g], rows of this step's tokens
-    blocks: Tensor  # int64 [g, blocks of the longest]
+    slots: Tensor  # int64 [g * length], where the keys and values of each one's tokens lie
     length: int  # tokens of the longest
     mask: Tensor | None  # bool [g, 1, 1, length], None when nothing is padded
 
@@ -93,15 +93,20 @@ def group_by_length(metadata: AttentionMetadata) -> list[list[int]]:
 
 
 def decode_group(metadata: AttentionMetadata, table: Tensor, rows: list[int]) -> DecodeGroup:
-    """The gather and the mask of one group; `rows` are both sequence numbers and token rows."""
-    length = metadata.context_lens[rows[0]]
+    """The gather and the mask of one group; `rows` are both sequence numbers and token rows.
+
+    A shorter sequence is padded with its own last token: other blocks may hold what is not a number, and no mask takes
+    that out of a sum.
+    """
+    length, size = metadata.context_lens[rows[0]], metadata.block_size
     index = torch.tensor(rows, device=table.device)
-    blocks = table[index, : -(-length // metadata.block_size)]
+    lengths = metadata.seq_lens[index, None].long()
+    tokens = torch.minimum(torch.arange(length, device=table.device), lengths - 1)  # [g, length]
+    slots = (table[index].gather(1, tokens // size) * size + tokens % size).flatten()
     if all(metadata.context_lens[i] == length for i in rows):
-        return DecodeGroup(index, blocks, length, None)
-    lengths = metadata.seq_lens[index]
-    mask = torch.arange(length, device=table.device) < lengths[:, None]
-    return DecodeGroup(index, blocks, length, mask[:, None, None])
+        return DecodeGroup(index, slots, length, None)
+    mask = torch.arange(length, device=table.device) < lengths
+    return DecodeGroup(index, slots, length, mask[:, None, None])
 
 
 def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: int, length: int) -> PrefillChunk:
@@ -118,7 +123,8 @@ def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: 
 def attend_decodes(q: Tensor, kv: tuple[Tensor, Tensor], group: DecodeGroup) -> Tensor:  # [g, heads, d] -> the same
     """The query heads of one KV head become the query axis: nothing is repeated, no causal mask is needed."""
     k, v = (
-        cache[group.blocks].flatten(1, 2)[:, : group.length].transpose(1, 2).to(q.dtype) for cache in kv
+        cache.flatten(0, 1).index_select(0, group.slots).unflatten(0, (-1, group.length)).transpose(1, 2).to(q.dtype)
+        for cache in kv
     )  # [g, kv_heads, length, d]
     grouped = q.unflatten(1, (k.shape[1], -1))
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).flatten(1, 2)
