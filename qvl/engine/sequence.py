@@ -186,7 +186,6 @@ class Sequence:
         """Back to waiting with nothing computed (preemption); the caller has freed the blocks."""
         self.status = Status.WAITING
         self.num_computed = 0
-        self.num_registered = 0
         self.num_preemptions += 1
 
     def end(self, reason: FinishReason) -> None:
