@@ -1,4 +1,4 @@
-"""What transformers answers to a conversation: its template, its slow picture processor, its network, its greedy search."""
+"""What transformers answers to a conversation: its template, slow picture processor, network and greedy search."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""A step's tensors against a loop over tokens; what a failed picture takes with it; the arithmetic of GPU memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qvl.engine.batch import ScheduledBatch, ScheduledSeq
+from qvl.engine.device import is_out_of_memory, read_facts
+from qvl.engine.inputs import build_inputs
+from qvl.engine.memory import CONTEXT, DECODES, QUERY, SIDE, StepCost, fit_cost, kv_cache_bytes, largest_patches
+from qvl.engine.protocol import AddRequest, MediaInput
+from qvl.engine.runner import ModelRunner, healthy_part, result_of
+from qvl.engine.sampler import SampledToken
+from qvl.engine.sequence import Sequence
+from qvl.errors import ConfigError
+from qvl.types import TokenLogprob
+from tests.engine.harness import greedy, make_config, pixels, read_spec
+
+BLOCK = 4
+CPU = torch.device("cpu")
+
+
+def sequence(
+    checkpoint: Path, name: str, num_tokens: int, *pictures: tuple[int, int, int], first_block: int
+) -> Sequence:
+    """`pictures` are (offset, rows, columns) in tokens; blocks count down from `first_block`."""
+    media = [
+        MediaInput("image", offset, rows * columns, 1, 2 * rows, 2 * columns, f"{name}{offset}".encode(), 28, 28)
+        for offset, rows, columns in pictures
+    ]
+    arrays = [pixels(offset, rows, columns) for offset, rows, columns in pictures]
+    request = AddRequest(name, list(range(100, 100 + num_tokens)), media, greedy())
+    seq = Sequence.create(request, read_spec(checkpoint), block_size=BLOCK, pixels=arrays)
+    seq.block_table = [first_block - i for i in range(-(-num_tokens // BLOCK) + 2)]
+    return seq
+
+
+def test_tensors_of_a_mixed_step(checkpoint: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        decodes = [
+            sequence(checkpoint, f"d{i}", rng.randint(1, 30), first_block=40 + 20 * i) for i in range(rng.randint(0, 3))
+        ]
+        entries = []
+        for seq in decodes:
+            for _ in range(rng.randint(1, 5)):
+                seq.append(rng.randint(0, 500))
+            entries.append(ScheduledSeq(seq, seq.num_tokens - 1, 1, True))
+        for i in range(rng.randint(0 if decodes else 1, 3)):
+            seq = sequence(checkpoint, f"p{i}", 40, (3, 2, 3), (9, 1, 4), (20, 4, 4), first_block=300 + 20 * i)
+            start = rng.randint(0, 38)
+            num_tokens = rng.randint(1, 40 - start)
+            entries.append(ScheduledSeq(seq, start, num_tokens, start + num_tokens == 40))
+        check_inputs(entries, len(decodes))
+
+
+def check_inputs(entries: list[ScheduledSeq], num_decodes: int) -> None:
+    inputs = build_inputs(entries, num_decodes, BLOCK, CPU)
+    metadata = inputs.metadata
+    ids, positions, slots, last, pictures = [], [], [], [], {}
+    for entry in entries:
+        for i in range(entry.start, entry.end):
+            seq = entry.seq
+            for span in seq.spans:
+                if span.offset <= i < span.end:
+                    pictures[len(ids)] = (span.digest, i - span.offset)
+            ids.append(seq.token_ids[i])
+            positions.append(seq.positions(i, 1)[:, 0].tolist())
+            slots.append(seq.block_table[i // BLOCK] * BLOCK + i % BLOCK)
+        if entry.samples:
+            last.append(len(ids) - 1)
+    assert inputs.token_ids.tolist() == ids
+    assert inputs.positions.T.tolist() == positions
+    assert metadata.slot_mapping.tolist() == slots
+    assert inputs.last_rows.tolist() == last
+    found = {rows.row + i: (rows.digest, rows.start + i) for rows in inputs.media for i in range(rows.count)}
+    assert found == pictures
+    assert metadata.query_lens == [entry.num_tokens for entry in entries]
+    assert metadata.cu_seqlens_q.tolist() == np.cumsum([0, *metadata.query_lens]).tolist()
+    assert metadata.seq_lens.tolist() == metadata.context_lens == [entry.end for entry in entries]
+    assert (metadata.cu_seqlens_q.dtype, metadata.block_table.dtype) == (torch.int32, torch.int32)
+    assert metadata.num_decodes == num_decodes
+    for entry, table in zip(entries, metadata.block_table.tolist(), strict=True):
+        used = -(-entry.end // BLOCK)
+        assert table[:used] == entry.seq.block_table[:used]
+
+
+def test_a_failed_picture_takes_along_who_needs_it_now(checkpoint: Path) -> None:
+    decode = sequence(checkpoint, "decode", 12, (2, 2, 2), first_block=10)
+    decode.append(5)
+    early = sequence(checkpoint, "early", 30, (10, 2, 2), (20, 2, 2), first_block=30)
+    late = sequence(checkpoint, "late", 30, (10, 2, 2), (20, 2, 2), first_block=60)
+    entries = [ScheduledSeq(decode, 12, 1, True), ScheduledSeq(early, 0, 15, False), ScheduledSeq(late, 16, 14, True)]
+    batch = ScheduledBatch(entries, [], 1)
+    assert healthy_part(batch, {}).entries == entries
+    step = healthy_part(batch, {decode.spans[0].digest: "a", early.spans[1].digest: "b", late.spans[1].digest: "c"})
+    assert (step.entries, step.num_decodes, step.errors) == (entries[:2], 1, {"late": "c"})
+    step = healthy_part(batch, {early.spans[0].digest: "gone"})
+    assert (step.entries, step.errors) == ([entries[0], entries[2]], {"early": "gone"})
+
+
+def test_results_stand_in_the_order_of_the_batch(checkpoint: Path) -> None:
+    entries = [
+        ScheduledSeq(sequence(checkpoint, name, 8, first_block=9), 0, 8, samples)
+        for name, samples in (("a", True), ("b", False), ("c", True), ("d", True))
+    ]
+    batch = ScheduledBatch(entries)
+    logprob = TokenLogprob(7, -0.5)
+    result = result_of(batch, {"d": SampledToken(7, logprob), "a": SampledToken(3)}, {"c": "failed"})
+    assert (result.token_ids[0], result.token_ids[2], len(result.token_ids)) == (3, 7, 3)
+    assert result.logprobs == [None, None, logprob]
+    assert result.errors == {"c": "failed"}
+    assert result_of(batch, {"a": SampledToken(1)}, {}).logprobs == []
+
+
+def test_an_empty_step_does_nothing(checkpoint: Path) -> None:
+    runner = ModelRunner(make_config(checkpoint))
+    result = runner.run(ScheduledBatch())
+    assert (result.token_ids, result.errors) == ([], {})
+
+
+def test_rates_are_recovered_from_measurements() -> None:
+    true = StepCost(token=5000.0, context=300.0, pair=7.0, decode_context=450.0, patch=9000.0)
+    fitted = fit_cost(
+        alone=int(5000 * QUERY),
+        behind=int(true.prefill(QUERY, CONTEXT)),
+        wider=int(true.prefill(2 * QUERY, CONTEXT)),
+        decode=int(DECODES * (5000 + 450 * CONTEXT)),
+        picture=9000 * SIDE**2,
+    )
+    for name in ("token", "context", "pair", "decode_context", "patch"):
+        assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
+    small = fit_cost(alone=1000, behind=10, wider=10, decode=1, picture=0)  # noise never gives negative rates
+    assert min(small.context, small.pair, small.decode_context, small.patch) == 0
+
+
+def test_the_cache_and_the_largest_step_fit_together(checkpoint: Path) -> None:
+    config = make_config(checkpoint, max_num_batched_tokens=512, encoder_cache_memory=1 << 20, num_blocks=256)
+    cost = StepCost(token=2e4, context=100.0, pair=0.5, decode_context=64.0, patch=3e4)
+    usable = 1 << 28
+    num_bytes = kv_cache_bytes(config, cost, usable)
+    tokens = num_bytes / (config.block_bytes / config.block_size)
+    step = max(cost.prefill(512, config.max_model_len), cost.patch * largest_patches(config))
+    assert 0.5 * usable < num_bytes + step + tokens * cost.decode_context + (1 << 20) < usable
+    assert kv_cache_bytes(config, cost, 2 * usable) > 2 * num_bytes
+    assert kv_cache_bytes(config, cost, 1 << 20) == 0  # nothing fits: the config says so in words
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, num_blocks=None, max_model_len_given=True).with_kv_memory(0)
+
+
+def test_the_largest_picture_is_bounded_by_context_and_processor(checkpoint: Path) -> None:
+    config = make_config(checkpoint, encoder_budget_tokens=10, max_model_len=64)
+    assert largest_patches(config) == 64 * 4  # the processor allows 64 tokens, the context as many
+    assert largest_patches(make_config(checkpoint, encoder_budget_tokens=10, max_model_len=32)) == 32 * 4
+    assert largest_patches(make_config(checkpoint, encoder_budget_tokens=500)) == 500 * 4
+
+
+def test_facts_of_this_machine() -> None:
+    facts = read_facts("cpu")
+    assert (facts.kind, facts.capability) == ("cpu", (0, 0))
+    assert facts.num_cores >= 1
+    assert facts.total_memory > 1 << 26
+    assert facts.preferred_cpu_dtype in ("float32", "bfloat16")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA GPU"):
+            read_facts("cuda")
+
+
+def test_a_failed_allocation_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
