@@ -1,0 +1,80 @@
+"""The `qvl` command: which commands there are, and how a mistake or an error ends.
+
+Every command is one file beside this one and one line here. Flags may be written with dashes or underscores. A mistake
+is one line on stderr and exit code 2; errors of the error tree carry their own exit code; Ctrl-C is 130. Knows no
+command's work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from qvl.cli import ask, bench, check, serve, version
+from qvl.errors import QvlError, suggest
+
+# Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+ClickError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def dashes(name: str) -> str:
+    """`--max_model_len` is `--max-model-len`."""
+    return name.replace("_", "-")
+
+
+app = typer.Typer(
+    name="qvl",
+    help="Serve the Qwen-VL family from a checkpoint folder, on a GPU or just a CPU.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": dashes, "help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("ask")(ask.ask)
+app.command("check")(check.check)
+app.add_typer(bench.app, name="bench")
+app.command("version")(version.version)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of `qvl ARGUMENTS...`."""
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="qvl", standalone_mode=False)
+    except QvlError as error:
+        return _fail(error.message, error.exit_code)
+    except ClickError as error:
+        return _fail(_usage_message(error), getattr(error, "exit_code", 2))
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`qvl ask ... | head -1`): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"qvl: {message}", file=sys.stderr)
+    return code
+
+
+def _usage_message(error: Exception) -> str:
+    """Click's message as one line, with the closest flag and the help page to look at."""
+    name = getattr(error, "option_name", None)
+    if name is not None:
+        message = f"{getattr(error, 'message', error)}{suggest(name, getattr(error, 'possibilities', None) or ())}"
+    else:
+        message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "qvl"
+    return f"{message} (see {command} --help)"

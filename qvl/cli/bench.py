@@ -1,0 +1,164 @@
+"""`qvl bench`: the figures of this machine. Knows flags and printing; the measuring is in `qvl.bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvl.cli import flags
+from qvl.cli.version import installed
+from qvl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qvl.bench.measure import Figures, Subject, Workload
+    from qvl.engine.config import EngineConfig
+
+PEERS = ("transformers",)
+MILLI = 1000.0
+
+app = typer.Typer(help="Measure this machine.")
+
+
+@app.command("shape")
+def shape(
+    name: Annotated[str, typer.Argument(help="2b, 7b or 72b.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+) -> None:
+    """Write a folder with the shape of a published Qwen2-VL and the bundled tokenizer, for --load-format dummy."""
+    from qvl.bench.shape import write_shape
+    from qvl.engine.locate import demo_folder
+
+    print(write_shape(name, folder, demo_folder()))
+
+
+@app.command("engine")
+def engine(
+    model: flags.Model = "demo",
+    against: Annotated[
+        str | None, typer.Option(help="Measure this beside qvl, in the same process: transformers.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the text prompt.")] = 96,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,
+    picture: Annotated[str, typer.Option(metavar="WxH", help="Size of the picture, or none.")] = "448x448",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores]")] = None,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    load_format: flags.LoadFormat = "auto",
+) -> None:
+    """Measure prefill, time per token and the first token after a picture, without a server.
+
+    Every round gives qvl and its peer the same fresh prompts, one after the other. The last line is one JSON object.
+    """
+    if against is not None and against not in PEERS:
+        raise ConfigError(f"--against knows {', '.join(PEERS)}, not '{against}'")
+    from qvl.bench.measure import Workload
+
+    workload = Workload(prompt_tokens, output_tokens, _size(picture), repeats)
+    config = _config({"model": model, "device": device, "dtype": dtype, "load_format": load_format}, workload, threads)
+    figures = _run(config, workload, against)
+    _print_table(figures)
+    print(json.dumps(_record(config, workload, figures)))
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """ "640x480" (width x height) -> (480, 640); "none" -> None."""
+    if text == "none":
+        return None
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ConfigError(f"--picture takes a size such as 448x448 (width x height) or none, not '{text}'")
+    return int(match[2]), int(match[1])
+
+
+def _config(given: dict[str, Any], workload: Workload, threads: int | None) -> EngineConfig:
+    """An engine just large enough for one request of this workload."""
+    from qvl.engine.config import resolve
+    from qvl.engine.device import read_facts
+
+    height, width = workload.picture or (0, 0)
+    text = workload.prompt_tokens + workload.output_tokens
+    longest = max(text, 64 + (height // 14 + 2) * (width // 14 + 2))
+    options = flags.engine_options({**given, "num_threads": threads, "max_num_seqs": 1, "max_model_len": longest})
+    return resolve(options, read_facts(options.device))
+
+
+def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[str, Figures]:
+    from qvl.bench.measure import measure
+    from qvl.bench.ours import QvlSubject
+    from qvl.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(config.spec.folder, config.spec.ids)
+    usable = [
+        i for i in range(min(tokenizer.vocab_size, config.spec.text.vocab_size)) if i not in tokenizer.special_ids
+    ]
+    _tell(f"loading {config.spec.name} ({config.dtype}, {config.device}, {config.num_threads} threads)")
+    subjects: list[Subject] = [QvlSubject(config)]
+    if against is not None:
+        _tell(f"loading it with {against}")
+        subjects.append(_peer(config))
+    return measure(subjects, workload, usable, _tell)
+
+
+def _peer(config: EngineConfig) -> Subject:
+    import torch
+
+    from qvl.engine.device import DTYPES
+
+    try:
+        from qvl.bench.transformers_peer import TransformersSubject
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--against transformers: {error.name} is not installed here") from error
+    where = torch.device(config.device)
+    return TransformersSubject(
+        config.spec, dtype=DTYPES[config.dtype], device=where, dummy=config.load_format == "dummy"
+    )
+
+
+def _print_table(figures: dict[str, Figures]) -> None:
+    from qvl.bench.measure import ratios
+
+    names = list(figures)
+    rows = {name: dataclasses.asdict(value) for name, value in figures.items()}
+    print(
+        f"{'median of':<16}" + "".join(f"{name:>24}" for name in names) + (f"{'qvl / peer':>14}" if names[1:] else "")
+    )
+    quotients = ratios(figures[names[0]], figures[names[1]]) if names[1:] else {}
+    for field, label in (
+        ("prefill", "prefill"),
+        ("time_per_token", "time per token"),
+        ("picture_ttft", "picture TTFT"),
+    ):
+        if rows[names[0]][field] is None:
+            continue
+        cells = "".join(f"{rows[name][field] * MILLI:>21.1f} ms" for name in names)
+        print(f"{label:<16}{cells}" + (f"{quotients[field]:>14.2f}" if quotients else ""))
+
+
+def _record(config: EngineConfig, workload: Workload, figures: dict[str, Figures]) -> dict[str, Any]:
+    """Everything that makes the figures repeatable."""
+    from qvl.bench.machine import describe
+
+    return {
+        "bench": "engine",
+        "model": config.spec.name,
+        "parameters": config.spec.num_parameters,
+        "load_format": config.load_format,
+        "device": config.device,
+        "dtype": config.dtype,
+        "threads": config.num_threads,
+        "machine": describe(config.device),
+        "versions": {name: installed(name) for name in ("qvl", "torch", "transformers")},
+        "workload": dataclasses.asdict(workload),
+        "seconds": {name: dataclasses.asdict(value) for name, value in figures.items()},
+    }
+
+
+def _tell(line: str) -> None:
+    print(f"qvl: {line}", file=sys.stderr, flush=True)

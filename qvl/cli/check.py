@@ -1,0 +1,134 @@
+"""`qvl check`: what would run here and why, and whether a checkpoint folder can be loaded, without loading it.
+
+Knows which questions a user has before starting a server. Every answer comes from the code that would decide it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvl.cli import flags
+from qvl.cli.version import installed
+
+if TYPE_CHECKING:
+    from qvl.engine.config import DeviceFacts, EngineConfig
+
+GIB = 1 << 30
+
+
+def check(
+    model: flags.Model = "demo",
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    load_format: flags.LoadFormat = "auto",
+    max_model_len: flags.MaxModelLen = None,
+    gpu_memory_utilization: flags.GpuMemoryUtilization = 0.9,
+    kv_cache_memory: flags.KvCacheMemory = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing when all is well.")] = False,
+) -> None:
+    """Say which device, precision and kernels would be used and why, and whether the checkpoint can be loaded."""
+    options = flags.engine_options(
+        {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "load_format": load_format,
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_memory": kv_cache_memory,
+        }
+    )
+    from qvl.engine.config import resolve
+    from qvl.engine.device import read_facts
+
+    facts = read_facts(options.device)
+    config = resolve(options, facts)
+    rows = [("versions", _versions()), *_device_rows(config, facts), *_model_rows(config), *_memory_rows(config)]
+    if not quiet:
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            print(f"{name:<{width}}  {text}")
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {installed(name)}" for name in ("qvl", "torch", "tokenizers", "safetensors", "av"))
+
+
+def _device_rows(config: EngineConfig, facts: DeviceFacts) -> list[tuple[str, str]]:
+    import torch
+
+    from qvl.engine.device import DTYPES, device_name
+    from qvl.kernels.attention import choose_attention
+
+    where = torch.device(config.device)
+    capability = facts.capability if config.device == "cuda" else None
+    attention, reason = choose_attention(where, DTYPES[config.dtype], capability)
+    memory = f"{facts.total_memory / GIB:.1f} GiB {'free' if facts.kind == 'cpu' else 'in all'}"
+    return [
+        ("device", f"{device_name(where)}, {facts.num_cores} cores, {memory}"),
+        ("dtype", f"{config.dtype}: {_dtype_reason(config, facts)}"),
+        ("attention", reason if attention.name in reason else f"{attention.name}: {reason}"),
+    ]
+
+
+def _dtype_reason(config: EngineConfig, facts: DeviceFacts) -> str:
+    if config.device == "cuda":
+        shown = ".".join(map(str, facts.capability))
+        return f"compute capability {shown}, the checkpoint was saved in {config.spec.dtype}"
+    faster = facts.preferred_cpu_dtype
+    has = "has instructions for bfloat16" if faster == "bfloat16" else "has no instructions for bfloat16"
+    return f"this CPU {has}, {faster} is the faster choice here"
+
+
+def _model_rows(config: EngineConfig) -> list[tuple[str, str]]:
+    """Raises `CheckpointError` when a tensor is missing, unexpected or misshapen, or the vocabulary cannot be read."""
+    from qvl.tokenizer import Tokenizer
+
+    spec = config.spec
+    tokenizer = Tokenizer.from_folder(spec.folder, spec.ids)
+    size = f"{spec.num_parameters / 1e6:,.1f} M parameters ({spec.vision_parameters / 1e6:,.1f} M of them vision)"
+    return [
+        ("checkpoint", f"{_shortened(str(spec.folder))}: {spec.architecture}, {size}"),
+        ("weights", _weights_row(config)),
+        ("tokenizer", f"{tokenizer.vocab_size} tokens; the model has {spec.text.vocab_size}"),
+    ]
+
+
+def _weights_row(config: EngineConfig) -> str:
+    if config.load_format == "dummy":
+        return "dummy: random numbers of the right shapes, no file is read"
+    from contextlib import ExitStack
+
+    import torch
+
+    from qvl.engine.device import DTYPES
+    from qvl.models.registry import build_model
+    from qvl.models.safetensors_file import SafetensorsFile
+    from qvl.models.weights import expected_slots, match, rename, weight_files
+
+    network = build_model(config.spec, DTYPES[config.dtype], torch.device("meta"))
+    paths = weight_files(config.spec.folder)
+    with ExitStack() as stack:
+        files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
+        tied = config.spec.text.tie_word_embeddings
+        sources = match(expected_slots(network), rename(files, network.RENAMES), tied=tied)
+    num_bytes = sum(path.stat().st_size for path in paths)
+    size = f"{num_bytes / 1e6:,.1f} MB, saved in {config.spec.dtype}"
+    return f"complete: {len(sources)} tensors in {len(paths)} file(s), {size}"
+
+
+def _memory_rows(config: EngineConfig) -> list[tuple[str, str]]:
+    if config.num_blocks is None:
+        return [("kv cache", "measured after loading, from --gpu-memory-utilization")]
+    tokens = config.num_blocks * config.block_size
+    full = tokens / config.max_model_len
+    memory = f"{config.kv_cache_memory / GIB:.2f} GiB"
+    return [("kv cache", f"{tokens:,} tokens ({memory}): {full:.1f} requests of {config.max_model_len:,} tokens")]
+
+
+def _shortened(path: str) -> str:
+    home = os.path.expanduser("~")
+    return f"~{path[len(home) :]}" if path.startswith(home + os.sep) else path
