@@ -27,9 +27,9 @@ _FRAME_LIST = "data:video/jpeg;base64,"
 class MediaPolicy:
     """What may be read on behalf of a caller. Times in seconds; sizes of one picture or video.
 
-    `max_bytes` caps files (after any HTTP compression), `max_image_pixels` a picture and `max_frame_pixels` a
-    video frame before decoding, `max_video_frames` the frames of a video that are decoded to find the sampled
-    ones, `max_video_bytes` the sampled frames as kept (uint8 RGB).
+    `max_bytes` caps files (after any HTTP compression), `max_image_pixels` a picture and `max_frame_pixels` a video
+    frame before decoding. A video is decoded in full to find its sampled frames: `max_video_frames` and
+    `max_video_pixels` (frames x area) cap that work, `max_video_bytes` the sampled frames as kept (uint8 RGB).
     """
 
     allow_private_hosts: bool = False
@@ -39,6 +39,7 @@ class MediaPolicy:
     max_image_pixels: int = 178_956_970  # where Pillow itself stops
     max_frame_pixels: int = 36_000_000  # 8K and a little
     max_video_frames: int = 120_000
+    max_video_pixels: int = 250_000_000_000  # an hour of 1080p at 30 frames a second
     max_video_bytes: int = 1 << 30
     connect_timeout: float = 5.0
     read_timeout: float = 10.0

@@ -38,6 +38,7 @@ _CODECS = (
     "h264,hevc,av1,libdav1d,libaom-av1,vp8,vp9,libvpx,libvpx-vp9,mpeg4,mpeg1video,mpeg2video,mjpeg,gif,apng,png,"
     "msmpeg4,msmpeg4v2,h263,flv,wmv1,wmv2,wmv3,vc1,theora,prores,dnxhd,rawvideo,ffv1"
 )
+_LIBRARY_LIMIT = "max_pixels"  # FFmpeg's own check, before it makes room for a frame
 _DECODE_THREADS = 4
 _PASSES = 2
 _PLAUSIBLE_FPS = 1000.0  # containers without a frame rate report their clock (90,000)
@@ -105,7 +106,10 @@ def decode_video(
             total = seen  # packets are not always frames: sample again, from the true number
         raise BadMedia("the video has another number of frames each time it is decoded")
     except (av.FFmpegError, OSError, ValueError, EOFError, ArithmeticError, MemoryError):
-        raise BadMedia("the video is damaged, or in a format that cannot be decoded") from None
+        raise BadMedia(
+            "the video is damaged, in a format that cannot be decoded, or has frames of more than "
+            f"{policy.max_frame_pixels} pixels"
+        ) from None
 
 
 class FrameStack:
@@ -161,7 +165,7 @@ def _open(data: bytes, policy: MediaPolicy) -> tuple[InputContainer, VideoStream
         "format_whitelist": _CONTAINERS,
         "codec_whitelist": _CODECS,
         "protocol_whitelist": "none",
-        "max_pixels": str(policy.max_frame_pixels),
+        _LIBRARY_LIMIT: str(policy.max_frame_pixels),
     }
     container = av.open(io.BytesIO(data), mode="r", options=options, io_open=_refuse_io)
     try:
@@ -171,11 +175,8 @@ def _open(data: bytes, policy: MediaPolicy) -> tuple[InputContainer, VideoStream
         context = stream.codec_context
         if context is None or context.name not in _CODECS.split(","):
             raise BadMedia("the video is in a format that cannot be decoded")
-        if context.width * context.height > policy.max_frame_pixels:
-            raise BadMedia(
-                f"the video is {context.width}x{context.height}; frames may have {policy.max_frame_pixels} pixels"
-            )
-        context.options = {"max_pixels": str(policy.max_frame_pixels)}
+        _check(1, context.width, context.height, policy)
+        context.options = {_LIBRARY_LIMIT: str(policy.max_frame_pixels)}
         context.thread_count = _DECODE_THREADS
         stream.thread_type = "AUTO"
     except BaseException:
@@ -191,18 +192,25 @@ def _probe(data: bytes, policy: MediaPolicy) -> tuple[int, float | None]:
         total = 0
         for packet in container.demux(stream):
             total += packet.size > 0 and not packet.is_discard
-            _check_count(total, policy)
+            _check(total, stream.codec_context.width, stream.codec_context.height, policy)
         for rate in (stream.average_rate, stream.guessed_rate):
             if rate and 0 < float(rate) <= _PLAUSIBLE_FPS:
                 return total, float(rate)
-        if stream.duration and stream.time_base:
+        if stream.duration and stream.time_base and stream.duration > 0:
             return total, total / float(stream.duration * stream.time_base)
         return total, None
 
 
-def _check_count(count: int, policy: MediaPolicy) -> None:
+def _check(count: int, width: int, height: int, policy: MediaPolicy) -> None:
+    """The caps on `count` frames of this size: each of them, their number, and the work of decoding them all."""
+    if width * height > policy.max_frame_pixels:
+        raise BadMedia(f"the frames of the video have more than {policy.max_frame_pixels} pixels")
     if count > policy.max_video_frames:
         raise BadMedia(f"the video has more than {policy.max_video_frames} frames")
+    if count * width * height > policy.max_video_pixels:
+        raise BadMedia(
+            f"the video has more than {policy.max_video_pixels} pixels in all its frames; send a shorter one"
+        )
 
 
 def _collect(data: bytes, indices: npt.NDArray[np.int64], stack: FrameStack, policy: MediaPolicy) -> int:
@@ -222,11 +230,7 @@ def _collect(data: bytes, indices: npt.NDArray[np.int64], stack: FrameStack, pol
 
 def _decode(container: InputContainer, stream: VideoStream, policy: MediaPolicy) -> Iterator[VideoFrame]:
     for count, frame in enumerate(container.decode(stream), start=1):
-        _check_count(count, policy)
-        if frame.width * frame.height > policy.max_frame_pixels:
-            raise BadMedia(
-                f"the video is {frame.width}x{frame.height}; frames may have {policy.max_frame_pixels} pixels"
-            )
+        _check(count, frame.width, frame.height, policy)
         yield frame
 
 

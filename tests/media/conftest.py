@@ -9,8 +9,11 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import av
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -152,3 +155,25 @@ def second_site() -> Iterator[Server]:
     """On 127.0.0.2, with blue.png: tests let it stand for the public internet."""
     with serving("127.0.0.2", {"blue.png": png("blue")}) as server:
         yield server
+
+
+def clip(
+    levels: list[int],
+    *,
+    container: str = "matroska",
+    codec: str = "ffv1",
+    pixel_format: str = "bgr0",
+    rate: Fraction | int = 10,
+    size: tuple[int, int] = (48, 64),
+) -> bytes:
+    """A video whose frames are plain greys of these levels; without loss unless asked otherwise. `size` is (h, w)."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate)
+        stream.height, stream.width = size
+        stream.pix_fmt = pixel_format
+        for level in levels:
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), level, dtype=np.uint8), format="rgb24")
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()

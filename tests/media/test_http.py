@@ -239,7 +239,8 @@ def test_tls_keeps_the_name_for_sni_and_certificate(tmp_path, monkeypatch):
     try:
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-             "-days", "2", "-keyout", key, "-out", cert, "-subj", "/CN=named.example", "-addext", "subjectAltName=DNS:named.example"],
+             "-days", "2", "-keyout", key, "-out", cert,
+             "-subj", "/CN=named.example", "-addext", "subjectAltName=DNS:named.example"],
             check=True, capture_output=True,
         )  # fmt: skip
     except FileNotFoundError:
