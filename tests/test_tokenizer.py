@@ -175,6 +175,21 @@ def test_any_ids_decode_as_the_reference_does(ids: list[int], skip: bool, tokeni
     assert tokenizer.decode(ids, skip_special_tokens=skip) == theirs
 
 
+def test_the_longest_control_token_wins(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    last = content["added_tokens"][-1]
+    content["added_tokens"] += [{**last, "id": last["id"] + 1, "content": "<|im_start|>user"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "unk_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    text = "<|im_start|>user<|im_start|>us<|im_start|>users"
+    theirs = AutoTokenizer.from_pretrained(tmp_path).encode(text, add_special_tokens=False)
+    assert last["id"] + 1 in theirs
+    assert Tokenizer.from_folder(tmp_path).encode_control(text) == theirs
+
+
 def test_token_bytes_join_to_the_exact_text(tokenizer: Tokenizer) -> None:
     for text in TEXTS:
         if text == "e\u0301 is not yet é":

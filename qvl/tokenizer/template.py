@@ -2,7 +2,7 @@
 
 Every text of a conversation is replaced by a random nonce of private-use characters before the template sees it.
 Control tokens are parsed in what the template itself wrote; then the nonces are put back as plain text. The price: a
-template that looks into texts (to cut reasoning out of old turns, say) sees nonces there. Does not know ids or encoding.
+template that looks into texts (to cut reasoning out of old turns, say) sees nonces there. Does not know ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -86,7 +86,7 @@ class _Steps:
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks assistant text for training; here it is only its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (an instance variable to jinja2)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

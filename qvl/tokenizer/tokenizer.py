@@ -96,21 +96,15 @@ class Tokenizer:
     def _segments(self, rendered: str, texts: Mapping[str, str]) -> list[ChatPiece]:
         pattern = _any_of(texts)
         segments: list[ChatPiece] = []
-        run: list[str] = []
         for piece in self._pieces(rendered):
             if isinstance(piece, str):
-                run.append(pattern.sub(lambda nonce: texts[nonce.group()], piece))
-                continue
-            if text := "".join(run):
-                segments.append(TextRun(text))
-            run = []
-            segments.append(self._slots.get(piece) or Control(piece))
-        if text := "".join(run):
-            segments.append(TextRun(text))
+                segments.append(TextRun(pattern.sub(lambda nonce: texts[nonce.group()], piece)))
+            else:
+                segments.append(self._slots.get(piece) or Control(piece))
         return segments
 
     def _pieces(self, text: str) -> Iterable[str | int]:
-        """`text` cut at the spellings of added tokens, which become their ids."""
+        """`text` cut at the spellings of added tokens, which become their ids; no two strings follow each other."""
         start = 0
         for found in self._added_pattern.finditer(text):
             if found.start() > start:

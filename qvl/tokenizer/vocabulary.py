@@ -1,8 +1,8 @@
 """The byte-level BPE of a checkpoint: plain text to ids, ids to exact bytes.
 
 Added tokens (`<|im_start|>`, but also unflagged ones such as `<tool_call>`) are taken out of the library's tokenizer,
-which would otherwise find them in any text: here they are a table of names and ids, and text is only ever text. Does not
-know which of them a template may write.
+which would otherwise find them in any text: here they are a table of names and ids, and text is only ever text. Does
+not know which of them a template may write.
 """
 
 from __future__ import annotations
