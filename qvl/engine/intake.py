@@ -1,4 +1,4 @@
-"""From messages to what the engine takes: prompt, pixels, resolved sampling. Used by `LLM` and, in threads, by backends.
+"""From messages to what the engine takes: prompt, pixels, resolved sampling. For `LLM` and, in threads, for backends.
 
 Knows the checkpoint's template, the limits of this engine, and how to say why a request does not fit. Does not know the
 engine itself, sockets or HTTP. Blocks on network and disk while media are read; safe to use from several threads.
@@ -26,7 +26,7 @@ _NAMES = {"image": "picture", "video": "video"}
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request ready for the engine. `media[i]` fills `prompt.spans[i]`; `sampling` is resolved, `max_tokens` included."""
+    """A request ready for the engine: `media[i]` fills `prompt.spans[i]`, `sampling` is resolved."""
 
     prompt: Prompt
     media: tuple[LoadedMedia, ...]
@@ -143,8 +143,10 @@ class Intake:
         return Prepared(prompt, media, self._resolve(sampling, room), salt.encode())
 
     def _resolve(self, sampling: SamplingParams, room: int) -> SamplingParams:
-        """Every open value filled. `max_tokens` defaults to the room that the prompt leaves, and is clipped to it: a large
-        one is a wish for "as much as possible", and the answer then ends with "length" where the context does."""
+        """Every open value filled. `max_tokens` defaults to the room that the prompt leaves, and is clipped to it.
+
+        A large one is a wish for "as much as possible": the answer then ends with "length" where the context does.
+        """
         self._check_ids("logit_bias", sampling.logit_bias)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         if sampling.min_tokens > room:
@@ -197,14 +199,11 @@ def _tokens_at(media: Sequence[LoadedMedia], max_pixels: int, spec: ProcessorSpe
     limits = PixelLimits(max_pixels=max_pixels)
     total = 0
     for one in media:
-        frames = len(one.pixels)
-        is_video = one.kind == "video"
-        size = (
-            frame_size(frames, *one.original_size, spec, limits)
-            if is_video
-            else picture_size(*one.original_size, spec, limits)
-        )
-        total += one.grid.t * (size[0] // spec.factor) * (size[1] // spec.factor)
+        if one.kind == "video":
+            height, width = frame_size(len(one.pixels), *one.original_size, spec, limits)
+        else:
+            height, width = picture_size(*one.original_size, spec, limits)
+        total += one.grid.t * (height // spec.factor) * (width // spec.factor)
     return total
 
 
