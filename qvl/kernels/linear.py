@@ -1,6 +1,6 @@
-"""Matrix products of activations with weights, whatever the two dtypes are.
+"""The product of activations with weights, whatever device and dtypes.
 
-Knows which product is fast on which processor. Does not know which layer asks.
+Knows which file of this package computes it. Does not know which layer asks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl.kernels.cpu_linear import choose_cpu_linear
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, in] times weight [out, in] transposed, plus bias [out]: [n, out] in the dtype of x."""
-    if x.dtype == weight.dtype:
-        return F.linear(x, weight, bias)
-    return F.linear(x, weight.to(x.dtype), bias)
+    if weight.device.type == "cpu":
+        return choose_cpu_linear(weight.dtype)(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def compute_dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of activations beside weights of `dtype`: fp32 on a CPU, the weights' own elsewhere."""
     return torch.float32 if device.type == "cpu" else dtype
+
+
+def describe_linear(dtype: torch.dtype, device: torch.device) -> str:
+    """How products are computed there, in words; on a CPU this makes the choice (and builds the kernel) if need be."""
+    return choose_cpu_linear(dtype).reason if device.type == "cpu" else f"torch {dtype}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvl.kernels.attention import choose_attention
-from qvl.kernels.linear import compute_dtype_for, linear
+from qvl.kernels.linear import compute_dtype_for, describe_linear, linear
 from qvl.layers.activation import silu_and_mul
 from qvl.layers.attention import AttentionMetadata, KVCache, PagedAttention
 from qvl.layers.linear import Linear
@@ -128,6 +128,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype_for(dtype, self.device)
         self.attention, self.attention_reason = choose_attention(self.device, self.compute_dtype)
+        self.linear_reason = describe_linear(dtype, self.device)
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)
         self.model = Decoder(text, dtype, self.compute_dtype)

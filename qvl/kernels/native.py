@@ -1,0 +1,113 @@
+"""C code of this package, compiled on first use for the processor at hand and kept in the user's cache folder.
+
+Knows compilers and the cache. Does not know what the code does. The folder must belong to the user alone; where it
+does not, the library is built anew in a private one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SWITCH = "QVL_NATIVE_KERNELS"  # "0" turns compiled kernels off, to compare or to find a fault
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+COMPILE_SECONDS = 120
+
+
+class NativeUnavailable(Exception):
+    """Why there is no compiled library; the caller has a slower way and says so."""
+
+
+def load_native(source: Path) -> ctypes.CDLL:
+    """The library compiled from `source`, from the cache when the source, the compiler and the processor are the same.
+
+    torch must be imported before: the library uses the OpenMP runtime that torch has loaded, because two of them in one
+    process would fight for the cores. Raises NativeUnavailable.
+    """
+    if os.environ.get(SWITCH) == "0":
+        raise NativeUnavailable(f"{SWITCH}=0")
+    compiler = find_compiler()
+    folder = cache_folder()
+    library = folder / f"{source.stem}-{fingerprint(source, compiler)}.so"
+    if not library.exists():
+        build(source, compiler, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailable(f"the compiled library does not load: {error}") from None
+
+
+def find_compiler() -> list[str]:
+    """The command of a C compiler: $CC, else the first of `COMPILERS` on the path."""
+    if os.environ.get("CC"):
+        command = shlex.split(os.environ["CC"])
+        if command and shutil.which(command[0]):
+            return command
+    for name in COMPILERS:
+        path = shutil.which(name)
+        if path:
+            return [path]
+    raise NativeUnavailable("there is no C compiler (install gcc)")
+
+
+def cache_folder() -> Path:
+    """A folder that nobody else can write to."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "qvl" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+        if private and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass  # a read-only home: build for this process only
+    return Path(tempfile.mkdtemp(prefix="qvl-kernels-"))
+
+
+def fingerprint(source: Path, compiler: list[str]) -> str:
+    """Changes with the source, the compiler and the processor's abilities."""
+    program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+    parts = (source.read_text(), str(FLAGS), str(compiler), str(program), str(program.stat().st_mtime_ns), processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def processor() -> str:
+    """What distinguishes processors for -march=native."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def build(source: Path, compiler: list[str], library: Path) -> None:
+    """Compile beside the target and rename, so that processes that start together never load half a file.
+
+    The second step leaves -fopenmp out on purpose: its functions are then looked up in the process, where torch's are.
+    """
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        compiled, linked = Path(scratch) / "code.o", Path(scratch) / "code.so"
+        run([*compiler, *FLAGS, "-c", str(source), "-o", str(compiled)])
+        run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+        os.replace(linked, library)
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; NativeUnavailable carries the first line of what it says."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"the C compiler does not run: {type(error).__name__}") from None
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line.lower()), f"exit {done.returncode}")
+        raise NativeUnavailable(f"the C compiler failed: {said.strip()[:200]}")

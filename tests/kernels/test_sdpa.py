@@ -1,0 +1,108 @@
+"""Paged attention against attention written out, and how decoding sequences are grouped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl.kernels.attention import choose_attention
+from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, group_by_length
+from qvl.layers.attention import AttentionMetadata
+
+
+def metadata(query: list[int], context: list[int], block_size: int) -> AttentionMetadata:
+    """Sequences whose blocks lie scattered in a cache; table entries past the end point anywhere."""
+    need = [-(-length // block_size) for length in context]
+    order = torch.randperm(sum(need), generator=torch.Generator().manual_seed(3)).split(need)
+    table = torch.zeros(len(need), max(need) + 1, dtype=torch.int32)
+    slots = []
+    for i, blocks in enumerate(order):
+        table[i, : need[i]] = blocks
+        index = torch.arange(context[i] - query[i], context[i])
+        slots.append(blocks[index // block_size] * block_size + index % block_size)
+    return AttentionMetadata(
+        cu_seqlens_q=torch.tensor([0, *query]).cumsum(0).int(),
+        seq_lens=torch.tensor(context, dtype=torch.int32),
+        block_table=table,
+        slot_mapping=torch.cat(slots),
+        query_lens=query,
+        context_lens=context,
+        block_size=block_size,
+        num_decodes=sum(1 for n in query if n == 1),
+    )
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [m, heads, d] are the last m of k, v [n, kv_heads, d]: [m, heads * d]."""
+    (m, heads, dim), n = q.shape, k.shape[0]
+    out = torch.empty(m, heads, dim)
+    for i in range(m):
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            seen = n - m + i + 1
+            weights = (k[:seen, kv] @ q[i, h] / math.sqrt(dim)).softmax(0)
+            out[i, h] = weights @ v[:seen, kv]
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("query", "context"),
+    [
+        ([1], [1]),
+        ([1], [17]),
+        ([5], [5]),
+        ([5], [23]),
+        ([1, 1, 1], [9, 9, 9]),
+        ([1, 1, 1, 1], [40, 3, 41, 1]),
+        ([1, 1, 6, 16, 2], [12, 30, 6, 21, 33]),
+    ],
+)
+def test_attention_over_pages_equals_attention_written_out(
+    query: list[int], context: list[int], block_size: int
+) -> None:
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 6, 2, 8
+    step = metadata(query, context, block_size)
+    num_blocks = sum(-(-length // block_size) for length in context)
+    cache = tuple(torch.randn(num_blocks, block_size, kv_heads, dim) for _ in range(2))
+    keys, values = ([torch.randn(n, kv_heads, dim) for n in context] for _ in range(2))
+    for i, (new, length) in enumerate(zip(query, context, strict=True)):
+        for pages, own in zip(cache, (keys, values), strict=True):
+            for t in range(length - new):  # what earlier steps have stored
+                pages[step.block_table[i, t // block_size], t % block_size] = own[i][t]
+    q = torch.randn(sum(query), heads, dim)
+    new_k, new_v = (torch.cat([x[-n:] for x, n in zip(own, query, strict=True)]) for own in (keys, values))
+    attention = GatherAttention()
+    out = attention.run(q, new_k, new_v, cache, attention.plan(step))
+    expected = [written_out(a, k, v) for a, k, v in zip(q.split(query), keys, values, strict=True)]
+    assert torch.allclose(out, torch.cat(expected), atol=1e-5)
+
+
+def test_a_narrow_cache_serves_wide_queries() -> None:
+    step = metadata([1, 4], [5, 4], 4)
+    cache = tuple(torch.zeros(3, 4, 1, 8, dtype=torch.bfloat16) for _ in range(2))
+    attention = GatherAttention()
+    out = attention.run(torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.randn(5, 1, 8), cache, attention.plan(step))
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_groups_hold_every_sequence_once_and_little_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 400, (17,), generator=generator).tolist()
+        groups = group_by_length(metadata([1] * 17, lengths, 16))
+        assert sorted(i for group in groups for i in group) == list(range(17))
+        for group in groups:
+            own = [lengths[i] for i in group]
+            assert own[0] == max(own)
+            assert own[0] * len(own) <= MAX_PADDING * sum(own)
+
+
+def test_the_choice_has_a_reason() -> None:
+    attention, reason = choose_attention(torch.device("cpu"), torch.float32)
+    assert attention.name in reason
