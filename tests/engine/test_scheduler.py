@@ -112,7 +112,7 @@ def random_request(rng: random.Random, number: int, limits: Limits) -> AddReques
     return request(f"r{number}", fixed, sampling, rng.choice([b"", b"", b"tenant"]))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_answers_do_not_depend_on_the_schedule(seed: int) -> None:
     rng = random.Random(seed)
