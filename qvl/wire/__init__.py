@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qvl.wire.content import LOW_DETAIL_PIXELS
+from qvl.wire.content import LOW_DETAIL_PIXELS, read_messages
 from qvl.wire.reading import chat_body, completion_body, read_chunk, read_completion_chunk, read_error, read_response
 from qvl.wire.requests import (
     ChatBody,
@@ -59,6 +59,7 @@ __all__ = [
     "read_chunk",
     "read_completion_chunk",
     "read_error",
+    "read_messages",
     "read_response",
     "tokenize_response",
 ]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from qvl.errors import InvalidRequest, suggest
 from qvl.types import MediaKind, MediaPart, Message, Part, PixelLimits, Role, TextPart
@@ -42,14 +42,21 @@ _RIGHT_FORM = {
 }
 
 
-def read_messages(messages: list[Any]) -> tuple[Message, ...]:
-    """Raises `InvalidRequest` with the place of the first mistake."""
+ReadSource: TypeAlias = Callable[[Any, str, str], Any]  # (value, place, kind of part) -> MediaPart.source
+
+
+def read_messages(messages: Sequence[Any], *, in_process: bool = False) -> tuple[Message, ...]:
+    """Raises `InvalidRequest` with the place of the first mistake.
+
+    From the network pictures are addresses (str). `in_process` also takes what a program holds (`MediaPart.source`).
+    """
     if not messages:
         raise InvalidRequest("'messages' must not be empty", param="messages")
-    return tuple(_read_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+    read_source = _anything if in_process else _text
+    return tuple(_read_message(message, f"messages[{i}]", read_source) for i, message in enumerate(messages))
 
 
-def _read_message(message: Any, place: str) -> Message:
+def _read_message(message: Any, place: str, read_source: ReadSource) -> Message:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"'{place}' must be an object with 'role' and 'content'", param=place)
     role = message.get("role")
@@ -64,20 +71,20 @@ def _read_message(message: Any, place: str) -> Message:
             )
         if value:
             raise InvalidRequest(f"'{place}.{name}' is not supported by this version", param=f"{place}.{name}")
-    return Message(_ROLES[role], _read_content(message.get("content"), role, f"{place}.content"))
+    return Message(_ROLES[role], _read_content(message.get("content"), role, f"{place}.content", read_source))
 
 
-def _read_content(content: Any, role: str, place: str) -> tuple[Part, ...]:
+def _read_content(content: Any, role: str, place: str, read_source: ReadSource) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (TextPart(_text(content, place)),)
     if isinstance(content, list):
-        return tuple(_read_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+        return tuple(_read_part(part, f"{place}[{i}]", read_source) for i, part in enumerate(content))
     if content is None and role == "assistant":
         return ()
     raise InvalidRequest(f"'{place}' must be a string or a list of parts", param=place)
 
 
-def _read_part(part: Any, place: str) -> Part:
+def _read_part(part: Any, place: str, read_source: ReadSource) -> Part:
     if not isinstance(part, Mapping):
         raise InvalidRequest(f"'{place}' must be an object such as {_form('text')}", param=place)
     kind = part.get("type")
@@ -91,11 +98,11 @@ def _read_part(part: Any, place: str) -> Part:
     if kind == "text":
         return TextPart(_text(part.get("text"), f"{place}.text", kind))
     if kind == "image_url" or kind == "video_url":
-        return _read_url_part(part, kind, place)
-    return _read_qwen_part(part, "image" if kind == "image" else "video", place)
+        return _read_url_part(part, kind, place, read_source)
+    return _read_qwen_part(part, "image" if kind == "image" else "video", place, read_source)
 
 
-def _read_url_part(part: Mapping[str, Any], kind: str, place: str) -> MediaPart:
+def _read_url_part(part: Mapping[str, Any], kind: str, place: str, read_source: ReadSource) -> MediaPart:
     """`{"type": "image_url", "image_url": {"url": ...}}`; limits may stand inside or beside."""
     inner = part.get(kind)
     here = f"{place}.{kind}"
@@ -104,19 +111,19 @@ def _read_url_part(part: Mapping[str, Any], kind: str, place: str) -> MediaPart:
     _refuse_unknown(inner, ("url", *_FIELDS_OF_PART[kind][1:]), here)
     media: MediaKind = "image" if kind == "image_url" else "video"
     fields = {**part, **{name: value for name, value in inner.items() if value is not None}}
-    return MediaPart(media, _text(inner.get("url"), f"{here}.url", kind), _part_limits(fields, place))
+    return MediaPart(media, read_source(inner.get("url"), f"{here}.url", kind), _part_limits(fields, place))
 
 
-def _read_qwen_part(part: Mapping[str, Any], kind: MediaKind, place: str) -> MediaPart:
+def _read_qwen_part(part: Mapping[str, Any], kind: MediaKind, place: str, read_source: ReadSource) -> MediaPart:
     """`{"type": "image", "image": ...}`; the source of a video may be a list of its frames."""
     source = part[kind] if kind in part else part.get("url")
     here = f"{place}.{kind}"
-    if kind == "video" and isinstance(source, list):
+    if kind == "video" and isinstance(source, list | tuple):
         if not 1 <= len(source) <= MAX_FRAMES:
             raise InvalidRequest(f"'{here}' must hold 1 to {MAX_FRAMES} frames", param=here)
-        frames = tuple(_text(frame, f"{here}[{i}]", "image") for i, frame in enumerate(source))
+        frames = tuple(read_source(frame, f"{here}[{i}]", "image") for i, frame in enumerate(source))
         return MediaPart("video", frames, _part_limits(part, place))
-    return MediaPart(kind, _text(source, here, kind), _part_limits(part, place))
+    return MediaPart(kind, read_source(source, here, kind), _part_limits(part, place))
 
 
 def _part_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
@@ -164,6 +171,12 @@ def _text(value: Any, place: str, form: str = "") -> str:
         raise InvalidRequest(f"'{place}' must be a string{hint}", param=place)
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise InvalidRequest(f"'{place}' holds lone surrogates, which are no text", param=place)
+    return value
+
+
+def _anything(value: Any, place: str, form: str) -> Any:
+    if value is None:
+        raise InvalidRequest(f"'{place}' is missing", param=place)
     return value
 
 

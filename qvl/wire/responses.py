@@ -106,9 +106,9 @@ class ChatWriter:
 
 
 class CompletionWriter:
-    """Writes the answers to one `/v1/completions` request; keep one per request.
+    """Writes the answers to one `/v1/completions` request; keep one per request (it remembers lengths).
 
-    With several prompts, the answers of prompt i are `first_index` = i * n and on.
+    With several prompts, the answers of prompt i have the indices i * n and on.
     """
 
     def __init__(self, head: Head, token_bytes: TokenBytes, options: Options = Options()) -> None:
@@ -117,9 +117,9 @@ class CompletionWriter:
         self._options = options
         self._lengths: dict[int, int] = {}
 
-    def chunk(self, delta: Delta, first_index: int = 0) -> bytes:
+    def chunk(self, delta: Delta) -> bytes:
         """One `text_completion` piece."""
-        index = first_index + delta.index
+        index = delta.index
         choice = self._choice(
             index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
         )
