@@ -30,6 +30,7 @@ class QvlSubject:
         self._config = config
         self._ids = itertools.count()
         self._generation = config.spec.generation
+        self.last_tokens: list[int] = []
 
     def generate(self, prompt: Prompt, num_tokens: int) -> list[float]:
         """As `Subject.generate`: decoding and resizing the picture counts, as it does for a user."""
@@ -39,10 +40,12 @@ class QvlSubject:
         sampling = self._generation.fill(greedy, num_tokens)
         self.engine.add(AddRequest(f"bench-{next(self._ids)}", token_ids, media, sampling), pixels)
         times: list[float] = []
+        self.last_tokens = []
         while self.engine.has_work:
             for output in self.engine.step():
                 if output.error is not None:
                     raise RequestFailed(output.error)
+                self.last_tokens += output.token_ids
                 times += [time.perf_counter() - start] * len(output.token_ids)
         return times
 

@@ -30,6 +30,8 @@ class TransformersSubject:
         self._ids = spec.ids
         self._device = device
         self._model = _load(spec.folder, dtype, dummy).to(device).eval()
+        # No token ends an answer: every run has exactly the tokens it was asked for, as qvl's with ignore_eos.
+        self._model.generation_config.eos_token_id = None
         processor = spec.processor
         self._pictures = transformers.Qwen2VLImageProcessor(
             min_pixels=processor.min_pixels,
@@ -39,6 +41,7 @@ class TransformersSubject:
             merge_size=processor.merge_size,
         )
         self._merge = processor.merge_size**2
+        self.last_tokens: list[int] = []
 
     @torch.inference_mode()
     def generate(self, prompt: Prompt, num_tokens: int) -> list[float]:
@@ -52,11 +55,10 @@ class TransformersSubject:
             pads = int(inputs["image_grid_thw"].prod()) // self._merge
             token_ids = [self._ids.vision_start, *[self._ids.image_pad] * pads, self._ids.vision_end, *token_ids]
         input_ids = torch.tensor([token_ids], device=self._device)
-        self._model.generate(
+        output = self._model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
             do_sample=False,
             top_k=None,
             top_p=None,
@@ -65,6 +67,7 @@ class TransformersSubject:
             stopping_criteria=[clock],
             **inputs,
         )
+        self.last_tokens = output[0, len(token_ids) :].tolist()
         return clock.times
 
 

@@ -1,0 +1,101 @@
+"""The benchmarks: true shapes, fair turns, exact arithmetic, and one JSON object as the last line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qvl.bench.measure import Figures, Prompt, Workload, measure, ratios
+from qvl.bench.shape import SHAPES, write_shape
+from qvl.cli.app import run
+from qvl.errors import ConfigError
+from qvl.specs import load_spec
+from qvl.tokenizer import Tokenizer
+
+
+class Ticking:
+    """Takes `first` seconds for the first token and `step` for every other, on a clock of its own."""
+
+    def __init__(self, name: str, first: float, step: float) -> None:
+        self.name, self._first, self._step = name, first, step
+        self.asked: list[Prompt] = []
+
+    def generate(self, prompt: Prompt, num_tokens: int) -> list[float]:
+        self.asked.append(prompt)
+        first = self._first * (10 if len(self.asked) <= 2 else 1) + (1.0 if prompt.picture is not None else 0.0)
+        return [first + self._step * i for i in range(num_tokens)]
+
+
+def test_medians_leave_the_warm_up_out_and_turns_are_fair() -> None:
+    one, other = Ticking("one", 0.5, 0.25), Ticking("other", 1.0, 0.125)
+    figures = measure([one, other], Workload(8, 5, (28, 56), repeats=3), range(100), lambda _: None)
+    assert figures["one"] == Figures(0.5, 0.25, 1.5)
+    assert figures["other"] == Figures(1.0, 0.125, 2.0)
+    assert ratios(figures["one"], figures["other"]) == {"prefill": 0.5, "time_per_token": 2.0, "picture_ttft": 0.75}
+    assert [p.token_ids for p in one.asked] == [p.token_ids for p in other.asked]
+    assert len({p.token_ids for p in one.asked}) == 8  # 4 rounds of a text and a picture, nothing twice
+    assert [p.picture is not None for p in one.asked] == [False, True] * 4
+    assert one.asked[1].picture is not None
+    assert one.asked[1].picture.shape == (28, 56, 3)
+
+
+def test_without_a_picture_there_is_no_figure_for_it() -> None:
+    figures = measure([Ticking("one", 1.0, 1.0)], Workload(picture=None), range(9), lambda _: None)
+    assert figures["one"].picture_ttft is None
+    assert ratios(figures["one"], figures["one"])["picture_ttft"] is None
+
+
+@pytest.mark.parametrize(("name", "billions"), [("2b", 2.209), ("7b", 8.291), ("72b", 73.406)])
+def test_shapes_are_the_published_ones(checkpoint: Path, tmp_path: Path, name: str, billions: float) -> None:
+    """Parameter counts as the published checkpoints have them."""
+    spec = load_spec(write_shape(name, tmp_path / name, checkpoint))
+    assert spec.num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert spec.ids == load_spec(checkpoint).ids
+    tokenizer = Tokenizer.from_folder(spec.folder, spec.ids)
+    assert tokenizer.vocab_size < spec.text.vocab_size == SHAPES[name].vocab_size
+
+
+def test_a_shape_never_overwrites_weights(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="holds weights"):
+        write_shape("2b", checkpoint, checkpoint)
+
+
+def test_side_by_side_with_transformers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--prompt-tokens", "12", "--output-tokens", "4", "--picture", "112x56", "--repeats", "1", "--threads", "1"]
+    kind = ["--dtype", "float32", "--load-format", "dummy"]
+    code = run(["bench", "engine", str(checkpoint), "--against", "transformers", *sizes, *kind])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert set(record["seconds"]) == {"qvl", "transformers 4.57.6"}
+    for figures in record["seconds"].values():
+        assert all(seconds > 0 for seconds in figures.values())
+    assert record["workload"]["picture"] == [56, 112]
+    assert record["threads"] == 1
+    assert "qvl / peer" in out
+
+
+def test_both_subjects_compute_the_same_tokens(checkpoint: Path) -> None:
+    """A comparison means something only when both do the same work: same prompt length, same answer."""
+    import numpy as np
+    import torch
+
+    from qvl.bench.ours import QvlSubject
+    from qvl.bench.transformers_peer import TransformersSubject
+    from qvl.engine.config import resolve
+    from qvl.engine.device import read_facts
+    from qvl.engine.options import EngineOptions
+
+    options = EngineOptions(model=str(checkpoint), device="cpu", dtype="float32", max_model_len=256, num_threads=1)
+    ours = QvlSubject(resolve(options, read_facts("cpu")))
+    theirs = TransformersSubject(load_spec(checkpoint), dtype=torch.float32, device=torch.device("cpu"), dummy=False)
+    theirs._model.generation_config.suppress_tokens = sorted(load_spec(checkpoint).ids.never_sampled)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    for prompt in (Prompt((5, 6, 7, 8)), Prompt((5, 6, 7, 8), noise)):
+        for subject in (ours, theirs):
+            times = subject.generate(prompt, 6)
+            assert len(times) == 6
+            assert times == sorted(times)
+        assert ours.last_tokens == theirs.last_tokens

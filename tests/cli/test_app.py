@@ -1,0 +1,85 @@
+"""The command as a whole: spellings, suggestions, exit codes, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qvl import __version__
+from qvl.cli.app import run
+from qvl.cli.version import installed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--max-modle-len", "5"], "did you mean '--max-model-len'?"),
+        (["serve", "--max_modle_len=5"], "did you mean '--max-model-len'?"),
+        (["serv"], "Did you mean 'serve'?"),
+        (["serve", "--port", "http"], "'--port'"),
+        (["serve", "--port", "99999"], "'port' must be from 0"),
+        (["serve", "--dtype", "fp8"], "'dtype' must be one of"),
+        (["serve", "--tensor-parallel-size", "2"], "'tensor_parallel_size' is 2"),
+        (["serve", "--pipeline_parallel_size=4"], "'pipeline_parallel_size' is 4"),
+        (["serve", "--limit-mm-per-prompt", "imgae=4"], "did you mean 'image'?"),
+        (["serve", "--limit-mm-per-prompt", "image=many"], "whole number"),
+        (["serve", "--mm-processor-kwargs", '{"max_pixel": 3}'], "did you mean 'max_pixels'?"),
+        (["serve", "--mm-processor-kwargs", "{"], "not valid JSON"),
+        (["serve", "--kv-cache-memory", "lots"], "size like 2GiB"),
+        (["serve", "--api-key", "line\nbreak"], "--api-key"),
+        (["serve", "/no/such/folder"], "no checkpoint folder"),
+        (["check", "/no/such/folder"], "no checkpoint folder"),
+        (["ask"], "Missing argument"),
+        (["ask", "What?", "no-such.png"], "no such file: no-such.png"),
+        (["bench", "engine", "--against", "magic"], "'magic'"),
+        (["bench", "engine", "--picture", "huge"], "--picture"),
+        (["bench", "shape", "3b", "x"], "did you mean '2b'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(arguments)
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert err.startswith("qvl: ")
+    assert err.count("\n") == 1
+
+
+def test_version_names_what_decides_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["version"]) == 0
+    assert re.fullmatch(r"qvl \S+, Python \S+, torch \S+, tokenizers \S+\n", capsys.readouterr().out)
+    assert installed("no-such-package") == "missing"
+
+
+def test_one_version_everywhere() -> None:
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_without_arguments_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("serve", "ask", "check", "bench", "version"))
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`qvl --help | head -1`: no traceback, and the shell sees success."""
+    code = "import sys; from qvl.cli.app import run; sys.exit(run(['--help'] ))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert b"Traceback" not in err
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = "import sys, qvl.cli.app; sys.exit('torch' in sys.modules or 'fastapi' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,149 @@
+"""`qvl ask`: where the answer comes from, what goes in by which door, and what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qvl.backends.echo import EchoBackend
+from qvl.cli.app import run
+from tests.server.live import Live, live
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Live]:
+    with live(EchoBackend("parrot")) as running:
+        yield running
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server at the default address, whatever runs on the developer's machine."""
+    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "dot.png"
+    Image.new("RGB", (40, 40), "red").save(path)
+    return path
+
+
+def piped(data: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """The command with `data` on its standard input."""
+    return subprocess.run(
+        [sys.executable, "-m", "qvl.cli", "ask", *arguments], cwd=ROOT, input=data, capture_output=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+def test_a_question_about_pictures(server: Live, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ask", "What?", str(picture), str(picture), "--base-url", server.url]) == 0
+    assert capsys.readouterr().out == "What? [2 images]\n"
+
+
+def test_the_server_at_the_default_address_is_found(
+    server: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", server.url)
+    assert run(["ask", "Hello", "--model", "parrot"]) == 0
+    assert run(["ask", "Hello"]) == 0
+    assert capsys.readouterr().out == "Hello\nHello\n"
+
+
+def test_json_tells_everything(server: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ask", "Hello", "--json", "--max-tokens", "3", "--base-url", server.url]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "text": "Hel",
+        "finish_reason": "length",
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "cached_tokens": 0,
+        "answered_by": f"parrot at {server.url}",
+    }
+
+
+def test_a_cut_answer_is_said_on_stderr(server: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ask", "Hello", "--max-tokens", "3", "--base-url", server.url]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hel\n"
+    assert "--max-tokens" in err
+
+
+def test_text_and_pictures_by_pipe(server: Live, picture: Path) -> None:
+    page = "第一行\nsecond line\n".encode()
+    assert piped(page, "Summarise.", "--base-url", server.url).stdout.decode() == "Summarise.\n\n第一行\nsecond line\n"
+    assert piped(page, "-", "--base-url", server.url).stdout == page
+    assert piped(picture.read_bytes(), "What?", "-", "--base-url", server.url).stdout == b"What? [1 image]\n"
+    wrong = piped(picture.read_bytes(), "What?", "--base-url", server.url)
+    assert (wrong.returncode, wrong.stdout) == (2, b"")
+    assert b"qvl ask QUESTION -" in wrong.stderr
+
+
+def test_the_error_of_a_server_ends_the_command(server: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ask", "Hi", "--base-url", server.url, "--model", "nightingale"]) == 2
+    assert "nightingale" in capsys.readouterr().err
+    assert run(["ask", "Hi", "--base-url", "http://127.0.0.1:9"]) == 1
+    assert "no server answers" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nobody")
+def test_without_a_server_the_answer_is_made_here(
+    checkpoint: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ask", "What?", str(picture), "--model", str(checkpoint), "--max-tokens", "5", "--temperature", "0"]
+    assert run([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert 1 <= told["completion_tokens"] <= 5
+    assert told["answered_by"].endswith("in process")
+    assert "loading" in err
+    assert run(arguments) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == told["text"].removesuffix("\n")
+
+
+def test_a_model_that_the_local_server_does_not_have_is_loaded_here(
+    server: Live, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", server.url)
+    assert run(["ask", "Hi", "--model", str(checkpoint), "--max-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answered_by"].endswith("in process")
+
+
+def test_an_unreadable_picture_is_told_in_one_line(
+    server: Live, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", "http://127.0.0.1:9")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG but not really")
+    assert run(["ask", "What?", str(broken), "--model", str(checkpoint)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("qvl: ")
+    assert not any("Traceback" in line for line in err)
+
+
+def test_a_terminal_or_dev_null_is_not_read(server: Live) -> None:
+    with open(os.devnull, "rb") as null:
+        done = subprocess.run(
+            [sys.executable, "-m", "qvl.cli", "ask", "Hi", "--base-url", server.url],
+            cwd=ROOT, stdin=null, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.stdout == b"Hi\n"
+
+
+def test_a_picture_survives_the_way(server: Live) -> None:
+    """Bytes on standard input arrive unchanged: a GIF stays a GIF."""
+    buffer = io.BytesIO()
+    Image.new("P", (3, 3)).save(buffer, "GIF")
+    assert piped(buffer.getvalue(), "What?", "-", "--base-url", server.url).stdout == b"What? [1 image]\n"

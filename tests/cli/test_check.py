@@ -1,0 +1,83 @@
+"""`qvl check`: what it says is what the engine would do, and a broken folder is told by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qvl.cli.app import run
+
+
+def rows(out: str) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) if not line.startswith("kv") else ("kv", line) for line in out.splitlines())
+
+
+def test_a_good_folder(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", str(checkpoint), "--device", "cpu", "--kv-cache-memory", "1MiB", "--dtype", "float32"]) == 0
+    told = rows(capsys.readouterr().out)
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert told["weights"].startswith(f"complete: {len(tensors)} tensors in 1 file(s)")
+    parameters = sum(t.numel() for t in tensors.values()) / 1e6
+    assert f"{parameters:,.1f} M parameters" in told["checkpoint"]
+    assert told["dtype"].startswith("float32: ")
+    # 2 layers x 2 heads x 16 numbers x (key, value) x 4 bytes = 512 bytes a token
+    assert "2,048 tokens" in told["kv"]
+
+
+def test_it_agrees_with_the_engine(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qvl.engine.config import resolve
+    from qvl.engine.device import read_facts
+    from qvl.engine.engine import Engine
+    from qvl.engine.options import EngineOptions
+
+    assert (
+        run(["check", str(checkpoint), "--device", "cpu", "--max-model-len", "256", "--kv-cache-memory", "1MiB"]) == 0
+    )
+    told = rows(capsys.readouterr().out)
+    options = EngineOptions(
+        model=str(checkpoint), device="cpu", max_model_len=256, kv_cache_memory=1 << 20, num_threads=1
+    )
+    info = Engine(resolve(options, read_facts("cpu"))).info
+    assert told["dtype"].startswith(info.dtype)
+    assert f"{info.kv_tokens:,} tokens" in told["kv"]
+    assert info.attention.split(":")[0] in told["attention"]
+
+
+def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = sorted(tensors)[7]
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors")
+    assert run(["check", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert lost in err
+    assert out == ""
+
+
+def test_a_folder_without_weights_can_be_measured_only(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "empty"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert run(["check", str(folder)]) == 2
+    assert re.search(r"no weights", capsys.readouterr().err)
+    assert run(["check", str(folder), "--load-format", "dummy"]) == 0
+
+
+def test_a_foreign_model_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
+    assert run(["check", str(tmp_path)]) == 2
+    assert "llava" in capsys.readouterr().err
+
+
+def test_quiet_says_nothing_when_all_is_well(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", str(checkpoint), "-q"]) == 0
+    assert capsys.readouterr().out == ""
