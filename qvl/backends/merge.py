@@ -17,8 +17,8 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]], n: int) -> Async
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
-            async for delta in only:
-                yield delta
+            async for one in only:
+                yield one
         return
     arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
 

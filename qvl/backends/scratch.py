@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ class PixelStore:
             return [PixelFile(str(one), (frames, height, width, channels)) for one in paths]
         raise Overloaded("no room left for the pixels of further pictures; send the request again later", retry_after=2)
 
-    def discard(self, files: list[PixelFile]) -> None:
+    def discard(self, files: Iterable[PixelFile]) -> None:
         """Remove files that the engine will never see."""
         for file in files:
             with contextlib.suppress(FileNotFoundError):

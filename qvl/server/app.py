@@ -44,7 +44,6 @@ def create_app(backend: Backend, options: ServerOptions, on_started: Started | N
         title="qvl",
         version=__version__,
         description=ABOUT,
-        root_path=options.root_path,
         lifespan=_lifespan(service, on_started),
         middleware=_layers(service),
         exception_handlers={QvlError: _known, HTTPException: _http, Exception: _unknown},
@@ -59,7 +58,7 @@ def create_app(backend: Backend, options: ServerOptions, on_started: Started | N
 
 def _layers(service: Service) -> list[Middleware]:
     options = service.options
-    layers = [Middleware(BorderMiddleware, metrics=service.metrics)]
+    layers = [Middleware(BorderMiddleware, metrics=service.metrics, root_path=options.root_path)]
     if options.cors_origins:
         layers.append(
             Middleware(

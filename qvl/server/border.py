@@ -28,8 +28,9 @@ def request_id_of(scope: Scope) -> str:
 class BorderMiddleware:
     """Gives ids, counts requests by route and status, and answers 500 to what nobody foresaw."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, root_path: str = "") -> None:
         self._app = app
+        self._root_path = root_path
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,6 +39,9 @@ class BorderMiddleware:
             return
         request_id = request_id_of(scope)
         scope["request_id"] = request_id
+        if self._root_path:
+            # Routes then match with the prefix (the proxy in front left it on) and without it (stripped off).
+            scope["root_path"] = self._root_path
         status = 0
 
         async def send_with_id(message: Message) -> None:

@@ -30,6 +30,7 @@ class CappedProtocol(HttpToolsProtocol):
 
     _in_head = False
     _head_bytes = 0
+    _heads_begun = 0
     _head_timer: asyncio.TimerHandle | None = None
     _refused = False
 
@@ -45,20 +46,21 @@ class CappedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         continued = self._in_head
+        between = self.cycle is None or not self.cycle.more_body
+        self._heads_begun = 0
         super().data_received(data)
-        # Bytes of a head that is not complete yet. The piece in which it began may begin with an older request's body,
-        # and is at most one read of the socket: it is left out here and counted exactly when the head is complete.
-        if self._in_head and continued:
+        # Bytes of a head that is not complete yet. A piece in which it began after an older request's end is left out:
+        # it is one read of the socket at most, and a complete head is counted exactly.
+        if self._in_head and (continued or (between and self._heads_begun == 1)):
             self._head_bytes += len(data)
             if self._head_bytes > self.max_header_bytes:
-                self._refuse(
-                    431, "request_header_fields_too_large", "the request's headers are larger than this server takes"
-                )
+                self._refuse(431, "headers_too_large", "the request's headers are larger than this server takes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {"qvl.abort": {"call": self.transport.abort}}
         self._in_head = True
+        self._heads_begun += 1
         self._head_bytes = 0
         if self._head_timer is None:
             self._start_timer()
@@ -73,9 +75,7 @@ class CappedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this when the parser gave up, also on our own `_HeadTooLarge`."""
         if self._head_complete_but_too_large():
-            self._refuse(
-                431, "request_header_fields_too_large", "the request's headers are larger than this server takes"
-            )
+            self._refuse(431, "headers_too_large", "the request's headers are larger than this server takes")
         else:
             self._refuse(400, "bad_http", "this is not a valid HTTP request")
 

@@ -1,6 +1,6 @@
-"""What each address answers. One request is one readable path: read the body, parse it, ask the backend, write the answer.
+"""What each address answers. One request is one readable path: read the body, parse it, ask the backend, write it down.
 
-Knows addresses. The shapes of bodies are `wire`'s, the order of layers in front is `app`'s, answers come from the backend.
+Knows addresses. The shapes of bodies are `wire`'s, the layers in front are `app`'s, answers come from the backend.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Live:
     def metric(self, name: str) -> float:
         """The value of one line of /metrics."""
         for line in self.get("/metrics").text.splitlines():
-            if line.startswith(name) and line[len(name)] in " {":
+            if line.startswith(name + " "):
                 return float(line.rsplit(" ", 1)[1])
         raise KeyError(name)
 
@@ -63,6 +63,7 @@ def live(backend: Backend, options: ServerOptions | None = None, *, wait_ready: 
         ws="none",
         lifespan="on",
         log_config=None,
+        access_log=False,
         timeout_graceful_shutdown=2,
         server_header=False,
     )
