@@ -187,7 +187,7 @@ def _read_logprobs(logprobs: Mapping[str, Any] | None, chat: bool) -> tuple[Toke
             )
             for entry in logprobs.get("content") or ()
         )
-    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
+    tops = logprobs.get("top_logprobs") or [{}] * len(logprobs["tokens"])
     return tuple(
         TokenLogprob(_read_id(token), value, tuple((_read_id(name), top) for name, top in (others or {}).items()))
         for token, value, others in zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)

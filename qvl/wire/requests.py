@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from qvl.errors import InvalidRequest
-from qvl.types import MAX_N, ChatRequest, CompletionRequest, PixelLimits, SamplingParams
+from qvl.types import MAX_LOGPROBS, MAX_N, ChatRequest, CompletionRequest, PixelLimits, SamplingParams
 from qvl.wire.content import read_limits, read_messages
 from qvl.wire.fields import Count, Fields, SamplingFields, TokenId, read_fields, read_object
 from qvl.wire.responses import Options
@@ -120,6 +120,8 @@ class CompletionBody(SamplingFields):
     def parsed(self) -> CompletionCall:
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("'logprobs' of an echoed prompt are not supported by this version", param="logprobs")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InvalidRequest(f"'logprobs' must be from 0 to {MAX_LOGPROBS}", param="logprobs")
         sampling = self.sampling(self.max_tokens, self.logprobs)
         prompts = _prompts(self.prompt)
         if len(prompts) * sampling.n > MAX_N:

@@ -166,7 +166,7 @@ class CompletionWriter:
             names.append(name)
             offsets.append(offset)
             offset += len(self._token_bytes(entry.token_id).decode("utf-8", "replace"))
-            tops.append({self._name(id): _finite(value) for id, value in entry.top} or None)
+            tops.append({self._name(id): _finite(value) for id, value in entry.top})
         self._lengths[index] = offset
         values = [_finite(entry.logprob) for entry in entries]
         return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
