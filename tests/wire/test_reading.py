@@ -164,10 +164,9 @@ reasons = st.sampled_from(["stop", "length", "abort", "error"])
 stops = st.none() | st.integers(0, 10) | words
 OPTIONS = wire.Options(include_usage=True, continuous_usage=True, token_ids=True, tokens_as_ids=True)
 HEAD = wire.Head("id", "m", 1)
+id_lists = st.lists(token_ids, max_size=3).map(tuple)
 deltas = st.lists(
-    st.builds(
-        Delta, st.integers(0, 2), words, st.lists(token_ids, max_size=3).map(tuple), logprobs, st.none(), st.none(), usages
-    )
+    st.builds(Delta, st.integers(0, 2), words, id_lists, logprobs, st.none(), st.none(), usages)
     | st.builds(Delta, st.integers(0, 2), words, st.just(()), logprobs, reasons, stops, usages),
     max_size=6,
 )  # fmt: skip
