@@ -1,11 +1,11 @@
 """The engine process: `python -m qvl.engine.worker`, started by a backend, owner of the device.
 
 It reads one line from standard input, a `Setup` as JSON, and listens on the unix socket that it names before it loads
-anything, so that those who wait hear `Failed` as well as `Ready`. Standard input stays open as a lifeline: at its end the
-parent is gone, and so is this process at once, whatever it was doing.
+anything, so that those who wait hear `Failed` as well as `Ready`. Standard input stays open as a lifeline: at its end
+the parent is gone, and so is this process at once, whatever it was doing.
 
-Knows how requests come in and outputs go out. Does not know scheduling or models: `Engine` is handed in by `load_engine`,
-the only place here that imports torch.
+Knows how requests come in and outputs go out. Does not know scheduling or models: `Engine` is handed in by
+`load_engine`, the only place here that imports torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -46,9 +46,12 @@ SWITCH_SECONDS = 0.001
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """What the parent says first: the engine's options, where to listen, and what to remove if the parent dies."""
+    """What the parent says first: the engine's options, where to listen, and what to remove if the parent dies.
 
-    options: EngineOptions
+    `options` go through `EngineOptions.from_dict` here: JSON does not keep 3136 and 3136.0 apart, options do.
+    """
+
+    options: dict[str, Any]
     socket: str
     scratch: list[str] = []
 
@@ -118,7 +121,9 @@ class Loop:
             return False
         if isinstance(event, Left):
             left = [request_id for request_id, asker in self._askers.items() if asker is event.connection]
-            return any([self._abort(request_id) for request_id in left])
+            for request_id in left:
+                self._abort(request_id)
+            return bool(left)
         message = event.message
         if isinstance(message, AddRequest):
             self._add(event, message)
@@ -177,15 +182,15 @@ def serve(setup: Setup, load: Loader, lifeline: int) -> int:
     hub = Hub(listen(setup.socket), lifeline, lambda: _leave(setup.scratch))
     hub.start()
     try:
-        engine, config = load(setup.options)
+        engine, config = load(EngineOptions.from_dict(setup.options))
     except QvlError as error:
         return _give_up(hub, error.message, EXIT_FAILED)
-    except Exception as error:  # noqa: BLE001  the border of the process: the parent must hear what a traceback says
+    except Exception as error:  # the border of the process: the parent must hear what a traceback says
         logger.exception("the engine cannot start")
         return _give_up(hub, f"the engine cannot start: {type(error).__name__}: {error}", EXIT_CRASHED)
     try:
         Loop(engine, hub, Ready(engine.info, config)).run()
-    except Exception as error:  # noqa: BLE001  the border of the process: a broken device ends it, the parent starts another
+    except Exception as error:  # the border of the process: a broken device ends it, the parent starts another
         logger.exception("the engine cannot go on")
         return _give_up(hub, f"the engine cannot go on: {type(error).__name__}", EXIT_CRASHED)
     hub.stop()

@@ -1,8 +1,8 @@
-"""An engine without a model, for what surrounds one: `python -m tests.engine.fake_engine` is a worker process of it.
+"""An engine without a model, for what surrounds one: `python -m tests.engine.fake_engine MOOD` is its worker process.
 
-A request is answered with its own prompt, one token a step, then one token per medium: its pixels' sum modulo 256. The
-option `model` sets the mood: "refuses" cannot start, "slow" takes 20 ms a step. CRASH in a prompt ends the process, BAD in a
-prompt is refused, and `reuse` of any request's `num_blocks` is not simulated.
+A request is answered with its own prompt, one token a step, then one token per medium (97 + its pixels' sum modulo 26),
+then END, an end token. MOOD: "refuses" and "breaks" cannot start, "slow" takes 20 ms a step, "fast" none. Tokens in a
+prompt: CRASH ends the process, BAD is refused when the request comes, POISON fails it later.
 """
 
 from __future__ import annotations
@@ -12,20 +12,26 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from qvl.engine.config import DeviceFacts, resolve
 from qvl.engine.hub import Pixels
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, TokenOutput
 from qvl.errors import ConfigError, InvalidRequest
+from qvl.types import TokenLogprob
 
-CRASH = 666
-BAD = 667
+CRASH, BAD, POISON = 600, 601, 602
+END = 3
+INFO = EngineInfo("fake", "none", "none", "none", 64, 16, 512, 0.0, max_num_seqs=8)
+FACTS = DeviceFacts("cpu", (0, 0), 8 << 30, "float32", 1)
 
 
 @dataclass
 class Running:
     answer: list[int]
     limit: int
+    logprobs: bool
     said: int = 0
 
 
@@ -35,7 +41,7 @@ class FakeEngine:
     running: dict[str, Running] = field(default_factory=dict)
     aborted: int = 0
     steps: int = 0
-    info: EngineInfo = EngineInfo("fake", "none", "none", "none", 64, 16, 512, 0.0, max_num_seqs=8)
+    info: EngineInfo = INFO
 
     @property
     def has_work(self) -> bool:
@@ -44,8 +50,10 @@ class FakeEngine:
     def add(self, request: AddRequest, pixels: Sequence[Pixels | None] = ()) -> None:
         if BAD in request.token_ids:
             raise InvalidRequest("a bad token")
-        sums = [int(array.sum()) % 256 if array is not None else 0 for array in pixels]
-        self.running[request.request_id] = Running(request.token_ids + sums, request.sampling.max_tokens or 10**6)
+        sums = [97 + int(array.sum()) % 26 if array is not None else 0 for array in pixels]
+        answer = [*request.token_ids, *sums, END]
+        limit = request.sampling.max_tokens or 10**6
+        self.running[request.request_id] = Running(answer, limit, request.sampling.logprobs is not None)
 
     def abort(self, request_id: str) -> bool:
         self.aborted += 1
@@ -61,22 +69,32 @@ class FakeEngine:
         token = one.answer[one.said]
         if token == CRASH:
             raise RuntimeError("the device fell off the bus")
+        if token == POISON:
+            del self.running[request_id]
+            return TokenOutput(request_id, [], finish_reason="error", error="the logits are not numbers")
         one.said += 1
         reason = "stop" if one.said == len(one.answer) else "length" if one.said == one.limit else None
         if reason is not None:
             del self.running[request_id]
-        return TokenOutput(request_id, [token], finish_reason=reason)
+        logprobs = [TokenLogprob(token, -0.5)] if one.logprobs else None
+        return TokenOutput(request_id, [token], logprobs, finish_reason=reason, num_cached_tokens=2)
 
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self.running), steps=self.steps, aborted=self.aborted)
 
 
 def load(options: EngineOptions) -> tuple[FakeEngine, str]:
-    if options.model == "refuses":
+    mood = sys.argv[1]
+    if mood == "refuses":
         raise ConfigError("this engine refuses to start")
-    if options.model == "breaks":
+    if mood == "breaks":
         raise ZeroDivisionError("a bug")
-    return FakeEngine(0.02 if options.model == "slow" else 0.0), '{"fake": true}'
+    seconds = 0.02 if mood == "slow" else 0.0
+    if not Path(options.model).is_dir():
+        return FakeEngine(seconds), '{"fake": true}'
+    config = resolve(options, FACTS)
+    info = EngineInfo("fake", "none", "none", "none", 64, 16, config.max_model_len, 0.0, max_num_seqs=8)
+    return FakeEngine(seconds, info=info), config.to_json()
 
 
 if __name__ == "__main__":

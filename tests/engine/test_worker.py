@@ -35,7 +35,7 @@ from qvl.engine.protocol import (
     write_frame,
 )
 from qvl.types import SamplingParams
-from tests.engine.fake_engine import BAD, CRASH
+from tests.engine.fake_engine import BAD, CRASH, END
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,13 +43,13 @@ ROOT = Path(__file__).resolve().parents[2]
 class Worker:
     """A worker process of the fake engine, and connections to it."""
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, mood: str) -> None:
         self.path = str(folder / "s")
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
-        setup = {"options": EngineOptions(model=model), "socket": self.path, "scratch": [str(self.scratch)]}
+        setup = {"options": EngineOptions(model="fake"), "socket": self.path, "scratch": [str(self.scratch)]}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.fake_engine"],
+            [sys.executable, "-m", "tests.engine.fake_engine", mood],
             stdin=subprocess.PIPE,
             cwd=ROOT,
             stderr=subprocess.DEVNULL,
@@ -131,7 +131,9 @@ def add(request_id: str, *tokens: int, media: tuple[MediaInput, ...] = ()) -> Ad
 
 
 def ids(outputs: list[TokenOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
+    """The tokens, without the end token."""
+    tokens = [token for output in outputs for token in output.token_ids]
+    return tokens[:-1] if tokens[-1:] == [END] else tokens
 
 
 def test_ready_then_tokens_then_the_end(worker: Worker) -> None:
@@ -142,7 +144,7 @@ def test_ready_then_tokens_then_the_end(worker: Worker) -> None:
     client.send(add("a", 5, 6, 7))
     outputs = client.outputs("a")
     assert ids(outputs) == [5, 6, 7]
-    assert [output.finish_reason for output in outputs] == [None, None, "stop"]
+    assert [output.finish_reason for output in outputs] == [None, None, None, "stop"]
 
 
 def test_several_clients_hear_only_of_their_own(slow_worker: Worker) -> None:
@@ -203,7 +205,7 @@ def test_pixels_come_through_files_that_are_gone_afterwards(worker: Worker) -> N
     path.write_bytes(pixels.tobytes())
     medium = MediaInput("image", 0, 1, 1, 2, 2, b"d" * 16, 28, 28, PixelFile(str(path), pixels.shape))
     client.send(add("a", 1, media=(medium,)))
-    assert ids(client.outputs("a")) == [1, int(pixels.sum()) % 256]
+    assert ids(client.outputs("a")) == [1, 97 + int(pixels.sum()) % 26]
     assert not path.exists()
     client.send(add("b", 1, media=(medium,)))
     (lost,) = client.outputs("b")

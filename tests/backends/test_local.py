@@ -1,0 +1,243 @@
+"""LocalBackend over a fake engine in a real process: text, counts, pictures, aborts, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qvl.backends.base import collect
+from qvl.backends.local import LocalBackend
+from qvl.errors import ConfigError, InvalidRequest, PromptTooLong, QvlError, RequestFailed, Unavailable
+from qvl.types import (
+    ChatRequest,
+    CompletionRequest,
+    Delta,
+    MediaPart,
+    Message,
+    SamplingParams,
+    TextPart,
+    TokenLogprob,
+    Usage,
+)
+from tests.backends.conftest import Start, made, until
+from tests.engine.fake_engine import BAD, CRASH, POISON
+
+
+def ask(text: str, **sampling: object) -> CompletionRequest:
+    """The fake engine answers with the prompt."""
+    return CompletionRequest(text, SamplingParams(**sampling))  # type: ignore[arg-type]
+
+
+def show(*arrays: np.ndarray, **sampling: object) -> ChatRequest:
+    parts = (*(MediaPart("image", array) for array in arrays), TextPart("look"))
+    return ChatRequest((Message("user", parts),), SamplingParams(**sampling))  # type: ignore[arg-type]
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+
+
+async def deltas_of(backend: LocalBackend, request: CompletionRequest) -> list[Delta]:
+    return [delta async for delta in backend.complete(request, "r")]
+
+
+async def test_text_and_exact_counts(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        assert backend.not_ready is None
+        count = len(await backend.tokenize(ask("日本語 text 🙂 with words")))
+        done = await collect(backend.complete(ask("日本語 text 🙂 with words"), "r"))
+        assert done.text == "日本語 text 🙂 with words"
+        assert done.answers[0].finish_reason == "stop"
+        assert done.usage == Usage(count, count + 1, 2), "the end token is counted, as it was computed"
+        cut = await collect(backend.complete(ask("日本語 text 🙂 with words", max_tokens=2), "r"))
+        assert (cut.answers[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
+
+
+async def test_no_delta_ends_in_half_a_character(backend_of: Start) -> None:
+    async with backend_of("slow") as backend:
+        deltas = await deltas_of(backend, ask("🙂🙃 é"))
+        assert "".join(delta.text for delta in deltas) == "🙂🙃 é"
+        assert all("\ufffd" not in delta.text for delta in deltas)
+        assert len(deltas) < deltas[-1].usage.completion_tokens, "tokens without text of their own wait for the next"
+        assert sum(len(delta.token_ids) for delta in deltas) == deltas[-1].usage.completion_tokens
+
+
+async def test_a_stop_string_ends_the_answer_and_the_work(backend_of: Start) -> None:
+    async with backend_of("slow") as backend:
+        request = ask("one two three " + "x y z " * 40, stop=("three",))
+        done = await collect(backend.complete(request, "r"))
+        assert done.text == "one two "
+        assert (done.answers[0].finish_reason, done.answers[0].stop_reason) == ("stop", "three")
+        assert done.usage.completion_tokens == len(done.answers[0].token_ids)
+        assert done.usage.completion_tokens < 20
+        await until(lambda: backend.stats()["aborted_total"] == 1, "the engine was not told")
+        assert backend.stats()["running"] == 0
+
+
+async def test_a_consumer_that_lags_gets_the_rest_at_once(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        stream = backend.complete(ask("a b c d e f g h i j k l m n o p"), "r")
+        first = await anext(stream)
+        await asyncio.sleep(0.5)
+        rest = [delta async for delta in stream]
+        assert len(rest) <= 2
+        assert first.text + "".join(delta.text for delta in rest) == "a b c d e f g h i j k l m n o p"
+
+
+async def test_several_answers_share_prompt_and_picture(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        done = await collect(backend.chat(show(picture(1), n=3), "r"))
+        assert [answer.index for answer in done.answers] == [0, 1, 2]
+        assert len({answer.text for answer in done.answers}) == 1
+        assert done.usage.completion_tokens == sum(len(answer.token_ids) for answer in done.answers)
+        assert leftovers(backend) == []
+
+
+async def test_the_engine_sees_the_pixels_that_were_sent(backend_of: Start) -> None:
+    """The fake engine's last tokens are sums of the pixels it got."""
+    async with backend_of(mm_processor_kwargs={"min_pixels": 1}) as backend:
+        pictures = [picture(seed) for seed in range(3)]
+        done = await collect(backend.chat(show(*pictures), "r"))
+        sums = [97 + int(array.sum()) % 26 for array in pictures]  # 56 x 84 needs no resize
+        assert list(done.answers[0].token_ids[-4:-1]) == sums
+        assert leftovers(backend) == []
+
+
+async def test_pictures_are_counted_in_the_prompt(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        without = await backend.tokenize(ChatRequest((Message("user", (TextPart("look"),)),)))
+        with_one = await backend.tokenize(show(picture(0)))
+        assert len(with_one) == len(without) + 6 + 2  # 2 x 3 tokens and the two marks around them
+
+
+async def test_echo_puts_the_prompt_in_front(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        request = CompletionRequest("say ", SamplingParams(n=2), echo=True)
+        assert [answer.text for answer in (await collect(backend.complete(request, "r"))).answers] == ["say say "] * 2
+
+
+async def test_logprobs_arrive_with_their_tokens(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        done = await collect(backend.complete(ask("a b", logprobs=0), "r"))
+        answer = done.answers[0]
+        assert answer.logprobs == tuple(TokenLogprob(token_id, -0.5) for token_id in answer.token_ids)
+
+
+async def test_closing_the_stream_aborts(backend_of: Start) -> None:
+    async with backend_of("slow") as backend:
+        stream = backend.complete(ask("word " * 200), "r")
+        await anext(stream)
+        assert backend.stats()["running"] == 1
+        await stream.aclose()
+        await until(lambda: backend.stats()["running"] == 0, "the engine still works on it")
+
+
+async def test_cancelling_during_intake_leaves_nothing_behind(backend_of: Start) -> None:
+    async with backend_of("slow") as backend:
+        task = asyncio.ensure_future(collect(backend.chat(show(*[picture(n) for n in range(4)]), "r")))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: leftovers(backend) == [], "pixel files stay behind")
+        assert backend.stats()["running"] == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (CompletionRequest((BAD,)), RequestFailed),
+        (CompletionRequest((5, POISON)), RequestFailed),
+        (CompletionRequest((10**6,)), InvalidRequest),
+        (ask("x y " * 4000), PromptTooLong),
+    ],
+)
+async def test_one_bad_request_is_its_own_failure(
+    backend_of: Start, request_: CompletionRequest, error: type[QvlError]
+) -> None:
+    async with backend_of(max_model_len=512) as backend:
+        with pytest.raises(error):
+            await collect(backend.complete(request_, "r"))
+        assert (await collect(backend.complete(ask("still here"), "r"))).text == "still here"
+
+
+async def test_many_at_once_do_not_mix(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        texts = [f"number {n} of many" for n in range(64)]
+        done = await asyncio.gather(*(collect(backend.complete(ask(text), "same-id")) for text in texts))
+        assert [one.text for one in done] == texts
+
+
+async def test_an_engine_that_dies_fails_its_requests_and_is_replaced(backend_of: Start) -> None:
+    async with backend_of("slow") as backend:
+        old = backend.engine_pid
+        running = asyncio.ensure_future(collect(backend.complete(ask("word " * 200), "r")))
+        await until(lambda: backend.stats()["running"] == 1, "it does not run")
+        assert old is not None
+        os.kill(old, signal.SIGKILL)
+        with pytest.raises(Unavailable, match="engine process ended"):
+            await running
+        assert backend.not_ready is not None
+        with pytest.raises(Unavailable):
+            await collect(backend.complete(ask("too early"), "r"))
+        await until(lambda: backend.not_ready is None, "no new engine came up")
+        assert backend.engine_pid not in (None, old)
+        assert (await collect(backend.complete(ask("again"), "r"))).text == "again"
+        assert backend.stats()["restarts_total"] == 1
+
+
+async def test_a_crash_in_a_step_is_survived_too(backend_of: Start) -> None:
+    async with backend_of() as backend:
+        with pytest.raises(Unavailable):
+            await collect(backend.complete(CompletionRequest((5, CRASH)), "r"))
+        await until(lambda: backend.not_ready is None, "no new engine came up")
+        assert (await collect(backend.complete(ask("again"), "r"))).text == "again"
+
+
+@pytest.mark.parametrize(("mood", "says"), [("refuses", "refuses to start"), ("breaks", "ZeroDivisionError")])
+async def test_a_first_start_that_fails_is_an_error_of_configuration(checkpoint: Path, mood: str, says: str) -> None:
+    backend = made(checkpoint, mood)
+    with pytest.raises(ConfigError, match=says):
+        await backend.start()
+    assert backend.engine_pid is None
+    await backend.stop()
+
+
+async def test_a_worker_that_cannot_even_begin(checkpoint: Path) -> None:
+    backend = made(checkpoint, "fast")
+    backend._command = (sys.executable, "-c", "raise SystemExit(7)")
+    with pytest.raises(ConfigError, match="exit code 7"):
+        await backend.start()
+
+
+async def test_a_missing_checkpoint_is_told_before_anything_starts(tmp_path: Path) -> None:
+    backend = made(tmp_path / "nothing", "fast")
+    with pytest.raises(ConfigError):
+        await backend.start()
+    assert backend.engine_pid is None
+
+
+async def test_stop_ends_the_process_the_requests_and_the_folders(backend_of: Start) -> None:
+    async with backend_of("slow") as backend:
+        folders = [Path(path) for path in backend._scratch_paths()]
+        assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
+        pid = backend.engine_pid
+        running = asyncio.ensure_future(collect(backend.complete(ask("word " * 200), "r")))
+        await until(lambda: backend.stats()["running"] == 1, "it does not run")
+        await backend.stop()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await running
+        assert not any(folder.exists() for folder in folders)
+        assert pid is not None
+        await until(lambda: not Path(f"/proc/{pid}").exists(), "the engine process lives on")
+        await backend.stop()
+
+
+def leftovers(backend: LocalBackend) -> list[Path]:
+    return [path for folder in backend._scratch for path in folder.path.glob("*.rgb*")]
