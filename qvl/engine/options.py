@@ -76,7 +76,7 @@ class EngineOptions:
     encoder_cache_memory: int | None = None
     encoder_budget_tokens: int | None = None
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=_mm_defaults)
-    mm_processor_kwargs: Mapping[str, float] = field(default_factory=dict)
+    mm_processor_kwargs: Mapping[str, int | float] = field(default_factory=dict)
     num_threads: int | None = None
     seed: int = 0
     allowed_local_media_path: str | None = None
@@ -116,8 +116,11 @@ class EngineOptions:
             _require(type(count) is int and count >= 0, "limit_mm_per_prompt", says, count)
         for key, number in self.mm_processor_kwargs.items():
             good = isinstance(number, int | float) and math.isfinite(number) and number > 0
-            whole = key == "fps" or isinstance(number, int)
-            _require(good and whole, "mm_processor_kwargs", f"{key}=N with N above 0", number)
+            if key == "fps":
+                _require(good, "mm_processor_kwargs", "fps=N with N above 0", number)
+            else:
+                whole = good and isinstance(number, int)
+                _require(whole, "mm_processor_kwargs", f"{key}=N with a whole N above 0", number)
         part = self.gpu_memory_utilization
         _require(0.0 < part <= 1.0, "gpu_memory_utilization", "above 0 and at most 1", part)
 

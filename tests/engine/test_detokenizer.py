@@ -134,6 +134,19 @@ def test_only_a_possible_stop_is_held_back() -> None:
     assert (piece.text, piece.stop, piece.num_tokens) == ("", "END!", 1)
 
 
+def test_the_longest_of_the_stops_that_end_together_counts() -> None:
+    detokenizer = Detokenizer(Vocabulary([b"xab"]), SamplingParams(stop=("b", "ab", "ab")))
+    assert detokenizer.feed([0]).stop == "ab"
+
+
+def test_a_stop_that_will_be_shown_holds_nothing_back() -> None:
+    detokenizer = Detokenizer(
+        Vocabulary([b"EN", b"D!"]), SamplingParams(stop=("END",), include_stop_str_in_output=True)
+    )
+    assert detokenizer.feed([0]).text == "EN"
+    assert detokenizer.feed([1]).text == "D"
+
+
 def test_what_was_held_back_is_said_at_the_end() -> None:
     vocabulary = Vocabulary([b"almost EN", b"\xe4\xb8"])
     detokenizer = Detokenizer(vocabulary, SamplingParams(stop=("END",)))
