@@ -1,8 +1,8 @@
 """The engine process's door: one unix socket, several HTTP processes, one thread that reads and writes for all of them.
 
 The thread cuts frames, decodes them and maps pixel files, so that the engine's loop only takes finished events from a
-queue. Sending is tried at once on the caller's thread; what the socket does not take is left to the door's thread, so that
-a client that does not read cannot stop the engine: above MAX_UNSENT_BYTES its connection is closed.
+queue. Sending is tried at once on the caller's thread; what the socket does not take is left to the door's thread, so
+that a client that does not read cannot stop the engine: above MAX_UNSENT_BYTES its connection is closed.
 Knows sockets, frames and files of pixels. Does not know the engine, nor torch.
 """
 
@@ -235,7 +235,7 @@ def refusal(request_id: str, reason: str) -> Outputs:
 def map_pixels(file: PixelFile | None) -> Pixels | None:
     """uint8 [frames, h, w, 3] of a file, which is unlinked at once: the mapping lives as long as the array does.
 
-    The mapping is private (copy on write): nothing can change the file's pages, and torch takes the array without a copy.
+    The mapping is private (copy on write): nothing can change the file's pages, and torch takes the array uncopied.
     Raises `OSError` when the file is not there, `ValueError` when it has not the size of its shape.
     """
     if file is None:
