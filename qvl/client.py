@@ -16,16 +16,17 @@ import io
 import json
 import mimetypes
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from qvl import wire
+from qvl.engine.messages import Dialogue, read_dialogue
 from qvl.errors import InvalidRequest, QvlError, RequestFailed, Unavailable
 from qvl.types import (
     Answer,
@@ -41,15 +42,12 @@ from qvl.types import (
     TokenLogprob,
     Usage,
 )
-from qvl.wire.content import read_messages
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
 
 _VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 _MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"))
-
-Conversation: TypeAlias = str | Sequence[Message | Mapping[str, Any]]
 
 
 class Client:
@@ -81,13 +79,13 @@ class Client:
             trust_env=not _is_local(self.base_url),
         )
 
-    def chat(self, messages: Conversation, sampling: SamplingParams | None = None) -> Completion:
-        """The whole answer to a conversation: `Message`s or OpenAI's dicts; a string is one user message."""
+    def chat(self, messages: Dialogue, sampling: SamplingParams | None = None) -> Completion:
+        """The whole answer to a conversation: a text, or turns as `Message`s or OpenAI's dicts (`engine.messages`)."""
         return collect(self.stream(messages, sampling))
 
-    def stream(self, messages: Conversation, sampling: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, messages: Dialogue, sampling: SamplingParams | None = None) -> Iterator[Delta]:
         """The answer piece by piece. Leaving the loop early ends the work on the server too."""
-        request = ChatRequest(_messages(messages), sampling or SamplingParams())
+        request = ChatRequest(read_dialogue(messages), sampling or SamplingParams())
         body = body_of(request, self.model)
         reader = EventReader()
         with _http_errors(self.base_url), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -209,12 +207,6 @@ def media_kind(source: Any) -> MediaKind:
 
 def _media_part(item: Any) -> MediaPart:
     return item if isinstance(item, MediaPart) else MediaPart(media_kind(item), item)
-
-
-def _messages(conversation: Conversation) -> tuple[Message, ...]:
-    if isinstance(conversation, str):
-        return question(conversation, ())
-    return tuple(m if isinstance(m, Message) else read_messages([m])[0] for m in conversation)
 
 
 def _portable(part: Part) -> Part:

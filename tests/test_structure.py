@@ -50,11 +50,14 @@ TORCH = {
     "qvl.engine.config": False,
     "qvl.engine.detokenizer": False,
     "qvl.engine.intake": False,
+    "qvl.engine.hub": False,
     "qvl.engine.locate": False,
+    "qvl.engine.messages": False,
     "qvl.engine.options": False,
     "qvl.engine.protocol": False,
     "qvl.engine.scheduler": False,
     "qvl.engine.sequence": False,
+    "qvl.engine.worker": False,
 }
 # Names that a package offers lazily (PEP 562), so that importing the package loads nothing of it.
 LAZY = {"qvl"}

@@ -6,16 +6,28 @@ command line, a file and `LLM(...)` accept the same spellings and complain in th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from qvl.engine.config import BATCHED_TOKENS, CPU_KV_BYTES, ENCODER_CACHE_BYTES, NUM_SEQS
 from qvl.engine.options import EngineOptions, parse_mm_limits
+from qvl.media.fetch import MediaPolicy
+
+GIB, MIB = 1 << 30, 1 << 20
+POLICY = MediaPolicy()
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Memory and batching"
 MEDIA_PANEL = "Pictures and videos"
+
+
+def _by_device(sizes: Mapping[str, int], unit: int = 1, name: str = "") -> str:
+    """The end of a help text: the default of each device."""
+    return f"[default: {sizes['cpu'] // unit}{name} on a CPU, {sizes['cuda'] // unit}{name} on a GPU]"
+
 
 _MODEL_HELP = "A checkpoint folder, or a name found in ./, ./models, $QVL_MODELS, ~/models or the Hugging Face cache."
 
@@ -67,12 +79,12 @@ MaxModelLen: TypeAlias = Annotated[
 ]
 MaxNumSeqs: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Answers computed at once [default: chosen for the device]", rich_help_panel=MEMORY_PANEL),
+    typer.Option(help=f"Answers computed at once {_by_device(NUM_SEQS)}", rich_help_panel=MEMORY_PANEL),
 ]
 MaxNumBatchedTokens: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Tokens computed in one step; longer prompts go in chunks [default: chosen for the device]",
+        help=f"Tokens computed in one step; longer prompts go in chunks {_by_device(BATCHED_TOKENS)}",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
@@ -85,22 +97,22 @@ GpuMemoryUtilization: TypeAlias = Annotated[
 KvCacheMemory: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Size of the KV cache, such as 2GiB (a unit is a power of 1024) [default: measured on a GPU, a "
-        "share of the free memory on a CPU]",
+        help="Size of the KV cache, such as 2GiB (a unit is a power of 1024) [default: measured on a GPU; "
+        f"a quarter of the free memory, at most {CPU_KV_BYTES // GIB}GiB, on a CPU]",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
 EncoderCacheMemory: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Size of the cache of encoded pictures, such as 512MiB [default: chosen for the device]",
+        help=f"Size of the cache of encoded pictures, such as 512MiB {_by_device(ENCODER_CACHE_BYTES, MIB, 'MiB')}",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
 EncoderBudgetTokens: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Picture tokens encoded in one step [default: chosen for the device]", rich_help_panel=MEMORY_PANEL
+        help="Picture tokens encoded in one step [default: as --max-num-batched-tokens]", rich_help_panel=MEMORY_PANEL
     ),
 ]
 BlockSize: TypeAlias = Annotated[
@@ -155,11 +167,17 @@ AllowPrivateHosts: TypeAlias = Annotated[
 ]
 MaxMediaBytes: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Largest picture or video file, such as 64MiB [default: 64MiB]", rich_help_panel=MEDIA_PANEL),
+    typer.Option(
+        help=f"Largest picture or video file, such as 64MiB [default: {POLICY.max_bytes // MIB}MiB]",
+        rich_help_panel=MEDIA_PANEL,
+    ),
 ]
 MaxImagePixels: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Largest picture in pixels, checked before decoding.", rich_help_panel=MEDIA_PANEL),
+    typer.Option(
+        help=f"Largest picture in pixels, checked before decoding [default: {POLICY.max_image_pixels}]",
+        rich_help_panel=MEDIA_PANEL,
+    ),
 ]
 
 

@@ -11,8 +11,11 @@ from typing import Annotated
 import typer
 
 from qvl.cli import flags
+from qvl.engine.locate import find_model
 from qvl.engine.options import parse_bytes
 from qvl.errors import ConfigError
+from qvl.server.options import ServerOptions
+from qvl.specs import load_spec
 
 SERVER_PANEL = "Server"
 
@@ -115,11 +118,6 @@ def serve(
     )
     if trust_remote_code:
         print("qvl: --trust-remote-code does nothing: no code from a checkpoint is ever run", file=sys.stderr)
-    # The HTTP stack loads only for this command, and only when the flags made sense.
-    from qvl.backends.local import LocalBackend
-    from qvl.server.options import ServerOptions
-    from qvl.server.run import run
-
     server = ServerOptions(
         host=host,
         port=port,
@@ -133,6 +131,11 @@ def serve(
         log_level=log_level,
         access_log=access_log,
     )
+    load_spec(find_model(model))  # a folder that cannot be served is told before anything listens
+    # The HTTP stack loads only for this command, and only when all of that made sense.
+    from qvl.backends.local import LocalBackend
+    from qvl.server.run import run
+
     return run(server, LocalBackend(options))
 
 

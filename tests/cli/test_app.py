@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["ask", "What?", "no-such.png"], "no such file: no-such.png"),
         (["bench", "engine", "--against", "magic"], "'magic'"),
         (["bench", "engine", "--picture", "huge"], "--picture"),
-        (["bench", "shape", "3b", "x"], "did you mean '2b'?"),
+        (["bench", "shape", "3b", "x"], "known: 2b, 7b, 72b"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

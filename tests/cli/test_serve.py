@@ -39,6 +39,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
 
     monkeypatch.setattr("qvl.server.run.run", fake_run)
     monkeypatch.setattr("qvl.backends.local.LocalBackend", lambda options: options)
+    monkeypatch.setattr("qvl.cli.serve.load_spec", lambda folder: None)
+    monkeypatch.setattr("qvl.cli.serve.find_model", Path)
     monkeypatch.delenv("QVL_API_KEY", raising=False)
 
     def of(*arguments: str) -> Options:
@@ -64,7 +66,7 @@ KNOWN = [
     ("--dtype", "half"),
     ("--max-model-len", "8784"),
     ("--gpu-memory-utilization", "0.8"),
-    ("--limit-mm-per-prompt", "image=4"),
+    ("--limit-mm-per-prompt", "image=6"),
     ("--served-model-name", "vision"),
     ("--tensor-parallel-size", "1"),
     ("--pipeline-parallel-size", "1"),
