@@ -44,7 +44,7 @@ class Observer(Protocol):
     """Who wants to know how long the stages of a picture took (the server's metrics do)."""
 
     def media_stage(self, kind: str, stage: str, seconds: float) -> None:
-        """One picture or video (`kind`) went through `stage` ("fetch", "decode", "resize", "share") in `seconds`."""
+        """One picture or video (`kind`) spent `seconds` in `stage`: "fetch", "decode", "resize", "hash" or "share"."""
 
 
 class Backend(Protocol):

@@ -31,6 +31,7 @@ from qvl.engine.locate import find_model
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import AbortRequest, EngineInfo, EngineStats, Failed, FromEngine, Outputs, Ready
 from qvl.errors import ConfigError, InvalidRequest, QvlError, Unavailable
+from qvl.media.stages import heard_by
 from qvl.specs import load_spec
 from qvl.tokenizer import Tokenizer
 from qvl.types import ChatRequest, CompletionRequest, Delta, MediaPart
@@ -195,9 +196,10 @@ class LocalBackend:
 
     def _prepare(self, request: Request) -> Prepared:
         assert self._intake is not None
-        if isinstance(request, ChatRequest):
+        if isinstance(request, CompletionRequest):
+            return self._intake.prepare_completion(request)
+        with heard_by(None if self.observer is None else self.observer.media_stage):
             return self._intake.prepare_chat(request)
-        return self._intake.prepare_completion(request)
 
     def _submit(self, request: Request, request_id: str) -> Submission:
         unique = f"{request_id}/{next(self._numbers)}"

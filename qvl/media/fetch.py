@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
 from qvl.errors import BadMedia, MediaRefused, PayloadTooLarge
+from qvl.media.stages import stage
 from qvl.types import MediaKind
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
@@ -46,6 +47,7 @@ class MediaPolicy:
     total_timeout: float = 60.0
 
 
+@stage("fetch")
 def read(
     source: str | bytes | bytearray | memoryview | Path,
     policy: MediaPolicy,

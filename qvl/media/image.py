@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from qvl.errors import BadMedia, QvlError
+from qvl.media.stages import stage
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
 WHITE = (255, 255, 255, 255)
@@ -49,6 +50,7 @@ _UPRIGHT = {
 }
 
 
+@stage("decode")
 def decode_image(data: bytes | Image.Image | npt.NDArray[np.uint8], *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """A file's bytes, a PIL picture or a uint8 array ([h, w] or [h, w, 1 | 3 | 4]) as uint8 [h, w, 3], C-contiguous.
 
@@ -99,6 +101,8 @@ def _looks_like(data: bytes) -> str:
         return " (it is a PDF document)"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return " (it is HEIC)"
+    if data[4:8] == b"ftyp" or data.startswith(b"\x1aE\xdf\xa3"):
+        return " (it is a video: send it as one)"
     return ""
 
 

@@ -21,6 +21,7 @@ from qvl.media import fetch
 from qvl.media.fetch import MediaPolicy
 from qvl.media.image import decode_image
 from qvl.media.resize import resize_bicubic, smart_resize
+from qvl.media.stages import reported, stage
 from qvl.media.video import FrameStack, check_sampling, decode_video, sample_indices
 from qvl.specs import ProcessorSpec
 from qvl.types import Grid, MediaKind, MediaPart, PixelLimits
@@ -49,6 +50,7 @@ class LoadedMedia:
     num_tokens: int
 
 
+@reported
 def load(
     part: MediaPart, spec: ProcessorSpec, policy: MediaPolicy, limits: PixelLimits, *, resize_here: bool
 ) -> LoadedMedia:
@@ -168,6 +170,7 @@ def _pick_frames(
     return np.arange(len(source))
 
 
+@stage("hash")
 def _digest(kind: MediaKind, pixels: Pixels, size: tuple[int, int], spec: ProcessorSpec) -> bytes:
     """Everything that the embedding depends on. The pixels are hashed where they lie."""
     settings = (spec.image_mean, spec.image_std, spec.patch_size, spec.temporal_patch_size, spec.merge_size)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from qvl.errors import BadMedia
+from qvl.media.stages import stage
 
 MAX_RATIO = 200
 
@@ -38,6 +39,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return max(factor, new_height), max(factor, new_width)
 
 
+@stage("resize")
 def resize_bicubic(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
     """[h, w, 3] -> [height, width, 3], uint8, Pillow's antialiased bicubic (what the reference processor calls)."""
     if pixels.shape[:2] == (height, width):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from qvl.errors import BadMedia, InvalidRequest
 from qvl.media.fetch import MediaPolicy
 from qvl.media.resize import resize_bicubic
+from qvl.media.stages import stage
 from qvl.specs import ProcessorSpec
 from qvl.types import PixelLimits
 
@@ -80,6 +81,7 @@ def check_sampling(limits: PixelLimits, spec: ProcessorSpec) -> None:
         raise InvalidRequest(f"num_frames must be from 1 to {spec.max_frames}", param="num_frames")
 
 
+@stage("decode")
 def decode_video(
     data: bytes, limits: PixelLimits, spec: ProcessorSpec, policy: MediaPolicy, *, fit: Fit, resize_here: bool
 ) -> Clip:

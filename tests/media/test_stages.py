@@ -1,0 +1,95 @@
+"""Stages are told once each, without what lies inside them, and only to who listens in this thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qvl.media import stages
+from qvl.media.fetch import MediaPolicy
+from qvl.media.load import load
+from qvl.media.stages import heard_by, reported, stage
+from qvl.specs import ProcessorSpec
+from qvl.types import MediaPart, PixelLimits
+from tests.server.shapes import picture
+
+
+class Time:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@dataclass
+class Medium:
+    kind: Any = "image"
+
+
+def test_a_stage_inside_another_is_counted_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Time()
+    monkeypatch.setattr(stages, "time", clock)
+
+    @stage("inner")
+    def inner(seconds: float) -> None:
+        clock.now += seconds
+
+    @stage("outer")
+    def outer() -> None:
+        clock.now += 1
+        inner(10)
+        inner(20)
+        clock.now += 2
+
+    @reported
+    def work(medium: Medium) -> str:
+        inner(100)
+        outer()
+        return "done"
+
+    heard: dict[str, float] = {}
+    with heard_by(lambda kind, name, seconds: heard.update({f"{kind} {name}": seconds})):
+        assert work(Medium()) == "done"
+    assert heard == {"image inner": 130.0, "image outer": 3.0}
+
+
+def test_a_picture_goes_through_all_of_them() -> None:
+    heard: dict[str, list[float]] = defaultdict(list)
+    spec = ProcessorSpec(
+        min_pixels=3136,
+        max_pixels=50_176,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+    )
+    part = MediaPart("image", picture(40))
+    with heard_by(lambda kind, name, seconds: heard[f"{kind} {name}"].append(seconds)):
+        load(part, spec, MediaPolicy(), PixelLimits(max_pixels=10_000), resize_here=True)
+        thread = threading.Thread(
+            target=load, args=(part, spec, MediaPolicy(), PixelLimits()), kwargs={"resize_here": True}
+        )
+        thread.start()
+        thread.join()
+    load(part, spec, MediaPolicy(), PixelLimits(), resize_here=True)
+    assert set(heard) == {"image fetch", "image decode", "image resize", "image hash"}
+    assert all(len(times) == 1 and times[0] > 0 for times in heard.values())
+
+
+def test_what_failed_is_not_told() -> None:
+    heard: list[str] = []
+
+    @reported
+    def broken(medium: Medium) -> None:
+        stage("decode")(np.zeros)(3)
+        raise ValueError
+
+    with heard_by(lambda kind, name, seconds: heard.append(name)), pytest.raises(ValueError):
+        broken(Medium())
+    assert heard == []
