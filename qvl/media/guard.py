@@ -32,7 +32,7 @@ def is_public(address: str) -> bool:
     """
     try:
         ip = ipaddress.ip_address(address)
-    except ValueError:  # a scoped address (fe80::1%eth0) before Python 3.9's rules, or no address at all
+    except ValueError:  # a name is not an address
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         if ip in _NAT64:

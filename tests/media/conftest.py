@@ -98,6 +98,10 @@ class Site(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.05)
 
+    def page_slow(self) -> None:
+        time.sleep(0.2)
+        self.answer(200, self.server.files["red.png"])
+
     def page_silent(self) -> None:
         time.sleep(3)
 

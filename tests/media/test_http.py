@@ -115,6 +115,7 @@ def test_a_rebinding_between_redirects(site, public_second_site, monkeypatch):
     [
         r"http://127.0.0.2\@127.0.0.1/red.png",
         r"http://evil.example\red.png",
+        r"http://example.com/a\b",
         "http://user@example.com/",
         "http://user:secret@example.com/",
         "http://exa mple.com/",

@@ -222,6 +222,8 @@ def test_what_is_no_picture_says_what_it_seems_to_be():
     refused(b"<?xml version='1.0'?>\n<!-- c -->\n<svg/>", "SVG")
     refused(b"<!DOCTYPE html><html></html>", "web page")
     refused(b"%PDF-1.7", "PDF")
+    refused(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC")
+    refused(b"\0\0\0\x18ftypisom\0\0\0\0isomavc1", "send it as one")
     refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture")
 
 
