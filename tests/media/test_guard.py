@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
+import threading
 
 import httpcore
 import pytest
@@ -95,9 +95,11 @@ def test_connects_to_the_very_address_that_was_checked(monkeypatch):
 
 
 def test_a_resolver_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    done = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(30) and [])
     with pytest.raises(BadMedia, match="resolved"):
         guard.resolve("slow.example", 80, 0.05)
+    done.set()
 
 
 def test_unknown_and_impossible_names(monkeypatch):
