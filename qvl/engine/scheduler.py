@@ -125,9 +125,7 @@ class Scheduler:
         step.batch.num_decodes = len(step.batch.seqs)
         self._schedule_prefills(step)
         if not step.preempted:
-            while self.waiting and step.tokens_left > 0 and len(self.running) < self.config.max_num_seqs:
-                if not self._admit(self.waiting[0], step):
-                    break
+            self._schedule_waiting(step)
         assert step.batch or not self.has_work, "a step without progress"
         self._add("steps", 1)
         return step.batch
@@ -167,11 +165,34 @@ class Scheduler:
                 if num_tokens > 0:
                     step.add(seq, num_tokens)
 
-    def _admit(self, seq: Sequence, step: _Step) -> bool:
-        """Start (or resume) the first waiting sequence with what the prefix cache has. False when it must wait."""
+    def _schedule_waiting(self, step: _Step) -> None:
+        """Admit in order of arrival, until one must wait; who only waits for a prefix lets others pass."""
+        promised = {key for seq in self.running for key in seq.keys[seq.num_registered :]}
+        num_patient = 0
+        for seq in tuple(self.waiting):
+            if step.tokens_left == 0 or max(len(self.running), num_patient) >= self.config.max_num_seqs:
+                return
+            # The last token is computed in any case: its logits choose the next one.
+            findable = seq.keys[: (seq.num_tokens - 1) // self.blocks.block_size]
+            hits = self.blocks.lookup(findable)
+            num_missing = seq.num_tokens - len(hits) * self.blocks.block_size
+            if self._is_worth_waiting(num_missing, findable[len(hits) :], promised):
+                num_patient += 1
+            elif self._admit(seq, hits, step):
+                promised.update(findable[len(hits) :])
+            else:
+                return
+
+    def _is_worth_waiting(self, num_missing: int, missing: list[bytes], promised: set[bytes]) -> bool:
+        """Whether running prefills will soon have half of the `num_missing` tokens or more (as for n equal prompts)."""
+        if not self.blocks.enable_prefix_caching:
+            return False
+        num_blocks = next((i for i, key in enumerate(missing) if key not in promised), len(missing))
+        return num_blocks > 0 and 2 * num_blocks * self.blocks.block_size >= num_missing
+
+    def _admit(self, seq: Sequence, hits: list[int], step: _Step) -> bool:
+        """Start (or resume) a waiting sequence with the blocks `hits` of its prefix. False when it must wait."""
         block_size = self.blocks.block_size
-        # The last token is computed in any case: its logits choose the next one.
-        hits = self.blocks.lookup(seq.keys[: (seq.num_tokens - 1) // block_size])
         num_new = -(-seq.num_tokens // block_size) - len(hits)
         # One spare block per running sequence: who comes in now should not be thrown out in the next step.
         table = self.blocks.take(hits, num_new, keep_free=len(self.running))
@@ -183,7 +204,7 @@ class Scheduler:
             self.blocks.free(table)
             seq.num_computed = 0
             return False
-        del self.waiting[0]
+        self.waiting.remove(seq)
         insort(self.running, seq, key=lambda other: other.arrival)
         seq.start_running(table, len(hits))
         self._add("prefix_queried_tokens", seq.num_tokens)

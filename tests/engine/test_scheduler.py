@@ -224,6 +224,40 @@ def test_nobody_is_admitted_into_the_last_blocks_of_those_who_run() -> None:
     assert bench.scheduler.stats().preemptions == 0
 
 
+def test_equal_prompts_at_once_are_computed_once_and_let_others_pass() -> None:
+    bench = Bench(Limits(max_num_batched_tokens=12), num_blocks=40)
+    prompt: list[int | tuple[int, bytes]] = [1, (9, A), *range(10)]
+    asked = [request(f"r{i}", prompt, SamplingParams(max_tokens=2, ignore_eos=True)) for i in range(4)]
+    asked.append(request("other", [7] * 6, SamplingParams(max_tokens=4, ignore_eos=True)))
+    for one in asked:
+        bench.add(one)
+    first, second = bench.step(), bench.step()
+    assert [entry.seq.request_id for entry in first.seqs] == ["r0"]
+    assert [entry.seq.request_id for entry in second.seqs] == ["r0", "other"]
+    bench.run()
+    assert bench.runner.num_computed == 20 + 3 * 4 + 6 + 4 * 1 + 3
+    for one in asked:
+        assert bench.tokens(one.request_id) == expected(one, bench.limits)
+
+
+def test_who_waits_for_a_prefix_goes_on_alone_when_it_does_not_come() -> None:
+    bench = Bench(Limits(max_num_batched_tokens=8))
+    for name in ("a", "b"):
+        bench.add(request(name, [1] * 20))
+    bench.step()
+    assert bench.scheduler.abort("a")
+    assert bench.step().seqs[0].start == 8
+    bench.run()
+    assert bench.tokens("b") == expected(request("b", [1] * 20), bench.limits)
+
+
+def test_little_in_common_is_not_waited_for() -> None:
+    bench = Bench(Limits(max_num_batched_tokens=64))
+    bench.add(request("a", [1] * 12))
+    bench.add(request("b", [1, 1, 1, 1, *[2] * 8]))
+    assert len(bench.step().seqs) == 2
+
+
 def test_tenants_share_nothing() -> None:
     bench = Bench()
     for name, salt in (("a", b"x"), ("b", b"y"), ("c", b"x")):
