@@ -15,7 +15,7 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
 from qvl.media.load import LoadedMedia, frame_size, load, picture_size
-from qvl.prompt import Prompt, Segment, TextRun, Vision, build
+from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import MediaSlot, Tokenizer
 from qvl.types import ChatRequest, CompletionRequest, MediaPart, Message, PixelLimits, SamplingParams
@@ -105,6 +105,27 @@ class Intake:
         if not prompt.token_ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
         return self._prepared(prompt, (), request.sampling, request.cache_salt, "prompt")
+
+    def prepare_raw(
+        self, token_ids: Sequence[int], parts: Sequence[MediaPart], sampling: SamplingParams, limits: PixelLimits
+    ) -> Prepared:
+        """A prompt of trusted ids in which one pad stands for each of `parts`, in order within each kind.
+
+        Raises as `prepare_chat` does, and `InvalidRequest` when pads and parts do not agree.
+        """
+        self._check_ids("prompt", token_ids)
+        self._check_counts(parts)
+        pads = {self.spec.ids.image_pad: "image", self.spec.ids.video_pad: "video"}
+        if Counter(pads[token_id] for token_id in token_ids if token_id in pads) != Counter(p.kind for p in parts):
+            raise InvalidRequest("the prompt must hold one pad token for every picture and video", param="prompt")
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        loaded = self._load(parts, limits.over(self.config.limits))
+        waiting = {kind: iter([one for one in loaded if one.kind == kind]) for kind in pads.values()}
+        pieces = [next(waiting[pads[token_id]]) if token_id in pads else Control(token_id) for token_id in token_ids]
+        media = tuple(piece for piece in pieces if isinstance(piece, LoadedMedia))
+        prompt = self._build(_vision(piece) if isinstance(piece, LoadedMedia) else piece for piece in pieces)
+        return self._prepared(prompt, media, sampling, "", "prompt")
 
     def _build(self, segments: Iterable[Segment]) -> Prompt:
         ids, merge_size = self.spec.ids, self.spec.vision.merge_size

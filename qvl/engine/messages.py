@@ -1,12 +1,11 @@
-"""Conversations as a program writes them: the shapes of the wire, with objects where the wire has addresses.
+"""Conversations and prompts as a program writes them, with pictures as objects where the wire has addresses.
 
-Knows how objects pass through `qvl.wire`, whose checks all apply. Does not know what a picture is made of: that is said
-when it is loaded.
+Knows the short forms that only a program may use; everything else is `qvl.wire`'s, whose checks all apply. Does not
+know what a picture is made of: that is found out when it is loaded.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,85 +13,93 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from qvl.errors import InvalidRequest
-from qvl.types import MediaPart, Message, Part, TextPart
-from qvl.wire.content import read_messages
+from qvl.errors import InvalidRequest, suggest
+from qvl.types import MediaKind, MediaPart, Message, TextPart
+from qvl.wire import read_messages
 
-# One turn: a `Message`, or a dict in OpenAI's or Qwen's form; parts may also be plain texts and pictures.
+# One turn: a `Message`, or a dict in OpenAI's or Qwen's form whose parts may also be plain texts and pictures.
 Turn: TypeAlias = Message | Mapping[str, Any]
 Dialogue: TypeAlias = str | Sequence[Turn]
+# A raw prompt: text, token ids, or vLLM's {"prompt": ..., "multi_modal_data": {"image": ...}}.
+RawPrompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
-_OBJECTS = (Image.Image, np.ndarray, bytes, bytearray, memoryview, Path)
+_PICTURES = (Image.Image, np.ndarray, bytes, bytearray, memoryview, Path)
+_RAW_FIELDS = ("prompt", "prompt_token_ids", "multi_modal_data")
 
 
 def is_one_dialogue(messages: Dialogue | Sequence[Dialogue]) -> bool:
-    """Whether these are the turns of one conversation (or the text of its only one), not several conversations."""
+    """Whether these are the turns of one conversation (or its only text), not several conversations."""
     return isinstance(messages, str) or not messages or isinstance(messages[0], Message | Mapping)
 
 
 def read_dialogue(dialogue: Dialogue) -> tuple[Message, ...]:
-    """The turns of one conversation. Raises `InvalidRequest` with the place of the first mistake."""
+    """The turns of one conversation; a text alone is a user's. Raises `InvalidRequest` with the place of a mistake."""
     if isinstance(dialogue, str):
         return (Message("user", (TextPart(dialogue),)),)
-    return tuple(turn if isinstance(turn, Message) else turn_of for turn, turn_of in _read_turns(dialogue))
+    stand_in = {"role": "user", "content": ""}  # keeps the numbers of the turns in what is said about the others
+    plain = [stand_in if isinstance(turn, Message) else _long_form(turn) for turn in dialogue]
+    read = read_messages(plain, in_process=True)
+    return tuple(turn if isinstance(turn, Message) else new for turn, new in zip(dialogue, read, strict=True))
 
 
-def _read_turns(dialogue: Sequence[Turn]) -> list[tuple[Turn, Message]]:
-    """Every turn beside its reading; a `Message` stands for itself."""
-    hidden = _Hidden()
-    empty = {"role": "user", "content": ""}
-    plain = [empty if isinstance(turn, Message) else hidden.turn(turn) for turn in dialogue]
-    return [(turn, hidden.restore(read)) for turn, read in zip(dialogue, read_messages(plain), strict=True)]
+def _long_form(turn: Any) -> Any:
+    """The turn with its content as a list of parts. What is no turn goes on to the wire's own complaint."""
+    if not isinstance(turn, Mapping):
+        return turn
+    content = turn.get("content")
+    if isinstance(content, _PICTURES):
+        content = (content,)
+    if not isinstance(content, list | tuple):
+        return turn
+    return {**turn, "content": [_part(part) for part in content]}
 
 
-class _Hidden:
-    """Objects that stand as made-up addresses while the text around them is read."""
+def _part(part: Any) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "image": part} if isinstance(part, _PICTURES) else part
 
-    def __init__(self) -> None:
-        self._prefix = f"object:{secrets.token_hex(8)}:"  # nobody can have typed it
-        self._objects: list[Any] = []
 
-    def turn(self, turn: Any) -> Any:
-        """The turn with content as the wire has it. What is no turn goes on to the wire's own complaint."""
-        if not isinstance(turn, Mapping) or "content" not in turn:
-            return turn
-        content = turn["content"]
-        if isinstance(content, list | tuple):
-            content = [self._part(part) for part in content]
-        elif isinstance(content, _OBJECTS):
-            content = [self._part(content)]
-        return {**turn, "content": content}
+def is_one_prompt(prompts: RawPrompt | Sequence[RawPrompt]) -> bool:
+    """Whether this is one raw prompt, not a list of them."""
+    return isinstance(prompts, str | Mapping) or not prompts or isinstance(prompts[0], int)
 
-    def _part(self, part: Any) -> Any:
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        if isinstance(part, _OBJECTS):
-            return {"type": "image", "image": self._hide(part)}
-        return self._hide(part)
 
-    def _hide(self, value: Any) -> Any:
-        if isinstance(value, _OBJECTS):
-            self._objects.append(value)
-            return f"{self._prefix}{len(self._objects) - 1}"
-        if isinstance(value, Mapping):
-            return {key: self._hide(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._hide(inner) for inner in value]
-        return value
+def read_prompt(prompt: RawPrompt) -> tuple[str | list[int], list[MediaPart]]:
+    """The text or ids of a raw prompt, and the pictures for its pads in order. Raises `InvalidRequest`."""
+    if isinstance(prompt, str):
+        return prompt, []
+    if not isinstance(prompt, Mapping):
+        return list(prompt), []
+    for name in prompt:
+        if name not in _RAW_FIELDS:
+            raise InvalidRequest(f"unknown field '{name}' in a prompt{suggest(str(name), _RAW_FIELDS)}", param="prompt")
+    given = [prompt[name] for name in _RAW_FIELDS[:2] if prompt.get(name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest("a prompt has either 'prompt' or 'prompt_token_ids'", param="prompt")
+    media = prompt.get("multi_modal_data") or {}
+    return given[0] if isinstance(given[0], str) else list(given[0]), _raw_media(media)
 
-    def restore(self, message: Message) -> Message:
-        return Message(message.role, tuple(self._restore_part(part) for part in message.parts))
 
-    def _restore_part(self, part: Part) -> Part:
-        if isinstance(part, TextPart):
-            if part.text.startswith(self._prefix):
-                raise InvalidRequest("a text part holds a picture; give it as {'type': 'image', 'image': ...}")
-            return part
-        return MediaPart(part.kind, self._restore(part.source), part.limits)
+def _raw_media(media: Mapping[str, Any]) -> list[MediaPart]:
+    """All pictures, then all videos: which pad gets which is decided by kind."""
+    kinds: tuple[MediaKind, ...] = ("image", "video")
+    for name in media:
+        if name not in kinds:
+            hint = suggest(name, kinds)
+            raise InvalidRequest(f"unknown kind '{name}' in multi_modal_data{hint}", param="multi_modal_data")
+    parts = [MediaPart("image", source) for source in _listed(media.get("image"))]
+    return parts + [MediaPart("video", source) for source in _videos(media.get("video"))]
 
-    def _restore(self, source: Any) -> Any:
-        if isinstance(source, tuple):
-            return tuple(self._restore(frame) for frame in source)
-        if isinstance(source, str) and source.startswith(self._prefix):
-            return self._objects[int(source.removeprefix(self._prefix))]
-        return source
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _videos(value: Any) -> list[Any]:
+    """A list of pictures is the frames of one video; anything else in a list is a video of its own."""
+    listed = _listed(value)
+    are_frames = bool(listed) and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in listed)
+    return [tuple(listed)] if are_frames else listed
