@@ -47,7 +47,7 @@ CHATML = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 _ROLES = ("system", "user", "assistant", "tool")
-_NONCE_CHARS = 10  # of 4096 each: 120 random bits
+NONCE_CHARS = 10  # of 4096 each: 96 random bits of the call, then the number of the text
 _PRIVATE_USE = re.compile("[\ue000-\uefff]+")
 _MAX_STEPS = 1_000_000  # loop steps of one rendering
 _MAX_CHARS = 4_000_000  # template text of one rendering; texts of users are not counted
@@ -66,6 +66,23 @@ class Rendered:
 
     text: str
     texts: Mapping[str, str]
+
+
+class _Nonces(dict[str, str]):
+    """Nonce -> text of one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._call = "".join(chr(0xE000 + secrets.randbelow(4096)) for _ in range(NONCE_CHARS - 2))
+
+    def hide(self, text: str) -> str:
+        """The nonce of `text`; an empty text stays empty, as templates may ask for that."""
+        if not text:
+            return ""
+        high, low = divmod(len(self), 4096)
+        nonce = f"{self._call}{chr(0xE000 + high)}{chr(0xE000 + low)}"
+        self[nonce] = text
+        return nonce
 
 
 class _Steps:
@@ -127,19 +144,18 @@ class ChatTemplate:
 
     def __init__(self, source: str, names: Mapping[str, str]) -> None:
         """`names` are what the template may ask for by name (`eos_token` and the like)."""
+        if _PRIVATE_USE.search(source):
+            raise CheckpointError("the chat template holds private-use characters, which this version needs for itself")
         self._template = _compile(source)
         self._names = dict(names)
-        self._own_private_use = frozenset("".join(_PRIVATE_USE.findall(source)))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, add_vision_id: bool) -> Rendered:
         """Raises `InvalidRequest` when the template refuses the conversation or mangles a text."""
-        texts: dict[str, str] = {}
+        texts = _Nonces()
         conversation = [_as_template_message(message, texts) for message in messages]
         chunks = self._run(conversation, add_generation_prompt, add_vision_id)
         rendered = "".join(chunks)
-        unseen = set(texts)
-        for run in _PRIVATE_USE.findall(rendered):
-            self._check_nonces(run, texts, unseen)
+        _check_nonces(rendered, texts)
         return Rendered(rendered, texts)
 
     def _run(self, conversation: list[dict[str, Any]], add_generation_prompt: bool, add_vision_id: bool) -> list[str]:
@@ -162,20 +178,18 @@ class ChatTemplate:
                 "the checkpoint's chat template cannot render these messages", param="messages"
             ) from error
 
-    def _check_nonces(self, run: str, texts: Mapping[str, str], unseen: set[str]) -> None:
-        """A run of private-use characters must be whole nonces, none of them twice (but a template may drop one)."""
-        place = 0
-        while place < len(run):
-            nonce = run[place : place + _NONCE_CHARS]
-            if nonce in texts:
-                if nonce not in unseen:
-                    raise InvalidRequest("the checkpoint's chat template repeats a message", param="messages")
-                unseen.remove(nonce)
-                place += _NONCE_CHARS
-            elif run[place] in self._own_private_use:
-                place += 1
-            else:
+
+def _check_nonces(rendered: str, texts: Mapping[str, str]) -> None:
+    """Private-use characters must be whole nonces, none of them twice (but a template may drop one)."""
+    unseen = set(texts)
+    for run in _PRIVATE_USE.findall(rendered):
+        for place in range(0, len(run), NONCE_CHARS):
+            nonce = run[place : place + NONCE_CHARS]
+            if nonce not in texts:
                 raise InvalidRequest("the checkpoint's chat template cuts a message", param="messages")
+            if nonce not in unseen:
+                raise InvalidRequest("the checkpoint's chat template repeats a message", param="messages")
+            unseen.remove(nonce)
 
 
 def _bounded(chunks: Iterable[str]) -> Iterator[str]:
@@ -187,14 +201,14 @@ def _bounded(chunks: Iterable[str]) -> Iterator[str]:
         yield chunk
 
 
-def _as_template_message(message: Message, texts: dict[str, str]) -> dict[str, Any]:
+def _as_template_message(message: Message, texts: _Nonces) -> dict[str, Any]:
     """The shape that templates expect: one text as a string, anything else as a list of parts."""
     if message.role not in _ROLES:
         raise InvalidRequest(f"'role' must be one of {', '.join(_ROLES)}", param="messages")
     parts: list[dict[str, str]] = []
     for part in message.parts:
         if isinstance(part, TextPart):
-            parts.append({"type": "text", "text": _hide(part.text, texts)})
+            parts.append({"type": "text", "text": texts.hide(part.text)})
         else:
             parts.append({"type": part.kind})
     if not parts:
@@ -202,15 +216,6 @@ def _as_template_message(message: Message, texts: dict[str, str]) -> dict[str, A
     if len(parts) == 1 and parts[0]["type"] == "text":
         return {"role": message.role, "content": parts[0]["text"]}
     return {"role": message.role, "content": parts}
-
-
-def _hide(text: str, texts: dict[str, str]) -> str:
-    """A fresh nonce for `text`; an empty text stays empty, as templates may ask for that."""
-    if not text:
-        return ""
-    nonce = "".join(chr(0xE000 + secrets.randbelow(4096)) for _ in range(_NONCE_CHARS))
-    texts[nonce] = text
-    return nonce
 
 
 def find_template(folder: Path) -> tuple[str, dict[str, str]]:

@@ -13,9 +13,11 @@ from typing import TypeAlias
 from qvl.errors import InvalidRequest
 from qvl.prompt import Control, TextRun
 from qvl.specs import SpecialIds
-from qvl.tokenizer.template import ChatTemplate, MediaSlot, find_template
+from qvl.tokenizer.template import NONCE_CHARS, ChatTemplate, MediaSlot, find_template
 from qvl.tokenizer.vocabulary import Vocabulary
 from qvl.types import MediaPart, Message, TextPart
+
+_NONCE = re.compile(f"[\ue000-\uefff]{{{NONCE_CHARS}}}")
 
 ChatPiece: TypeAlias = TextRun | Control | MediaSlot
 
@@ -94,11 +96,10 @@ class Tokenizer:
         return pieces
 
     def _segments(self, rendered: str, texts: Mapping[str, str]) -> list[ChatPiece]:
-        pattern = _any_of(texts)
         segments: list[ChatPiece] = []
         for piece in self._pieces(rendered):
             if isinstance(piece, str):
-                segments.append(TextRun(pattern.sub(lambda nonce: texts[nonce.group()], piece)))
+                segments.append(TextRun(_NONCE.sub(lambda nonce: texts[nonce.group()], piece)))
             else:
                 segments.append(self._slots.get(piece) or Control(piece))
         return segments
