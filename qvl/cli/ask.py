@@ -30,7 +30,10 @@ def ask(
         typer.Argument(metavar="[FILE|URL]...", help="Pictures and videos; - reads one from standard input."),
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help=f"The server to ask [default: {DEFAULT_URL} if it answers, else none]")
+        str | None,
+        typer.Option(
+            envvar="QVL_BASE_URL", help=f"The server to ask [default: {DEFAULT_URL} if it answers, else none]"
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="A name the server serves, or a checkpoint folder to load here [default: demo]")

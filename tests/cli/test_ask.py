@@ -26,6 +26,13 @@ def server() -> Iterator[Live]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The developer's own settings are no part of the test."""
+    monkeypatch.delenv("QVL_BASE_URL", raising=False)
+    monkeypatch.delenv("QVL_API_KEY", raising=False)
+
+
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server at the default address, whatever runs on the developer's machine."""

@@ -1,0 +1,175 @@
+"""Documents and numbers run: `python tools/check_docs.py [--no-run]`, part of `make check`.
+
+A code block after the line `<!-- run -->` is executed against a running server of the bundled checkpoint;
+`<!-- run: words -->` also wants these words in its output. Beside that: links point at files, both READMEs show the
+same commands, docs/flags.md is what the commands say, and a page of numbers names hardware, commit and command.
+
+Knows Markdown as far as it is used here. Does not know what the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README, TRANSLATION = ROOT / "README.md", ROOT / "README.zh-CN.md"
+NUMBERS = ROOT / "docs" / "performance.md"
+DEFAULT_ADDRESS = "127.0.0.1:8000"
+LANGUAGES = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+SECONDS_PER_BLOCK = 180
+SECONDS_TO_READY = 120
+
+_BLOCK = re.compile(
+    r"^(?:<!-- run(?:: (?P<expect>.*?))? -->\n+)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
+_MARK = re.compile(r"^<!-- run\b.*-->$", re.M)
+_LINK = re.compile(r"\[[^\]]*\]\((?!https?://|mailto:|#)([^)#\s]+)[^)]*\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced code block; `run` says that it is marked, `expect` what its output must hold."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    run: bool
+    expect: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def pages() -> list[Path]:
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in _BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        marked = match.group().startswith("<!-- run")
+        yield Block(page, line, match["language"], match["code"], marked, (match["expect"] or "").strip())
+
+
+def complaints(page: Path) -> Iterator[str]:
+    """What is wrong with a page as it stands."""
+    text = page.read_text(encoding="utf-8")
+    name = page.relative_to(ROOT)
+    for target in _LINK.findall(text):
+        if not (page.parent / target).exists():
+            yield f"{name}: the link {target} points at nothing"
+    marked = [block for block in blocks(page) if block.run]
+    if len(marked) != len(_MARK.findall(text)):
+        yield f"{name}: a <!-- run --> line stands before something that is no code block"
+    for block in marked:
+        if block.language not in LANGUAGES:
+            yield f"{block.place}: cannot run a block of '{block.language}'"
+
+
+def translation_complaints() -> Iterator[str]:
+    """The two READMEs show the same code, but for comments and texts in the reader's language."""
+    ours, theirs = list(blocks(README)), list(blocks(TRANSLATION))
+    if len(ours) != len(theirs):
+        yield f"README.md has {len(ours)} code blocks, README.zh-CN.md has {len(theirs)}"
+        return
+    for one, other in zip(ours, theirs, strict=True):
+        if commands_of(one) != commands_of(other) or (one.run, one.expect) != (other.run, other.expect):
+            yield f"{other.place}: differs from {one.place}"
+
+
+def commands_of(block: Block) -> str:
+    """The block without comments."""
+    return re.sub(r"\s*(?<!\S)#.*$", "", block.code, flags=re.M).strip()
+
+
+def number_complaints() -> Iterator[str]:
+    """Every section with a table of figures says on what, from which commit and by which command it was measured."""
+    for section in re.split(r"^## ", NUMBERS.read_text(encoding="utf-8"), flags=re.M)[1:]:
+        title = section.splitlines()[0]
+        if re.search(r"^\|[-: |]+\|$", section, re.M):
+            for fact in ("Hardware:", "Commit:", "Command:"):
+                if fact not in section:
+                    yield f"docs/performance.md: '{title}' has figures but no '{fact}'"
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """HOST:PORT of a server of the bundled checkpoint."""
+    command = [sys.executable, "-m", "qvl.cli", "serve", "demo", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        spoke, _, _ = select.select([process.stdout], [], [], SECONDS_TO_READY)
+        ready = re.search(r"http://(\S+)", process.stdout.readline()) if spoke else None
+        if ready is None:
+            raise SystemExit("the server of the bundled checkpoint did not start")
+        yield ready[1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def failure(block: Block, address: str) -> str | None:
+    """Run one block; why it failed, or None. Every block runs in the repository, with a scratch folder as HOME."""
+    code = block.code.replace(DEFAULT_ADDRESS, address)
+    with tempfile.TemporaryDirectory() as home:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "QVL_BASE_URL": f"http://{address}",
+            "HOME": home,
+        }
+        try:
+            done = subprocess.run(
+                [*LANGUAGES[block.language], code], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=SECONDS_PER_BLOCK, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"took longer than {SECONDS_PER_BLOCK} s"
+    if done.returncode != 0:
+        return f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    if block.expect not in done.stdout:
+        return f"'{block.expect}' is not in its output:\n{done.stdout}{done.stderr}"
+    return None
+
+
+def run_all(todo: list[Block]) -> Iterator[str]:
+    with server() as address:
+        for block in todo:
+            reason = failure(block, address)
+            print(f"{block.place}: {'ok' if reason is None else 'FAILED'}", flush=True)
+            if reason is not None:
+                yield f"{block.place}: {reason}"
+
+
+def main() -> int:
+    found = [text for page in pages() for text in complaints(page)]
+    found += [*translation_complaints(), *number_complaints()]
+    flags = subprocess.run([sys.executable, str(ROOT / "tools" / "write_flags.py"), "--check"], check=False)
+    if flags.returncode != 0:
+        found.append("docs/flags.md is out of date")
+    todo = [block for page in pages() for block in blocks(page) if block.run and page != TRANSLATION]
+    if not found and "--no-run" not in sys.argv[1:]:
+        found += run_all(todo)
+    for text in found:
+        print(text, file=sys.stderr)
+    print(f"documents: {len(todo)} blocks to run, {len(found)} complaints")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
