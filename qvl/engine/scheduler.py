@@ -14,60 +14,16 @@ Knows sequences, blocks and budgets. Does not know tensors; what a step computed
 from __future__ import annotations
 
 from bisect import insort
-from typing import Any, Protocol
+from typing import Any
 
-from qvl.engine.batch import ScheduledBatch, ScheduledMedia, ScheduledSeq, StepResult
+from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.protocol import EngineStats, TokenOutput
 from qvl.engine.sequence import Sequence, Status
+from qvl.engine.step import SchedulerConfig, Step
 from qvl.errors import ConfigError, InvalidRequest, PromptTooLong
 from qvl.types import FinishReason, TokenLogprob
-
-
-class SchedulerConfig(Protocol):
-    """What the scheduler needs of `EngineConfig`."""
-
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def max_num_seqs(self) -> int: ...
-    @property
-    def max_num_batched_tokens(self) -> int: ...
-    @property
-    def encoder_budget_tokens(self) -> int: ...
-    @property
-    def embedding_bytes_per_token(self) -> int: ...
-
-
-class _Step:
-    """The batch under construction and what is left of the budgets."""
-
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.batch = ScheduledBatch()
-        self.tokens_left = config.max_num_batched_tokens
-        self.encoder_left = config.encoder_budget_tokens
-        self.preempted = False
-        self._members: set[str] = set()
-
-    def __contains__(self, seq: Sequence) -> bool:
-        return seq.request_id in self._members
-
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        samples = num_tokens == seq.num_to_compute
-        self.batch.seqs.append(ScheduledSeq(seq, seq.num_computed, num_tokens, samples))
-        self._members.add(seq.request_id)
-        self.tokens_left -= num_tokens
-        seq.num_computed += num_tokens
-        seq.num_pending += samples
-
-    def room_to_encode(self, num_tokens: int) -> bool:
-        """Whether one more picture may be encoded; one above the whole budget may, alone."""
-        return num_tokens <= self.encoder_left or not self.batch.encode
-
-    def encode(self, seq: Sequence, index: int) -> None:
-        self.batch.encode.append(ScheduledMedia(seq, index))
-        self.encoder_left -= seq.spans[index].length
 
 
 class Scheduler:
@@ -87,6 +43,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._active: dict[str, Sequence] = {}
         self._num_arrived = 0
+        self._num_in_flight = 0
         self._count: dict[str, int] = {}
 
     @property
@@ -119,25 +76,33 @@ class Scheduler:
     # -- planning a step
 
     def schedule(self) -> ScheduledBatch:
-        """The next step; empty only when there is no work."""
-        step = _Step(self.config)
+        """The next step; empty only when there is no work, or when all of it waits for a step in flight."""
+        step = Step(self.config)
         self._schedule_decodes(step)
         step.batch.num_decodes = len(step.batch.seqs)
         self._schedule_prefills(step)
         if not step.preempted:
             self._schedule_waiting(step)
-        assert step.batch or not self.has_work, "a step without progress"
+        assert step.batch or self._num_in_flight or not self.has_work, "a step without progress"
+        self._num_in_flight += bool(step.batch)
         self._add("steps", 1)
         return step.batch
 
-    def _schedule_decodes(self, step: _Step) -> None:
+    def _schedule_decodes(self, step: Step) -> None:
         for seq in tuple(self.running):
             if step.tokens_left == 0:
                 return
-            if seq.status is Status.RUNNING and seq.is_decoding and self._grow(seq, step):
+            is_ready = seq.status is Status.RUNNING and seq.is_decoding and not self._is_full(seq)
+            if is_ready and self._grow(seq, step):
                 step.add(seq, 1)
 
-    def _grow(self, seq: Sequence, step: _Step) -> bool:
+    def _is_full(self, seq: Sequence) -> bool:
+        """Whether the token in flight, not known yet, is the last one that fits."""
+        num_tokens = seq.num_tokens + seq.num_pending
+        limit = seq.num_prompt_tokens + (seq.sampling.params.max_tokens or self.config.max_model_len)
+        return num_tokens >= min(limit, self.config.max_model_len)
+
+    def _grow(self, seq: Sequence, step: Step) -> bool:
         """Give a decode the block of its next token. False when it had to give way itself."""
         num_new = seq.num_computed // self.blocks.block_size + 1 - len(seq.block_table)
         while (taken := self.blocks.take((), num_new)) is None:
@@ -148,7 +113,7 @@ class Scheduler:
         seq.block_table += taken
         return True
 
-    def _preempt(self, seq: Sequence, step: _Step) -> None:
+    def _preempt(self, seq: Sequence, step: Step) -> None:
         self.running.remove(seq)
         self._release(seq)
         seq.reset()
@@ -156,22 +121,24 @@ class Scheduler:
         step.preempted = True
         self._add("preemptions", 1)
 
-    def _schedule_prefills(self, step: _Step) -> None:
+    def _schedule_prefills(self, step: Step) -> None:
         for seq in self.running:
             if step.tokens_left == 0:
                 return
-            if seq not in step and seq.num_to_compute > 0:
+            if seq not in step and seq.num_to_compute > 0 and not seq.is_decoding:
                 num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
                 if num_tokens > 0:
                     step.add(seq, num_tokens)
 
-    def _schedule_waiting(self, step: _Step) -> None:
+    def _schedule_waiting(self, step: Step) -> None:
         """Admit in order of arrival, until one must wait; who only waits for a prefix lets others pass."""
         promised = {key for seq in self.running for key in seq.keys[seq.num_registered :]}
         num_patient = 0
         for seq in tuple(self.waiting):
             if step.tokens_left == 0 or max(len(self.running), num_patient) >= self.config.max_num_seqs:
                 return
+            if seq.num_pending:  # preempted in flight: what to recompute is not known yet
+                continue
             # The last token is computed in any case: its logits choose the next one.
             findable = seq.keys[: (seq.num_tokens - 1) // self.blocks.block_size]
             hits = self.blocks.lookup(findable)
@@ -190,7 +157,7 @@ class Scheduler:
         num_blocks = next((i for i, key in enumerate(missing) if key not in promised), len(missing))
         return num_blocks > 0 and 2 * num_blocks * self.blocks.block_size >= num_missing
 
-    def _admit(self, seq: Sequence, hits: list[int], step: _Step) -> bool:
+    def _admit(self, seq: Sequence, hits: list[int], step: Step) -> bool:
         """Start (or resume) a waiting sequence with the blocks `hits` of its prefix. False when it must wait."""
         block_size = self.blocks.block_size
         num_new = -(-seq.num_tokens // block_size) - len(hits)
@@ -212,7 +179,7 @@ class Scheduler:
         step.add(seq, num_tokens)
         return True
 
-    def _prepare_media(self, seq: Sequence, num_tokens: int, step: _Step) -> int:
+    def _prepare_media(self, seq: Sequence, num_tokens: int, step: Step) -> int:
         """Have the pictures of the next `num_tokens` tokens encoded; returns how many of these may be computed.
 
         The range stops before the first picture that must wait, because of a budget or of a cache full of pinned ones.
@@ -223,7 +190,7 @@ class Scheduler:
                 return max(0, seq.spans[index].offset - start)
         return num_tokens
 
-    def _encode(self, seq: Sequence, index: int, step: _Step) -> bool:
+    def _encode(self, seq: Sequence, index: int, step: Step) -> bool:
         """Pin a picture that is in the cache, or put it into this step's encode list."""
         span, holder = seq.spans[index], (seq.request_id, index)
         if span.digest in self.encoder_cache:
@@ -246,6 +213,7 @@ class Scheduler:
 
         To be called once per step, also after one that failed (with `StepResult.errors` for each of its sequences).
         """
+        self._num_in_flight -= bool(batch)
         outputs: list[TokenOutput] = []
         sampled = 0
         for media in batch.encode:
@@ -269,8 +237,8 @@ class Scheduler:
     def _settle(self, entry: ScheduledSeq) -> None:
         """Tokens up to `entry.end` are in the cache for good: register full blocks, let go of pictures behind them."""
         seq = entry.seq
-        if seq.status is not Status.RUNNING:
-            return
+        if seq.status is not Status.RUNNING or seq.num_preemptions != entry.num_preemptions:
+            return  # the blocks of this step are its own no more
         for index in range(seq.num_registered, entry.end // self.blocks.block_size):
             self.blocks.register(seq.block_table[index], seq.keys[index])
             seq.num_registered = index + 1

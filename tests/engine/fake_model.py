@@ -113,6 +113,7 @@ class FakeRunner:
         self.slots: list[bytes | None] = [None] * (num_blocks * block_size)
         self.encoder_cache = encoder_cache
         self.encoded: list[bytes] = []
+        self.sampled: dict[tuple[str, int], int] = {}
         self.num_computed = 0
 
     def run(self, batch: ScheduledBatch) -> StepResult:
@@ -121,8 +122,11 @@ class FakeRunner:
             self.encoder_cache.put(media.span.digest, media.span.digest.hex())
             self.encoded.append(media.span.digest)
         states = [self._compute(entry) for entry in batch.seqs]
-        pairs = zip(batch.seqs, states, strict=True)
-        chosen = [_choose(state, e.seq.sampling, e.end - e.seq.num_prompt_tokens) for e, state in pairs if e.samples]
+        chosen: list[int] = []
+        for entry, state in zip(batch.seqs, states, strict=True):
+            if entry.samples:
+                chosen.append(_choose(state, entry.seq.sampling, entry.end - entry.seq.num_prompt_tokens))
+                self.sampled[entry.seq.request_id, entry.end] = chosen[-1]
         return StepResult(chosen)
 
     def _compute(self, entry: ScheduledSeq) -> bytes:
@@ -131,7 +135,9 @@ class FakeRunner:
         state = self._read(seq.block_table, entry.start - 1) if entry.start else b""
         for index in range(entry.start, entry.end):
             touched = [span for span in seq.spans if span.offset <= index < span.end]
-            token = str(seq.token_ids[index])
+            # A token of the step before may not be known to the host yet: a device would still have it.
+            known = seq.token_ids[index] if index < seq.num_tokens else self.sampled[seq.request_id, index]
+            token = str(known)
             if touched:
                 token = f"{self.encoder_cache.get(touched[0].digest)}:{index - touched[0].offset}"
             state = _link(state, token)
