@@ -99,7 +99,9 @@ def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[
         i for i in range(min(tokenizer.vocab_size, config.spec.text.vocab_size)) if i not in tokenizer.special_ids
     ]
     _tell(f"loading {config.spec.name} ({config.dtype}, {config.device}, {config.num_threads} threads)")
-    subjects: list[Subject] = [QvlSubject(config)]
+    ours = QvlSubject(config)
+    _tell(f"matrices: {ours.engine.runner.model.linear_reason}")
+    subjects: list[Subject] = [ours]
     if against is not None:
         _tell(f"loading it with {against}")
         subjects.append(_peer(config))

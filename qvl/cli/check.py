@@ -15,6 +15,7 @@ from qvl.cli.version import installed
 
 if TYPE_CHECKING:
     from qvl.engine.config import DeviceFacts, EngineConfig
+    from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
 GIB = 1 << 30
 
@@ -46,7 +47,13 @@ def check(
 
     facts = read_facts(options.device)
     config = resolve(options, facts)
-    rows = [("versions", _versions()), *_device_rows(config, facts), *_model_rows(config), *_memory_rows(config)]
+    network = _network(config)
+    rows = [
+        ("versions", _versions()),
+        *_device_rows(config, facts, network),
+        *_model_rows(config, network),
+        *_memory_rows(config),
+    ]
     if not quiet:
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
@@ -57,20 +64,27 @@ def _versions() -> str:
     return ", ".join(f"{name} {installed(name)}" for name in ("qvl", "torch", "tokenizers", "safetensors", "av"))
 
 
-def _device_rows(config: EngineConfig, facts: DeviceFacts) -> list[tuple[str, str]]:
+def _network(config: EngineConfig) -> Qwen2VLForConditionalGeneration:
+    """The network without weights: it has chosen its kernels, and knows which tensors it needs."""
     import torch
 
-    from qvl.engine.device import DTYPES, device_name
-    from qvl.kernels.attention import choose_attention
+    from qvl.engine.device import DTYPES
+    from qvl.models.registry import build_model
 
-    where = torch.device(config.device)
-    capability = facts.capability if config.device == "cuda" else None
-    attention, reason = choose_attention(where, DTYPES[config.dtype], capability)
+    return build_model(config.spec, DTYPES[config.dtype], torch.device(config.device))
+
+
+def _device_rows(
+    config: EngineConfig, facts: DeviceFacts, network: Qwen2VLForConditionalGeneration
+) -> list[tuple[str, str]]:
+    from qvl.engine.device import device_name
+
     memory = f"{facts.total_memory / GIB:.1f} GiB {'free' if facts.kind == 'cpu' else 'in all'}"
     return [
-        ("device", f"{device_name(where)}, {facts.num_cores} cores, {memory}"),
+        ("device", f"{device_name(network.device)}, {facts.num_cores} cores, {memory}"),
         ("dtype", f"{config.dtype}: {_dtype_reason(config, facts)}"),
-        ("attention", reason if attention.name in reason else f"{attention.name}: {reason}"),
+        ("attention", network.attention_reason),
+        ("matrices", network.linear_reason),
     ]
 
 
@@ -78,12 +92,10 @@ def _dtype_reason(config: EngineConfig, facts: DeviceFacts) -> str:
     if config.device == "cuda":
         shown = ".".join(map(str, facts.capability))
         return f"compute capability {shown}, the checkpoint was saved in {config.spec.dtype}"
-    faster = facts.preferred_cpu_dtype
-    has = "has instructions for bfloat16" if faster == "bfloat16" else "has no instructions for bfloat16"
-    return f"this CPU {has}, {faster} is the faster choice here"
+    return f"{facts.preferred_cpu_dtype} is the faster of float32 and bfloat16 on this CPU"
 
 
-def _model_rows(config: EngineConfig) -> list[tuple[str, str]]:
+def _model_rows(config: EngineConfig, network: Qwen2VLForConditionalGeneration) -> list[tuple[str, str]]:
     """Raises `CheckpointError` when a tensor is missing, unexpected or misshapen, or the vocabulary cannot be read."""
     from qvl.tokenizer import Tokenizer
 
@@ -92,24 +104,19 @@ def _model_rows(config: EngineConfig) -> list[tuple[str, str]]:
     size = f"{spec.num_parameters / 1e6:,.1f} M parameters ({spec.vision_parameters / 1e6:,.1f} M of them vision)"
     return [
         ("checkpoint", f"{_shortened(str(spec.folder))}: {spec.architecture}, {size}"),
-        ("weights", _weights_row(config)),
+        ("weights", _weights_row(config, network)),
         ("tokenizer", f"{tokenizer.vocab_size} tokens; the model has {spec.text.vocab_size}"),
     ]
 
 
-def _weights_row(config: EngineConfig) -> str:
+def _weights_row(config: EngineConfig, network: Qwen2VLForConditionalGeneration) -> str:
     if config.load_format == "dummy":
         return "dummy: random numbers of the right shapes, no file is read"
     from contextlib import ExitStack
 
-    import torch
-
-    from qvl.engine.device import DTYPES
-    from qvl.models.registry import build_model
     from qvl.models.safetensors_file import SafetensorsFile
     from qvl.models.weights import expected_slots, match, rename, weight_files
 
-    network = build_model(config.spec, DTYPES[config.dtype], torch.device("meta"))
     paths = weight_files(config.spec.folder)
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
