@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from qvl.backends.base import BackendInfo, Observer
-from qvl.errors import InvalidRequest, PromptTooLong
+from qvl.errors import InvalidRequest, PromptTooLong, Unavailable
 from qvl.types import (
     ChatRequest,
     CompletionRequest,
@@ -89,6 +89,8 @@ class EchoBackend:
         try:
             for chars, shown, reason, stop in steps:
                 await asyncio.sleep(self._seconds_per_token)
+                if not self._started:
+                    raise Unavailable("the server is shutting down")
                 for index in range(sampling.n):
                     completion_tokens += len(chars)
                     yield Delta(

@@ -1,0 +1,176 @@
+"""`run` in a process of its own: the ready line, the way down, and starts that fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from qvl.backends.base import BackendInfo
+from qvl.backends.echo import EchoBackend
+from qvl.errors import ConfigError
+from qvl.server.options import ServerOptions
+from qvl.server.run import ready_line, run
+from tests.server.live import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = """
+import sys
+from qvl.backends.echo import EchoBackend
+from qvl.server.options import ServerOptions
+from qvl.server.run import run
+sys.exit(run(ServerOptions(port=0, drain_seconds=float(sys.argv[1])), EchoBackend(seconds_per_token=0.01)))
+"""
+TEXT = "x" * 200
+
+
+class Process:
+    def __init__(self, popen: subprocess.Popen[str]) -> None:
+        self.popen = popen
+        assert popen.stdout is not None
+        self.line = popen.stdout.readline()
+        found = re.search(r"http://[\d.:]+", self.line)
+        assert found, self.line
+        self.url = found.group()
+
+    def ask(self, stream: bool, text: str = TEXT) -> requests.Response:
+        body = {"messages": [{"role": "user", "content": text}], "stream": stream}
+        return requests.post(self.url + "/v1/chat/completions", json=body, timeout=60)
+
+    def in_flight(self, count: int) -> bool:
+        return f"qvl_requests_in_flight {count}.0" in requests.get(self.url + "/metrics", timeout=10).text
+
+
+@contextmanager
+def process(drain_seconds: float) -> Iterator[Process]:
+    command = [sys.executable, "-c", CODE, str(drain_seconds)]
+    popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield Process(popen)
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+def status_of(url: str) -> int:
+    try:
+        return requests.get(url, timeout=10).status_code
+    except requests.ConnectionError:
+        return 0
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(sign: signal.Signals) -> None:
+    """What runs is finished, what comes is refused, and the exit code is 0."""
+    with process(drain_seconds=60) as server, ThreadPoolExecutor(2) as pool:
+        running: list[Future[requests.Response]] = [pool.submit(server.ask, stream) for stream in (False, True)]
+        wait_until(lambda: server.in_flight(2), "they do not run")
+        server.popen.send_signal(sign)
+        wait_until(lambda: status_of(server.url + "/ready") == 503, "still ready")
+        assert status_of(server.url + "/health") == 200
+        refused = server.ask(stream=False)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+        whole, streamed = (one.result() for one in running)
+        assert whole.json()["choices"][0]["message"]["content"] == TEXT
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        assert server.popen.wait(30) == 0
+
+
+def test_an_idle_server_ends_at_once() -> None:
+    with process(drain_seconds=600) as server:
+        session = requests.Session()
+        assert session.get(server.url + "/health", timeout=10).status_code == 200  # an idle connection stays open
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(30) == 0
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with process(drain_seconds=600) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.ask, True, "x" * 2000)
+        wait_until(lambda: server.in_flight(1), "it does not run")
+        server.popen.send_signal(signal.SIGINT)
+        wait_until(lambda: status_of(server.url + "/ready") == 503, "still ready")
+        server.popen.send_signal(signal.SIGINT)
+        assert server.popen.wait(30) == 0
+
+
+def test_the_end_of_the_drain_time_is_the_end() -> None:
+    with process(drain_seconds=0.3) as server, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.ask, True, "x" * 2000)
+        wait_until(lambda: server.in_flight(1), "it does not run")
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(30) == 0
+        *_, error, done, end = running.result().text.split("\n\n")
+        assert json.loads(error[6:])["error"]["message"] == "the server is shutting down"
+        assert (done, end) == ("data: [DONE]", "")
+
+
+def test_the_ready_line_says_everything() -> None:
+    info = BackendInfo(("Qwen2-VL-7B",), 8192, 64, "cuda:0 H200", "bfloat16", kv_tokens=100_000, load_seconds=3.21)
+    assert ready_line("http://127.0.0.1:8000", info, ("qwen",)) == (
+        "qvl ready: http://127.0.0.1:8000  model qwen  device cuda:0 H200  dtype bfloat16  "
+        "KV cache 100,000 tokens = 12.2 requests of 8,192 tokens  (3.2 s)"
+    )
+
+
+class NeverStarts(EchoBackend):
+    stopped = False
+
+    async def start(self) -> None:
+        raise ConfigError("no such folder: models/x")
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+def test_a_start_that_fails_is_raised_and_everything_is_given_back() -> None:
+    backend = NeverStarts()
+    with pytest.raises(ConfigError, match="models/x"):
+        run(ServerOptions(port=0), backend)
+    assert backend.stopped
+
+
+def test_an_address_in_use_is_told_by_name() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+            run(ServerOptions(port=port), EchoBackend())
+
+
+@pytest.mark.parametrize(
+    ("bad", "names"),
+    [
+        ({"port": 70_000}, "port"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"api_keys": ("",)}, "api_keys"),
+        ({"root_path": "prefix/"}, "root_path"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"stall_seconds": 0}, "stall_seconds"),
+    ],
+)
+def test_options_that_cannot_work(bad: dict[str, Any], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        ServerOptions(**bad)
+
+
+def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """The whole of `qvl serve` on a folder that is no checkpoint."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    command = [sys.executable, "-c", "from qvl.cli.app import main; main()", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "config.json" in done.stderr.splitlines()[-1]
