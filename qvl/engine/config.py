@@ -88,8 +88,8 @@ class EngineConfig:
 
     @property
     def embedding_bytes_per_token(self) -> int:
-        """One vision token in the encoder cache."""
-        return self.spec.text.hidden_size * DTYPE_BYTES[self.dtype]
+        """One vision token in the encoder cache: in the dtype of activations, which is fp32 on a CPU."""
+        return self.spec.text.hidden_size * (4 if self.device == "cpu" else DTYPE_BYTES[self.dtype])
 
     def with_kv_memory(self, num_bytes: int) -> EngineConfig:
         """This config with as many blocks as `num_bytes` hold, unless `num_blocks` is already set.

@@ -11,6 +11,7 @@ import torch
 
 from qvl.engine.config import DeviceFacts, available_host_memory
 from qvl.errors import ConfigError
+from qvl.kernels.cpu_linear import preferred_cpu_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,15 +22,10 @@ def read_facts(device: str = "auto") -> DeviceFacts:
         raise ConfigError("'device' is 'cuda', but no CUDA GPU was found", param="device")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device == "cpu" or not torch.cuda.is_available():
-        return DeviceFacts("cpu", (0, 0), available_host_memory(), preferred_cpu_dtype(), num_cores)
+        dtype, _ = preferred_cpu_dtype()
+        return DeviceFacts("cpu", (0, 0), available_host_memory(), str(dtype).removeprefix("torch."), num_cores)
     total = torch.cuda.get_device_properties(0).total_memory
     return DeviceFacts("cuda", torch.cuda.get_device_capability(0), total, "float32", num_cores)
-
-
-def preferred_cpu_dtype() -> str:
-    """bfloat16 where the processor multiplies it (AVX-512 BF16, AMX), else float32: converting would cost more."""
-    flags = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-    return "bfloat16" if any(flag() for flag in flags) else "float32"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

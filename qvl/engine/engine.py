@@ -21,6 +21,7 @@ from qvl.engine.runner import ModelRunner
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
 from qvl.errors import InvalidRequest
+from qvl.kernels.linear import describe_linear
 from qvl.specs import ModelSpec
 
 Pixels = npt.NDArray[np.uint8]
@@ -114,7 +115,8 @@ def engine_info(config: EngineConfig, runner: ModelRunner, load_seconds: float) 
         model=config.served_name,
         device=device_name(runner.device),
         dtype=config.dtype,
-        attention=runner.model.attention_reason,
+        # Asking for the reason makes the choice, and builds what must be built, before the first request.
+        attention=f"{runner.model.attention_reason}; products: {describe_linear(runner.model.dtype, runner.device)}",
         num_blocks=config.num_blocks or 0,
         block_size=config.block_size,
         max_model_len=config.max_model_len,

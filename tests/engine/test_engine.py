@@ -268,9 +268,10 @@ def test_requests_that_contradict_themselves_do_not_enter(
         engine.add(good, [np.zeros((1, 56, 56, 3), np.uint8)])  # an id in use
 
 
-def test_the_encoder_cache_stays_within_its_bytes(checkpoint: Path) -> None:
-    one = 16 * 64 * 4  # tokens x hidden size x fp32
-    engine = make_engine(checkpoint, encoder_cache_memory=3 * one)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_encoder_cache_stays_within_its_bytes(checkpoint: Path, dtype: str) -> None:
+    one = 16 * 64 * 4  # tokens x hidden size x fp32, the dtype of activations on a CPU
+    engine = make_engine(checkpoint, encoder_cache_memory=3 * one, dtype=dtype)
     for seed in range(8):
         run(engine, [Ask([words(seed, 3), pixels(seed, 4, 4), words(1, 3)], greedy(2))])
         assert engine.stats().encoder_cache_bytes <= 3 * one
