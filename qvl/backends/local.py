@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -57,7 +58,7 @@ class LocalBackend:
         self.observer: Observer | None = None
         self._options = options
         self._command = command
-        self._name = options.served_model_name or options.model
+        self._name = options.served_model_name or _shown_name(options.model)
         # Text does not wait behind pictures: a slow download holds a thread for as long as its time-out.
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, "qvl-text")
         self._media_pool = ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1) + 4), "qvl-media")
@@ -108,8 +109,10 @@ class LocalBackend:
         self._store = PixelStore([folder.path for folder in self._scratch])
         first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise(first))
+        self._supervisor.add_done_callback(self._unsupervised)
         try:
-            await first
+            await asyncio.wait((first, self._supervisor), return_when=asyncio.FIRST_COMPLETED)
+            await (first if first.done() else self._supervisor)
         except BaseException:
             await self.stop()
             raise
@@ -237,6 +240,13 @@ class LocalBackend:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    def _unsupervised(self, supervisor: asyncio.Task[None]) -> None:
+        """Without a supervisor nothing is started again: that must not look like a short pause."""
+        error = None if supervisor.cancelled() else supervisor.exception()
+        if error is not None:
+            logger.error("the engine is not supervised any more", exc_info=error)
+            self._reason = "the engine cannot be started again; the server's log says why"
+
     def _load_tokenizer(self) -> Tokenizer:
         spec = load_spec(find_model(self._options.model))
         return Tokenizer.from_folder(spec.folder, spec.ids)
@@ -301,6 +311,13 @@ class LocalBackend:
         live, self._live = self._live, {}
         for request, _ in live.values():
             request.fail(error)
+
+
+def _shown_name(model: str) -> str:
+    """What callers may read before the engine has said its name: never a path."""
+    folder = Path(model).expanduser()
+    is_path = model.startswith((".", "/", "~")) or folder.is_dir()
+    return folder.resolve().name if is_path else model
 
 
 def _has_media(request: Request) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -50,7 +51,8 @@ class EngineProcess:
     async def start(self, command: Sequence[str], options: EngineOptions, socket: str, scratch: Sequence[str]) -> None:
         """Start `command` and connect. Returns also when the process ended before: `on_end` tells."""
         loop = asyncio.get_running_loop()
-        setup = {"options": options, "socket": socket, "scratch": list(scratch)}
+        level = logging.getLogger().getEffectiveLevel()
+        setup = {"options": options, "socket": socket, "scratch": list(scratch), "log_level": level}
         # A session of its own: Ctrl-C in a terminal is for the server, which then drains; the worker must outlive that.
         process = subprocess.Popen(list(command), stdin=subprocess.PIPE, start_new_session=True)
         self._process = process

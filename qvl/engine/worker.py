@@ -54,6 +54,7 @@ class Setup(msgspec.Struct, frozen=True):
     options: dict[str, Any]
     socket: str
     scratch: list[str] = []
+    log_level: int = logging.INFO
 
 
 class EngineLike(Protocol):
@@ -221,9 +222,9 @@ def _leave(scratch: Iterable[str]) -> None:
 
 
 def main(load: Loader = load_engine) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    sys.setswitchinterval(SWITCH_SECONDS)
     setup = msgspec.json.decode(_first_line(sys.stdin.fileno()), type=Setup)
+    logging.basicConfig(level=setup.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(SWITCH_SECONDS)
     for folder in (Path(setup.socket).parent, *map(Path, setup.scratch)):
         if not folder.is_dir():
             print(f"qvl.engine.worker: no such folder: {folder}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qvl.errors import ConfigError
 
@@ -24,7 +24,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 128 * MIB
     max_total_body_bytes: int = 1024 * MIB

@@ -61,7 +61,7 @@ def run(options: ServerOptions, backend: Backend) -> int:
     """
     listener = _bind(options)
     url = _url(options, listener)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _start_logging(options)
 
     def started(error: QvlError | None) -> None:
         if error is None:
@@ -97,6 +97,13 @@ def ready_line(url: str, info: BackendInfo, names: tuple[str, ...] = ()) -> str:
     capacity = f"KV cache {info.kv_tokens:,} tokens = {full:.1f} requests of {info.max_model_len:,} tokens"
     what = f"model {name}  device {info.device}  dtype {info.dtype}"
     return f"qvl ready: {url}  {what}  {capacity}  ({info.load_seconds:.1f} s)"
+
+
+def _start_logging(options: ServerOptions) -> None:
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.access_log:
+        # Asked for by its own flag: it is written whatever the level of everything else.
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
 
 
 def _bind(options: ServerOptions) -> socket.socket:

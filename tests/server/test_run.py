@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -174,3 +175,39 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "config.json" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_the_command_serves_a_checkpoint_and_leaves_nothing_behind(checkpoint: Path, tmp_path: Path, sign: int) -> None:
+    """However the server ends, its engine process and its folders end with it."""
+    command = [sys.executable, "-c", "from qvl.cli.app import main; main()", "serve", str(checkpoint), "--port", "0"]
+    command += ["--device", "cpu", "--max_model_len", "512", "--num-threads", "1", "--served-model-name", "tiny"]
+    popen = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        server = Process(popen)
+        assert "model tiny" in server.line
+        assert server.ask(stream=False, text="Hello!").json()["model"] == "tiny"
+        engines = [int(pid) for pid in children_of(popen.pid)]
+        assert len(engines) == 1
+        assert len(list(tmp_path.glob("qvl-run-*"))) >= 1
+        popen.send_signal(sign)
+        assert popen.wait(30) == (0 if sign == signal.SIGTERM else -sign)
+        wait_until(lambda: not alive(engines[0]), "the engine process lives on")
+        assert list(tmp_path.glob("qvl-run-*")) == []
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (one that has ended, but that nobody has waited for, does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children_of(pid: int) -> list[str]:
+    return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
