@@ -1,4 +1,4 @@
-"""The house holds: levels import downward only, torch stays where it belongs, files stay small, and nothing is left undone."""
+"""The house holds: levels import downward only, torch stays in its place, files stay small, nothing is left undone."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ LEVELS = {
     "qvl.server": 6,
     "qvl.cli": 6,
 }
-# Whether a module may import torch when it is imported: the longest name decides. Everything that must not is what an HTTP
-# process or a client loads.
+# Whether a module may import torch when it is imported: the longest name decides. Everything that must not is what an
+# HTTP process or a client loads.
 TORCH = {
     "qvl": False,
     "qvl.layers": True,
@@ -45,11 +45,13 @@ TORCH = {
     "qvl.bench": True,
     "qvl.bench.shape": False,
     "qvl.engine": True,
+    "qvl.engine.answers": False,
     "qvl.engine.batch": False,
     "qvl.engine.block_manager": False,
     "qvl.engine.config": False,
     "qvl.engine.detokenizer": False,
     "qvl.engine.intake": False,
+    "qvl.engine.encoder_cache": False,
     "qvl.engine.hub": False,
     "qvl.engine.locate": False,
     "qvl.engine.messages": False,
@@ -57,6 +59,7 @@ TORCH = {
     "qvl.engine.protocol": False,
     "qvl.engine.scheduler": False,
     "qvl.engine.sequence": False,
+    "qvl.engine.step": False,
     "qvl.engine.worker": False,
 }
 # Names that a package offers lazily (PEP 562), so that importing the package loads nothing of it.
@@ -191,3 +194,30 @@ def test_nothing_from_the_outside_is_unpickled() -> None:
     forbidden = re.compile(r"\btorch\.load\b|\bimport c?[pP]ickle|\bfrom pickle\b|(?<![.\w])(?:eval|exec)\(")
     found = {n: m.group() for n, p in MODULES.items() if (m := forbidden.search(p.read_text(encoding="utf-8")))}
     assert found == {}
+
+
+def test_the_drawn_house_is_the_real_one() -> None:
+    """docs/structure.md names every entry of LEVELS on its level."""
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    drawn = {
+        name: int(m[1])
+        for m in re.finditer(r"^\| (\d) \|.*$", page, re.M)
+        for name in re.findall(r"`(qvl\.\w+)`", m[0])
+    }
+    assert drawn == {name: number for name, number in LEVELS.items() if name != "qvl"}
+
+
+def test_every_name_of_the_walk_exists() -> None:
+    """`module.Class.method` of "One request, end to end" can be found in the source."""
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    walk = page.split("## One request, end to end")[1].split("## ")[0]
+    for dotted in re.findall(r"^ +((?:\w+\.)+\w+)", walk, re.M):
+        parts = dotted.split(".")
+        homes = [n for n in range(len(parts), 0, -1) if ".".join(["qvl", *parts[:n]]) in MODULES]
+        if not homes:
+            parts, homes = ["engine", *parts], [2]
+        source = MODULES[".".join(["qvl", *parts[: homes[0]]])]
+        folder = [source, *source.parent.glob("*.py")] if source.name == "__init__.py" else [source]
+        text = "\n".join(path.read_text(encoding="utf-8") for path in folder)
+        missing = [name for name in parts[homes[0] :] if not re.search(rf"\b(?:def|class) {name}\b", text)]
+        assert missing == [], dotted
