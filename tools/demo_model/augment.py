@@ -3,6 +3,7 @@
 Turns uint8 pages into normalised patches, and marked points into "which vision token" for the training-only losses.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,17 @@ class Warp:
     shift: Tensor  # [n, 2]
 
 
+@functools.lru_cache(maxsize=512)
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A small tensor made once, so that a captured step copies nothing from the host."""
+    return torch.tensor(values, device=device)
+
+
 def _uniform(shape: tuple[int, ...], low: float, high: float, device: torch.device) -> Tensor:
     return torch.rand(shape, device=device) * (high - low) + low
 
 
-def random_warp(count: int, still: Tensor, strength: float, device: torch.device) -> Warp:
+def random_warp(count: int, still: Tensor, strength: float | Tensor, device: torch.device) -> Warp:
     """Light rotation, shear, zoom and shift; identity where `still` [n] is true."""
     angle = _uniform((count,), -0.06, 0.06, device) * strength
     angle = angle * (torch.rand(count, device=device) < 0.6)
@@ -39,15 +46,22 @@ def random_warp(count: int, still: Tensor, strength: float, device: torch.device
     size = torch.stack((torch.stack((zoom * stretch, shear), -1), torch.stack((zero, zoom / stretch), -1)), -2)
     shift = _uniform((count, 2), -4.0, 4.0, device) * strength
     still = still | (torch.rand(count, device=device) < 0.25)
-    matrix = torch.where(still[:, None, None], torch.eye(2, device=device), turn @ size)
+    matrix = torch.where(still[:, None, None], constant(((1.0, 0.0), (0.0, 1.0)), device), turn @ size)
     return Warp(matrix, torch.where(still[:, None], torch.zeros_like(shift), shift))
+
+
+def invert(matrix: Tensor) -> Tensor:
+    """[n, 2, 2] -> its inverse."""
+    a, b, c, d = matrix.flatten(1).unbind(1)
+    adjugate = torch.stack((torch.stack((d, -b), -1), torch.stack((-c, a), -1)), -2)
+    return adjugate / (a * d - b * c)[:, None, None]
 
 
 def warp_pixels(pixels: Tensor, warp: Warp) -> Tensor:
     """[n, 3, h, w] resampled."""
     height, width = pixels.shape[-2:]
-    size = torch.tensor([width, height], device=pixels.device, dtype=torch.float32)
-    inverse = torch.linalg.inv(warp.matrix)
+    size = constant((float(width), float(height)), pixels.device)
+    inverse = invert(warp.matrix)
     # normalised output -> normalised input: S^-1 A^-1 S (u - S^-1 t), S = size / 2
     scaled = inverse * (size[None, None, :] / size[None, :, None])
     offset = -(scaled @ (2 * warp.shift / size)[..., None])
@@ -57,33 +71,35 @@ def warp_pixels(pixels: Tensor, warp: Warp) -> Tensor:
 
 def warp_points(points: Tensor, warp: Warp, width: int, height: int) -> Tensor:
     """[n, k, 2] moved like the pixels."""
-    center = torch.tensor([width / 2, height / 2], device=points.device)
+    center = constant((width / 2, height / 2), points.device)
     return (points - center) @ warp.matrix.transpose(1, 2) + center + warp.shift[:, None]
 
 
-def _dct(device: torch.device) -> Tensor:
+@functools.cache
+def _dct(device: torch.device) -> tuple[Tensor, Tensor]:
+    """[64, 64] cosine basis of flattened 8x8 blocks, and the [64] quantiser steps at quality 50 or so."""
     n = torch.arange(8, device=device, dtype=torch.float32)
     basis = torch.cos((2 * n[None] + 1) * n[:, None] * torch.pi / 16) / 2
     basis[0] /= 2**0.5
-    return basis
+    return torch.kron(basis, basis), (10 + 9.0 * (n[:, None] + n[None])).flatten()
 
 
 def jpeg(pixels: Tensor, coarse: Tensor) -> Tensor:
     """Quantise 8x8 blocks' frequencies; `coarse` [n]: 0 keeps, 1 is about quality 50, 3 about 20. Values 0..255."""
     n, channels, height, width = pixels.shape
     high, wide = height // 8 * 8, width // 8 * 8
-    basis = _dct(pixels.device)
-    blocks = pixels[:, :, :high, :wide].reshape(n, channels, high // 8, 8, wide // 8, 8).transpose(3, 4) - 128
-    spectrum = basis @ blocks @ basis.T
-    k = torch.arange(8, device=pixels.device, dtype=torch.float32)
-    steps = (10 + 9.0 * (k[:, None] + k[None])) * coarse.view(-1, 1, 1, 1, 1, 1).clamp_min(0.02)
-    blocks = basis.T @ ((spectrum / steps).round() * steps) @ basis + 128
+    basis, steps = _dct(pixels.device)
+    blocks = pixels[:, :, :high, :wide].reshape(n, channels, high // 8, 8, wide // 8, 8).transpose(3, 4)
+    spectrum = (blocks.reshape(n, -1, 64) - 128) @ basis.T
+    steps = steps * coarse.view(-1, 1, 1).clamp_min(0.02)
+    blocks = ((spectrum / steps).round() * steps) @ basis + 128
     out = pixels.clone()
-    out[:, :, :high, :wide] = blocks.transpose(3, 4).reshape(n, channels, high, wide)
+    blocks = blocks.view(n, channels, high // 8, wide // 8, 8, 8).transpose(3, 4)
+    out[:, :, :high, :wide] = blocks.reshape(n, channels, high, wide)
     return out
 
 
-def spoil(pixels: Tensor, strength: float) -> Tensor:
+def spoil(pixels: Tensor, strength: float | Tensor) -> Tensor:
     """Blur or sharpen, light and contrast, noise, JPEG; [n, 3, h, w] with values 0..255."""
     count, device = pixels.shape[0], pixels.device
     each = (count, 1, 1, 1)
@@ -103,7 +119,7 @@ def spoil(pixels: Tensor, strength: float) -> Tensor:
 
 def patchify(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, frames, 3, h, w] in 0..255 -> [n, patches, 588 * frames] in merge-block order, normalised."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    mean, std = (constant(tuple(values), pixels.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
     n, frames, _, height, width = pixels.shape
     x = ((pixels - mean) / std).to(dtype)
     x = x.view(n, frames, 3, height // 28, 2, 14, width // 28, 2, 14)
@@ -115,10 +131,13 @@ def patchify(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 def token_of(points: Tensor, slot: Tensor, grids: tuple[tuple[int, int], ...], inside: Tensor) -> Tensor:
     """Index among the sample's vision tokens of every point [b, k, 2]; -1 where not `inside` or off the picture."""
-    rows = torch.tensor([grid[0] for grid in grids], device=points.device)[slot]
-    columns = torch.tensor([grid[1] for grid in grids], device=points.device)[slot]
-    counts = torch.tensor([grid[0] * grid[1] for grid in grids], device=points.device)
-    first = (counts.cumsum(0) - counts)[slot]
+    starts, total = [], 0
+    for high, wide in grids:
+        starts.append(total)
+        total += high * wide
+    rows = constant(tuple(grid[0] for grid in grids), points.device)[slot]
+    columns = constant(tuple(grid[1] for grid in grids), points.device)[slot]
+    first = constant(tuple(starts), points.device)[slot]
     x, y = (points[..., 0] / 28).floor().long(), (points[..., 1] / 28).floor().long()
     valid = inside & (x >= 0) & (y >= 0) & (x < columns) & (y < rows)
     return torch.where(valid, first + y * columns + x, -1)

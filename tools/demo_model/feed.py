@@ -10,7 +10,6 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from torch import Tensor
 from tools.demo_model import pack
 from tools.demo_model.fonts import FontBook
 
-BUFFER = 80 * 2**20
+BUFFER = 64 * 2**20
+ARRAYS = ("ids", "positions", "refs", "vision", "points", "steady", "rows", "row_labels")
 
 
 @dataclass
@@ -32,8 +32,9 @@ class Batch:
     recipe: pack.Recipe
     pixels: list[Tensor]  # per group of consecutive equal grids: uint8 [b, slots, frames, h, w, 3]
     arrays: dict[str, Tensor]
-    rows: Tensor  # flat positions that predict a supervised token
-    kinds: list[str]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.pixels, *(self.arrays[name] for name in ARRAYS)]
 
 
 def _draw_forever(
@@ -107,13 +108,10 @@ def to_device(arrays: dict[str, Any], pixels: np.ndarray, device: torch.device) 
         count = int(np.prod(shape))
         parts.append(flat[start : start + count].view(shape).transpose(0, 1))
         start += count
-    names = ("ids", "labels", "positions", "refs", "vision", "points", "steady")
-    tensors = {name: torch.from_numpy(arrays[name]) for name in names}
-    rows_ = (tensors["labels"].flatten() >= 0).nonzero().flatten()
-    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-    for name in ("ids", "labels", "refs", "vision"):
+    moved = {name: torch.from_numpy(arrays[name]).to(device, non_blocking=True) for name in ARRAYS}
+    for name in ("ids", "refs", "vision"):
         moved[name] = moved[name].long()
-    return Batch(recipe, parts, moved, rows_.to(device), arrays["kinds"])
+    return Batch(recipe, parts, moved)
 
 
 class Loader:
@@ -124,6 +122,7 @@ class Loader:
         self.fresh: queue.Queue[Batch] = queue.Queue(maxsize=6)
         self.recent: deque[Batch] = deque(maxlen=keep)
         self.counts = {"fresh": 0, "again": 0}
+        self.lock = threading.Lock()  # held by whoever must be alone with the device
         threading.Thread(target=self._carry, daemon=True).start()
 
     def _carry(self) -> None:
@@ -136,14 +135,12 @@ class Loader:
         while True:
             slot, arrays = self.feed.next_host()
             view = np.frombuffer(self.feed.memory[slot], np.uint8)[: pack.pixel_bytes(arrays["recipe"])]
-            copy: Callable[[], Batch] = lambda: to_device(arrays, view, self.device)  # noqa: E731
             if stream is not None:
-                with torch.cuda.stream(stream):
-                    batch = copy()
-                stream.synchronize()
+                with self.lock, torch.cuda.stream(stream):
+                    batch = to_device(arrays, view, self.device)
+                    stream.synchronize()
             else:
-                batch = copy()
-                batch.pixels = [part.clone() for part in batch.pixels]
+                batch = to_device(arrays, view.copy(), self.device)
             self.feed.free.put(slot)
             self.fresh.put(batch)
 

@@ -40,7 +40,7 @@ class Prepared:
     looked_at: Tensor  # [b, l]: sequence position of the vision token to look at, or -1
 
 
-def prepare(batch: Batch, dtype: torch.dtype, strength: float) -> Prepared | None:
+def prepare(batch: Batch, dtype: torch.dtype, strength: float | Tensor) -> Prepared | None:
     """None when the batch has no pictures."""
     grids = batch.recipe.grids
     if not grids:
@@ -110,7 +110,7 @@ def text_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)).float(), target)
 
 
-def step_losses(model: DemoModel, heads: Heads, batch: Batch, dtype: torch.dtype, strength: float) -> dict[str, Tensor]:
+def step_losses(model: DemoModel, heads: Heads, batch: Batch, dtype: torch.dtype, strength: float | Tensor) -> dict[str, Tensor]:
     """All losses of one batch, freshly spoiled."""
     with torch.no_grad():
         ready = prepare(batch, dtype, strength)
@@ -118,8 +118,8 @@ def step_losses(model: DemoModel, heads: Heads, batch: Batch, dtype: torch.dtype
     features = model.see(ready.patches) if ready else None
     x = model.embed(arrays["ids"], features, arrays["vision"]).to(dtype)
     hidden, scores = model.decode(x, arrays["positions"], WATCHED_LAYER if ready else None)
-    rows = hidden.flatten(0, 1)[batch.rows]
-    losses = {"text": text_loss(rows, model.model.embed_tokens.weight, arrays["labels"].flatten()[batch.rows])}
+    rows = hidden.flatten(0, 1)[arrays["rows"]]
+    losses = {"text": text_loss(rows, model.model.embed_tokens.weight, arrays["row_labels"])}
     if ready and features is not None and scores is not None:
         head = heads.characters
         losses["characters"] = character_loss(features, head.weight, head.bias, ready.characters)

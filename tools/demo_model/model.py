@@ -224,8 +224,8 @@ class DemoModel(nn.Module):
         """[3, b, l] -> cos, sin [b, 1, l, head_dim]: each section of frequencies follows its own axis."""
         half = self.shape.hidden_size // self.shape.heads // 2
         speed = self.shape.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-        axis = torch.tensor([n for n, size in enumerate(self.shape.mrope_section) for _ in range(size)])
-        angles = positions.float()[axis.to(positions.device)].permute(1, 2, 0) * speed
+        own = torch.cat([positions[n : n + 1].expand(size, -1, -1) for n, size in enumerate(self.shape.mrope_section)])
+        angles = own.permute(1, 2, 0).float() * speed
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

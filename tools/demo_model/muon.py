@@ -22,7 +22,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
+        self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float = 0.95, decay: float = 0.01
     ) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "decay": decay})
 
@@ -44,9 +44,10 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum"]
         average.lerp_(gradients, 1 - group["momentum"])
         update = orthogonalise(gradients.lerp(average, group["momentum"]))
-        scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-        weights = torch._foreach_mul(list(parameters), 1 - group["lr"] * group["decay"])
-        torch._foreach_copy_(list(parameters), [w - scale * u for w, u in zip(weights, update.unbind(0), strict=True)])
+        update = update * (-group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5)
+        keep = 1 - group["lr"] * group["decay"]
+        new = torch.stack(list(parameters)) * keep + update
+        torch._foreach_copy_(list(parameters), list(new.unbind(0)))
 
 
 def make_optimizers(model: nn.Module, extra: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
@@ -57,6 +58,6 @@ def make_optimizers(model: nn.Module, extra: nn.Module, muon_lr: float, adam_lr:
         (matrices if parameter.ndim == 2 and inner else rest).append(parameter)
     adam = torch.optim.AdamW(
         [{"params": rest}, {"params": list(extra.parameters())}],
-        lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=torch.cuda.is_available(),
+        lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=adam_lr.is_cuda, capturable=adam_lr.is_cuda,
     )  # fmt: skip
     return [Muon(matrices, lr=muon_lr), adam]

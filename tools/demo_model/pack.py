@@ -20,27 +20,22 @@ PAD, IM_START, IM_END = (SPECIAL[name] for name in ("<|endoftext|>", "<|im_start
 VISION_START, VISION_END = SPECIAL["<|vision_start|>"], SPECIAL["<|vision_end|>"]
 IMAGE_PAD, VIDEO_PAD = SPECIAL["<|image_pad|>"], SPECIAL["<|video_pad|>"]
 
-WORD_GRIDS: list[Grid] = [(2, 6), (2, 8), (3, 8), (2, 10)]
-LINE_GRIDS: list[Grid] = [(3, 10), (3, 12), (4, 10), (4, 13), (4, 16), (5, 10), (5, 13), (6, 9)]
+WORD_GRIDS: list[Grid] = [(2, 6), (2, 8), (3, 8)]
+LINE_GRIDS: list[Grid] = [(3, 10), (4, 10), (5, 10), (5, 13)]
 PAGE_GRIDS: list[Grid] = [
-    (4, 16), (5, 13), (6, 11), (8, 8), (3, 22), (6, 14), (8, 10), (7, 12), (8, 12), (6, 18), (9, 12), (8, 16),
-    (10, 12), (12, 12), (10, 14), (9, 16), (14, 10), (12, 16), (10, 18), (12, 14), (7, 16), (11, 9),
+    (4, 16), (5, 13), (6, 11), (8, 8), (3, 22), (6, 14), (8, 10), (8, 12), (6, 18), (9, 12), (8, 16), (12, 12), (10, 14),
 ]  # fmt: skip
-LARGE_GRIDS: list[Grid] = [(16, 12), (14, 16), (12, 20), (16, 16), (8, 22), (10, 20)]
-TABLE_GRIDS: list[Grid] = [
-    (8, 14),
-    (9, 16),
-    (10, 16),
-    (10, 18),
-    (10, 14),
-    (12, 16),
-    (7, 16),
-    (8, 12),
-    (6, 18),
-    (10, 20),
-]
-SMALL_GRIDS: list[Grid] = [(4, 16), (5, 13), (6, 11), (8, 8), (6, 14), (8, 10), (7, 10), (5, 14)]
-FILM_GRIDS: list[Grid] = [(8, 8), (6, 11), (7, 10), (8, 16), (10, 13), (11, 12), (9, 16), (12, 11)]
+LARGE_GRIDS: list[Grid] = [(14, 10), (12, 16), (16, 16), (10, 20)]
+TURN_GRIDS: list[Grid] = [(5, 13), (8, 12), (9, 12), (6, 16), (8, 8)]
+TABLE_GRIDS: list[Grid] = [(6, 14), (8, 12), (7, 16), (10, 14), (9, 16), (10, 18), (12, 16)]
+SEVERAL: list[list[Grid]] = [
+    [(5, 13)] * 2, [(5, 13)] * 3, [(5, 13)] * 4, [(8, 8)] * 3, [(4, 16)] * 4, [(6, 14), (5, 13)], [(8, 10)] * 2,
+    [(4, 16), (8, 8), (6, 11)], [(6, 11), (5, 13), (8, 8), (4, 16)],
+]  # fmt: skip
+CONVERSATIONS: list[list[Grid]] = [[(5, 13), (8, 8)], [(6, 11)] * 3, [(4, 16), (6, 14)]]
+FILMS: list[list[Grid]] = [
+    [(8, 8)] * 3, [(6, 11)] * 4, [(7, 10)] * 2, [(8, 16)] * 3, [(10, 13)] * 4, [(11, 12)] * 3, [(9, 16)] * 2, [(8, 16)] * 5,
+]  # fmt: skip
 
 Task = Callable[[Studio, Grid], Sample]
 ONE_PICTURE: list[tuple[float, Task]] = [
@@ -51,51 +46,60 @@ ONE_PICTURE: list[tuple[float, Task]] = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """One batch: the sort of samples, the grid of every slot and how many samples."""
+    """One batch's fixed shape: the sort of samples, every slot's grid, and room for samples, tokens, answers, points."""
 
     sort: str  # "one", "two" (turns), "table", "several", "conversation", "video", "talk"
     grids: tuple[Grid, ...]
     size: int
+    length: int
+    rows: int
+    points: int
+
+
+def make_recipe(sort: str, grids: list[Grid], budget: int, largest: int = 256) -> Recipe:
+    """Room for about 97 of 100 samples; longer ones are drawn again. `budget`: vision tokens per batch."""
+    seen = sum(rows * columns for rows, columns in grids)
+    extra, answer, points = {
+        "one": (112 + min(100, 0.9 * seen), 16 + 0.3 * min(seen, 120), 16 + min(seen, 114)),
+        "two": (270.0, 75.0, 16 + min(seen, 114)),
+        "table": (165 + 0.65 * seen, 60 + 0.5 * seen, 20 + min(seen, 120)),
+        "several": (144.0, 20.0, 100),
+        "conversation": (110 + 100.0 * len(grids), 20 + 30.0 * len(grids), 110),
+        "video": (128.0, 28.0, 80),
+        "talk": (288.0, 130.0, 1),
+    }[sort]
+    size = max(16, min(largest, int(budget * (0.65 if sort == "video" else 1)) // max(seen, 48)) // 8 * 8)
+    size = 32 if sort == "talk" else size
+    return Recipe(sort, tuple(grids), size, -(-int(seen + extra) // 16) * 16, int(size * answer), int(points))
 
 
 def level_at(progress: float) -> float:
-    return max(0.0, min(1.0, (progress - 0.03) / 0.2))
+    return max(0.0, min(1.0, (progress - 0.02) / 0.16))
 
 
 def choose_recipe(rng: random.Random, progress: float, budget: int) -> Recipe:
-    """`budget`: vision tokens per batch."""
     sort, grids = _sort_and_grids(rng, progress)
-    tokens = sum(rows * columns for rows, columns in grids)
-    largest = 512 if progress < 0.15 else 320
-    size = max(16, min(largest, budget // max(tokens, 48)) // 8 * 8)
-    return Recipe(sort, tuple(grids), 48 if sort == "talk" else size)
+    return make_recipe(sort, grids, budget, 384 if progress < 0.09 else 256)
 
 
 def _sort_and_grids(rng: random.Random, progress: float) -> tuple[str, list[Grid]]:
-    if progress < 0.04:
+    if progress < 0.03:
         return "one", [rng.choice(WORD_GRIDS)]
-    if progress < 0.12:
-        return "one", [rng.choice(WORD_GRIDS if rng.random() < 0.25 else LINE_GRIDS)]
-    sort = rng.choices(
-        ["one", "two", "table", "several", "conversation", "video", "talk"], [0.58, 0.1, 0.13, 0.1, 0.025, 0.055, 0.01]
-    )[0]
-    if sort == "talk":
-        return sort, []
-    if sort == "table":
-        return sort, [rng.choice(TABLE_GRIDS)]
-    if sort == "video":
-        return sort, [rng.choice(FILM_GRIDS)] * rng.choice([2, 3, 3, 4, 4, 5])
-    if sort in ("several", "conversation"):
-        alike = rng.random() < 0.6
-        count = rng.choice([2, 2, 3, 3, 4]) if sort == "several" else rng.choice([2, 2, 3])
-        return sort, [rng.choice(SMALL_GRIDS)] * count if alike else rng.choices(SMALL_GRIDS, k=count)
-    pool = rng.choices([LINE_GRIDS, PAGE_GRIDS, LARGE_GRIDS], [0.12, 0.72, 0.16])[0]
-    return sort, [rng.choice(pool)]
+    if progress < 0.09:
+        return "one", [rng.choice(WORD_GRIDS if rng.random() < 0.2 else LINE_GRIDS)]
+    weights = [0.58, 0.1, 0.13, 0.1, 0.025, 0.055, 0.01]
+    sort = rng.choices(["one", "two", "table", "several", "conversation", "video", "talk"], weights)[0]
+    if sort == "one":
+        return sort, [rng.choice(rng.choices([LINE_GRIDS, PAGE_GRIDS, LARGE_GRIDS], [0.08, 0.74, 0.18])[0])]
+    if sort in ("two", "table"):
+        return sort, [rng.choice(TURN_GRIDS if sort == "two" else TABLE_GRIDS)]
+    several = {"several": SEVERAL, "conversation": CONVERSATIONS, "video": FILMS, "talk": [[]]}
+    return sort, rng.choice(several[sort])
 
 
 def make_sample(studio: Studio, recipe: Recipe, progress: float) -> Sample:
     rng, grids = studio.rng, list(recipe.grids)
-    if recipe.sort == "one" and progress < 0.12:
+    if recipe.sort == "one" and progress < 0.09:
         task = tasks.plain_reading
         sample = task(studio, grids[0])
     elif recipe.sort == "one":
@@ -189,46 +193,48 @@ def write(sample: Sample, grids: tuple[Grid, ...], loose_video: bool = False) ->
     return writer.out
 
 
-def pack_batch(samples: list[Sample], recipe: Recipe, rng: random.Random) -> dict[str, Any]:
-    """Everything but pixels. Rows are padded at the right; labels stand where the token is predicted."""
-    packed = [write(sample, recipe.grids, recipe.sort == "video" and rng.random() < 0.3) for sample in samples]
-    length = -(-max(len(row.ids) for row in packed) // 32) * 32
+def pack_batch(packed: list[Packed], samples: list[Sample], recipe: Recipe) -> dict[str, Any]:
+    """Everything but pixels, in the recipe's fixed shapes; `rows` are the flat positions that predict an answer token."""
     count = len(samples)
-    ids = np.full((count, length), PAD, np.int16)
-    labels = np.full((count, length), -100, np.int16)
-    positions = np.zeros((3, count, length), np.int16)
-    refs = np.full((count, length), -1, np.int16)
+    ids = np.full((count, recipe.length), PAD, np.int16)
+    labels = np.full((count, recipe.length), -100, np.int16)
+    positions = np.zeros((3, count, recipe.length), np.int16)
+    refs = np.full((count, recipe.length), -1, np.int16)
     vision = np.zeros((count, len(packed[0].vision)), np.int16)
-    points, offsets = _points(samples, len(recipe.grids))
+    points, offsets = _points(samples, recipe)
     for n, row in enumerate(packed):
         end = len(row.ids)
         ids[n, :end], labels[n, :end] = row.ids, row.labels
         positions[:, n, :end] = np.array(row.positions, np.int16).T
         refs[n, :end] = [-1 if slot < 0 else offsets[n][slot] + point for slot, point in row.refs]
         vision[n] = row.vision
+    found = np.flatnonzero(labels.reshape(-1) >= 0)[: recipe.rows]
+    rows, row_labels = np.zeros(recipe.rows, np.int64), np.full(recipe.rows, -100, np.int64)
+    rows[: len(found)], row_labels[: len(found)] = found, labels.reshape(-1)[found]
     steady = np.array([sample.steady for sample in samples])
     return {
-        "recipe": recipe, "ids": ids, "labels": labels, "positions": positions, "refs": refs, "vision": vision,
-        "points": points, "steady": steady, "kinds": [sample.kind for sample in samples],
+        "recipe": recipe, "ids": ids, "positions": positions, "refs": refs, "vision": vision, "points": points,
+        "steady": steady, "rows": rows, "row_labels": row_labels,
     }  # fmt: skip
 
 
-def _points(samples: list[Sample], slots: int) -> tuple[np.ndarray, list[list[int]]]:
-    """[n, most, 4] rows of (slot, x, y, class), slot -1 where unused; and each slot's first row."""
-    rows, offsets = [], []
-    for sample in samples:
+def count_points(sample: Sample) -> int:
+    return sum(len(page.points) for pages in sample.frames for page in pages)
+
+
+def _points(samples: list[Sample], recipe: Recipe) -> tuple[np.ndarray, list[list[int]]]:
+    """[n, points, 4] rows of (slot, x, y, class), slot -1 where unused; and each slot's first row."""
+    points, offsets = np.full((len(samples), recipe.points, 4), -1, np.float32), []
+    for n, sample in enumerate(samples):
         row: list[tuple[float, float, float, int]] = []
         starts = []
-        for slot in range(slots):
+        for slot in range(len(recipe.grids)):
             starts.append(len(row))
             for page in sample.frames[slot]:
                 row.extend((slot, x, y, kind) for x, y, kind in page.points)
-        rows.append(row)
-        offsets.append(starts)
-    points = np.full((len(samples), max(1, *(len(row) for row in rows), 1), 4), -1, np.float32)
-    for n, row in enumerate(rows):
         if row:
             points[n, : len(row)] = row
+        offsets.append(starts)
     return points, offsets
 
 
@@ -258,5 +264,12 @@ def make_batch(
     rng = random.Random(f"{seed}/{index}")
     recipe = choose_recipe(rng, progress, budget)
     studio = Studio(rng, book, level_at(progress))
-    samples = [make_sample(studio, recipe, progress) for _ in range(recipe.size)]
-    return pack_batch(samples, recipe, rng), samples
+    samples: list[Sample] = []
+    packed: list[Packed] = []
+    while len(samples) < recipe.size:
+        sample = make_sample(studio, recipe, progress)
+        row = write(sample, recipe.grids, recipe.sort == "video" and rng.random() < 0.3)
+        if len(row.ids) <= recipe.length and count_points(sample) <= recipe.points:
+            samples.append(sample)
+            packed.append(row)
+    return pack_batch(packed, samples, recipe), samples

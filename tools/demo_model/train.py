@@ -6,7 +6,6 @@ a checkpoint's weights.
 
 import argparse
 import json
-import math
 import os
 import time
 from collections import defaultdict
@@ -14,14 +13,11 @@ from pathlib import Path
 
 import torch
 
-from tools.demo_model import losses as loss_functions
-from tools.demo_model import pack
 from tools.demo_model.checkpoint import load_checkpoint, save_checkpoint
 from tools.demo_model.evaluate import held_out_batches, teacher_forced
 from tools.demo_model.feed import Feed, Loader
-from tools.demo_model.losses import Heads, step_losses
 from tools.demo_model.model import DemoModel, Shape
-from tools.demo_model.muon import make_optimizers
+from tools.demo_model.step import Stepper, compile_parts
 
 
 def parse() -> argparse.Namespace:
@@ -33,10 +29,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=22.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--budget", type=int, default=24000, help="vision tokens per batch")
+    parser.add_argument("--budget", type=int, default=16000, help="vision tokens per batch")
     parser.add_argument("--muon-lr", type=float, default=0.015)
     parser.add_argument("--adam-lr", type=float, default=0.002)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--report", type=int, default=200, help="steps between log lines")
     parser.add_argument("--save-minutes", type=float, default=2.5)
     parser.add_argument("--eval-size", type=int, default=64)
@@ -50,15 +47,6 @@ def rate(step: int, done: float, decay_from: float) -> float:
     return min(1.0, (step + 1) / 300) * falling
 
 
-def compile_parts(model: DemoModel) -> None:
-    """Blocks and losses alone: equal blocks share their code, shapes stay free."""
-    for block in [*model.visual.blocks, *model.model.layers]:
-        block.compile(dynamic=True)
-    model.visual.merger.compile(dynamic=True)
-    for name in ("character_loss", "pointing_loss", "text_loss"):
-        setattr(loss_functions, name, torch.compile(getattr(loss_functions, name), dynamic=True))
-
-
 class Log:
     """Running means of the losses and the speed, printed now and then."""
 
@@ -70,7 +58,7 @@ class Log:
 
     def add(self, found: dict[str, torch.Tensor], samples: int) -> None:
         for name, value in found.items():
-            self.sums[name] = self.sums[name] + value.detach()
+            self.sums[name] = self.sums[name] + value
             self.counts[name] += 1
         self.samples += samples
         self.total += samples
@@ -96,48 +84,34 @@ def train(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace, feed: Feed) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
-    tests = held_out_batches(arguments.fonts, arguments.eval_size, device)
+    started = saved = time.time()
     model = (load_checkpoint(arguments.resume) if arguments.resume else DemoModel(Shape())).to(device)
-    heads = Heads(model.shape.hidden_size).to(device)
-    optimizers = make_optimizers(model, heads, arguments.muon_lr, arguments.adam_lr)
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    stepper = Stepper(model, arguments.muon_lr, arguments.adam_lr, arguments.graphs)
     if arguments.compile:
-        compile_parts(model)
+        compile_parts()
     loader = Loader(feed, device, seed=arguments.seed)
-    started, saved, step, done = time.time(), time.time(), 0, 0.0
-    log, bad = Log(started), 0
+    tests = held_out_batches(arguments.fonts, arguments.eval_size, device)
+    log, step, done = Log(started), 0, 0.0
     while done < 1.0:
         done = (time.time() - started) / 60 / arguments.minutes
-        progress = arguments.start + (1 - arguments.start) * done
-        feed.progress.value = min(1.0, progress)
-        share = rate(step, done, arguments.decay_from)
-        for optimizer, full in zip(optimizers, rates, strict=True):
-            for group, value in zip(optimizer.param_groups, full, strict=True):
-                group["lr"] = value * share
+        progress = min(1.0, arguments.start + (1 - arguments.start) * done)
+        feed.progress.value = progress
+        help_weight = 1.0 if progress < 0.5 else 0.5
+        stepper.set(rate(step, done, arguments.decay_from), min(1.0, 0.1 + progress * 5), help_weight)
         batch = loader.next()
-        found = step_losses(model, heads, batch, dtype, min(1.0, 0.1 + progress * 4))
-        help_weight = 1.0 if progress < 0.5 else 0.4
-        total = found["text"] + sum(weight * help_weight * found[name] for name, weight in
-                                    (("characters", 0.5), ("pointing", 0.3), ("place", 1.0)) if name in found)  # fmt: skip
-        total.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        log.add(found, batch.recipe.size)
+        log.add(stepper.run(batch, loader), batch.recipe.size)
         step += 1
         if step % arguments.report == 0:
-            print(log.line(step, done, json.dumps(loader.counts)), flush=True)
-            bad += not math.isfinite(float(total.detach()))
+            print(log.line(step, done, f"{json.dumps(loader.counts)} graphs {len(stepper.captured)}"), flush=True)
         if time.time() - saved > 60 * arguments.save_minutes:
             save_checkpoint(model, arguments.out)
             saved = time.time()
-            print(f"  held out: {teacher_forced(model, tests, dtype)}", flush=True)
+            print(f"  held out: {teacher_forced(model, tests, stepper.dtype)}", flush=True)
     save_checkpoint(model, arguments.out)
-    print(f"  held out: {teacher_forced(model, tests, dtype)}", flush=True)
-    print(f"finished: {step} steps, {log.total / 1e6:.2f}M samples, {pack.level_at(1.0):.0f}", flush=True)
+    print(f"  held out: {teacher_forced(model, tests, stepper.dtype)}", flush=True)
+    print(f"finished: {step} steps, {log.total / 1e6:.2f}M samples", flush=True)
 
 
 if __name__ == "__main__":
