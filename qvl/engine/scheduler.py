@@ -8,7 +8,7 @@ gets the blocks of everything it knows when it is admitted, so only decodes can 
 that is not in the step yet gives way. The oldest one can always run: the cache holds `max_model_len` tokens.
 
 Knows sequences, blocks and budgets. Does not know tensors; what a step computed is told to `finish`. Nothing in
-`schedule` reads a sampled id, so that a step may be planned before the ids of the one before it are known.
+`schedule` reads a sampled id: one step may be planned while the one before it is in flight (not finished).
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Scheduler:
 
     def _is_full(self, seq: Sequence) -> bool:
         """Whether the token in flight, not known yet, is the last one that fits."""
+        if not seq.num_pending:
+            return False
         num_tokens = seq.num_tokens + seq.num_pending
         limit = seq.num_prompt_tokens + (seq.sampling.params.max_tokens or self.config.max_model_len)
         return num_tokens >= min(limit, self.config.max_model_len)
@@ -105,6 +107,8 @@ class Scheduler:
     def _grow(self, seq: Sequence, step: Step) -> bool:
         """Give a decode the block of its next token. False when it had to give way itself."""
         num_new = seq.num_computed // self.blocks.block_size + 1 - len(seq.block_table)
+        if num_new == 0:
+            return True
         while (taken := self.blocks.take((), num_new)) is None:
             victim = next(other for other in reversed(self.running) if other not in step)
             self._preempt(victim, step)
@@ -137,8 +141,6 @@ class Scheduler:
         for seq in tuple(self.waiting):
             if step.tokens_left == 0 or max(len(self.running), num_patient) >= self.config.max_num_seqs:
                 return
-            if seq.num_pending:  # preempted in flight: what to recompute is not known yet
-                continue
             # The last token is computed in any case: its logits choose the next one.
             findable = seq.keys[: (seq.num_tokens - 1) // self.blocks.block_size]
             hits = self.blocks.lookup(findable)
@@ -237,14 +239,15 @@ class Scheduler:
     def _settle(self, entry: ScheduledSeq) -> None:
         """Tokens up to `entry.end` are in the cache for good: register full blocks, let go of pictures behind them."""
         seq = entry.seq
-        if seq.status is not Status.RUNNING or seq.num_preemptions != entry.num_preemptions:
-            return  # the blocks of this step are its own no more
+        if seq.status is not Status.RUNNING:  # preempted while this step was in flight: the blocks are its own no more
+            return
         for index in range(seq.num_registered, entry.end // self.blocks.block_size):
             self.blocks.register(seq.block_table[index], seq.keys[index])
             seq.num_registered = index + 1
-        for index in [i for i in seq.pinned if seq.spans[i].end <= entry.end]:
-            seq.pinned.remove(index)
-            self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
+        for index in tuple(seq.pinned):
+            if seq.spans[index].end <= entry.end:
+                seq.pinned.remove(index)
+                self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
 
     def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
         seq.append(token_id)

@@ -41,7 +41,7 @@ class Step:
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         samples = num_tokens == seq.num_to_compute
-        self.batch.seqs.append(ScheduledSeq(seq, seq.num_computed, num_tokens, samples, seq.num_preemptions))
+        self.batch.seqs.append(ScheduledSeq(seq, seq.num_computed, num_tokens, samples))
         self._members.add(seq.request_id)
         self.tokens_left -= num_tokens
         seq.num_computed += num_tokens

@@ -166,6 +166,19 @@ def test_answers_do_not_depend_on_the_schedule(seed: int, ahead: bool) -> None:
     bench.idle()
 
 
+def test_nothing_is_computed_in_vain_when_a_step_is_planned_ahead() -> None:
+    """The last token of an answer is known to be the last before its id is; only an end token comes as a surprise."""
+    bench = Bench(Limits(max_model_len=12))
+    asked = [request(f"r{i}", [i] * 4, SamplingParams(max_tokens=n, ignore_eos=True)) for i, n in enumerate((1, 5, 8))]
+    for one in asked:
+        bench.add(one)
+    while bench.scheduler.has_work or bench.in_flight:
+        bench.step_ahead()
+    assert bench.runner.num_computed == 3 * 4 + (1 - 1) + (5 - 1) + (8 - 1)
+    for one in asked:
+        assert bench.tokens(one.request_id) == expected(one, bench.limits)
+
+
 def test_preemption_happens_and_the_newest_gives_way() -> None:
     bench = Bench(Limits(max_model_len=40), num_blocks=12)
     asked = [request(f"r{i}", [i] * 14, SamplingParams(max_tokens=20, ignore_eos=True)) for i in range(3)]
