@@ -44,14 +44,18 @@ class Grid:
 class PixelLimits:
     """What a request may say about the size of one picture or of a video; None keeps the server's value.
 
-    `min_pixels` and `max_pixels` are areas in pixels (per frame for a video), `fps` is frames sampled per second of a video,
-    `num_frames` an exact count instead of `fps`.
+    `min_pixels` and `max_pixels` are areas in pixels (per frame for a video). `fps` is frames sampled per second of a
+    video, `num_frames` an exact count instead, `total_pixels` an area that all frames of a video share.
+    `resized_height` and `resized_width`, given together, are a size to use instead of the picture's own.
     """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
     num_frames: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
 
     def over(self, base: PixelLimits) -> PixelLimits:
         """These limits, with `base` where they are silent."""
@@ -104,7 +108,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. None means "the checkpoint's generation_config, else the neutral value".
 
     `logprobs`: None for none, else how many alternatives (0 to 20) beside the chosen token's own log-probability.
-    `logit_bias` maps token ids to values added to the logits. `seed`: the same seed gives the same text, whatever else runs.
+    `logit_bias` maps token ids to values added to the logits. The same `seed` gives the same text, whatever else runs.
     Raises `InvalidRequest` naming the field when a value is out of range.
     """
 
@@ -195,7 +199,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability (natural, after temperature 1 and no filtering) of a chosen token, and of the most likely ones."""
+    """Log-probability (natural, temperature 1, no filtering) of a chosen token, and of the most likely ones."""
 
     token_id: int
     logprob: float

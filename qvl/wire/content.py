@@ -5,6 +5,7 @@ Knows every accepted spelling, and says the right form where one is wrong. Never
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from qvl.types import MediaKind, MediaPart, Message, Part, PixelLimits, Role, Te
 
 LOW_DETAIL_PIXELS = 512 * 512  # `detail: "low"`: what OpenAI scales such pictures to
 MAX_FRAMES = 768
+MAX_SIDE = 2**16
 
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -25,11 +27,12 @@ _ROLES: Mapping[str, Role] = {
 }
 # Fields of a message that may stand there when they say nothing (clients send back what they were given).
 _EMPTY_MESSAGE_FIELDS = ("name", "refusal", "audio", "tool_calls", "function_call", "annotations", "reasoning_content")
-_LIMITS = ("min_pixels", "max_pixels", "fps", "num_frames", "nframes")
+_PICTURE_LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_LIMITS = (*_PICTURE_LIMITS, "total_pixels", "fps", "num_frames", "nframes")
 _FIELDS_OF_PART = {
     "text": ("text",),
-    "image_url": ("image_url", "detail", "min_pixels", "max_pixels"),
-    "image": ("image", "url", "detail", "min_pixels", "max_pixels"),
+    "image_url": ("image_url", "detail", *_PICTURE_LIMITS),
+    "image": ("image", "url", "detail", *_PICTURE_LIMITS),
     "video_url": ("video_url", *_LIMITS),
     "video": ("video", "url", *_LIMITS),
 }
@@ -134,11 +137,11 @@ def _part_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
         raise InvalidRequest(f"'{place}.detail' must be auto, low or high", param=f"{place}.detail")
     if detail != "low" or limits.max_pixels is not None:
         return limits
-    return PixelLimits(min_pixels=limits.min_pixels, max_pixels=max(LOW_DETAIL_PIXELS, limits.min_pixels or 0))
+    return dataclasses.replace(limits, max_pixels=max(LOW_DETAIL_PIXELS, limits.min_pixels or 0))
 
 
 def read_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
-    """`min_pixels`, `max_pixels` (areas), `fps`, `num_frames` (also `nframes`). Raises `InvalidRequest`."""
+    """The fields of `PixelLimits` (`num_frames` also as `nframes`). Raises `InvalidRequest`."""
     _refuse_unknown(fields, _LIMITS, place)
     low, high = (_integer(fields.get(name), f"{place}.{name}", 2**31 - 1) for name in ("min_pixels", "max_pixels"))
     if low is not None and high is not None and low > high:
@@ -150,7 +153,18 @@ def read_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
         raise InvalidRequest(f"'{place}.fps' must be a number above 0 and at most 1000", param=f"{place}.fps")
     if fps is not None and num_frames is not None:
         raise InvalidRequest(f"'{place}' must give either fps or {name}, not both", param=f"{place}.{name}")
-    return PixelLimits(low, high, None if fps is None else float(fps), num_frames)
+    height, width = (_integer(fields.get(name), f"{place}.{name}", MAX_SIDE) for name in _PICTURE_LIMITS[2:])
+    if (height is None) != (width is None):
+        raise InvalidRequest(f"'{place}' must give resized_height and resized_width together", param=place)
+    return PixelLimits(
+        min_pixels=low,
+        max_pixels=high,
+        fps=None if fps is None else float(fps),
+        num_frames=num_frames,
+        total_pixels=_integer(fields.get("total_pixels"), f"{place}.total_pixels", 2**31 - 1),
+        resized_height=height,
+        resized_width=width,
+    )
 
 
 def _is_number(value: Any) -> bool:

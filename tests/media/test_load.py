@@ -327,6 +327,29 @@ def test_a_request_sizes_frames_too():
         assert height * width <= 130_000  # the whole video's budget is stronger than a wish for one frame
 
 
+def test_all_frames_of_a_video_share_total_pixels():
+    # qwen-vl-utils: per frame at most total / frames * 2, and never under 1.05 x the minimum
+    assert frame_size(16, 1080, 1920, SPEC, PixelLimits(total_pixels=1_600_000)) == smart_resize(
+        1080, 1920, factor=28, min_pixels=100_352, max_pixels=200_000
+    )
+    assert frame_size(16, 1080, 1920, SPEC, PixelLimits(total_pixels=10**12)) == frame_size(
+        16, 1080, 1920, SPEC, PixelLimits()
+    )
+
+
+def test_a_request_may_name_the_size():
+    wish = PixelLimits(resized_height=290, resized_width=555)
+    assert picture_size(3000, 4000, SPEC, wish) == (280, 560)
+    assert frame_size(4, 3000, 4000, SPEC, PixelLimits(resized_height=420, resized_width=700)) == (420, 700)
+    huge = PixelLimits(resized_height=60_000, resized_width=60_000)
+    height, width = picture_size(30, 40, SPEC, huge)
+    assert height * width <= SPEC.max_pixels
+    with pytest.raises(InvalidRequest, match="together"):
+        take(noise(30, 40), resized_height=280)
+    with pytest.raises(BadMedia, match="200 times"):
+        take(noise(30, 40), resized_height=28, resized_width=28 * 201)
+
+
 def test_frames_from_the_network_share_one_time_limit(site):
     """Each frame takes 0.2 s, far below the limit; twenty of them take four seconds."""
     policy = MediaPolicy(allow_private_hosts=True, total_timeout=1.0)

@@ -86,6 +86,11 @@ LIMITED: list[tuple[dict[str, Any], MediaPart]] = [
     ({"type": "video_url", "video_url": {"url": URL}, "fps": 2}, MediaPart("video", URL, PixelLimits(fps=2.0))),
     ({"type": "video", "video": URL, "num_frames": 8}, MediaPart("video", URL, PixelLimits(num_frames=8))),
     ({"type": "video", "video": URL, "nframes": 8}, MediaPart("video", URL, PixelLimits(num_frames=8))),
+    (
+        {"type": "image", "image": URL, "resized_height": 280, "resized_width": 420},
+        MediaPart("image", URL, PixelLimits(resized_height=280, resized_width=420)),
+    ),
+    ({"type": "video", "video": URL, "total_pixels": 99}, MediaPart("video", URL, PixelLimits(total_pixels=99))),
     ({"type": "video", "video": [URL, DATA], "fps": 0.5}, MediaPart("video", (URL, DATA), PixelLimits(fps=0.5))),
 ]  # fmt: skip
 
@@ -128,7 +133,8 @@ def test_a_bare_string_for_image_url_shows_the_right_form() -> None:
         ({"type": "image", "image": URL, "min_pixels": 9, "max_pixels": 5}, "content[0].min_pixels", "above max"),
         ({"type": "image", "image": [URL]}, "content[0].image", "must be a string"),
         ({"type": "image", "image": URL, "fps": 1}, "content[0]", "'fps' is not supported"),
-        ({"type": "image", "image": URL, "resized_height": 280}, "content[0]", "'resized_height' is not supported"),
+        ({"type": "image", "image": URL, "resized_height": 280}, "content[0]", "together"),
+        ({"type": "image", "image": URL, "total_pixels": 28000}, "content[0]", "'total_pixels' is not supported"),
         ({"type": "video", "video": []}, "content[0].video", "1 to 768 frames"),
         ({"type": "video", "video": [URL] * 769}, "content[0].video", "1 to 768 frames"),
         ({"type": "video", "video": [URL, 5]}, "content[0].video[1]", "must be a string"),
