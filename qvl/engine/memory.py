@@ -64,7 +64,9 @@ def kv_cache_bytes(config: EngineConfig, cost: StepCost, usable: int) -> int:
     # Every token in the cache may be read by one decode step, which costs its share beside its own keys and values.
     per_token = config.block_bytes / config.block_size
     room = usable - work - config.encoder_cache_bytes
-    return max(0, int(room * per_token / (per_token + cost.decode_context * SLACK)))
+    # A tiny model would get millions of blocks that all its requests together cannot fill.
+    most = config.max_num_seqs * -(-config.max_model_len // config.block_size) * config.block_bytes
+    return min(most, max(0, int(room * per_token / (per_token + cost.decode_context * SLACK))))
 
 
 def largest_patches(config: EngineConfig) -> int:

@@ -27,7 +27,8 @@ read_spec = cache(load_spec)
 def make_config(folder: Path, **options: Any) -> EngineConfig:
     """fp32 on one thread, with a cache of 256 blocks unless `options` say otherwise."""
     usual: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1, "num_blocks": 256}
-    return resolve(EngineOptions(model=str(folder), **{**usual, **options}), read_facts("cpu"))
+    chosen = EngineOptions(model=str(folder), **{**usual, **options})
+    return resolve(chosen, read_facts(chosen.device))
 
 
 def make_engine(folder: Path, **options: Any) -> Engine:
@@ -48,7 +49,7 @@ def pixels(seed: int, rows: int, columns: int, frames: int = 1) -> Pixels:
 
 def words(seed: int, count: int) -> list[int]:
     """Random ordinary token ids."""
-    return np.random.default_rng(seed).integers(0, 500, count).tolist()
+    return [int(word) for word in np.random.default_rng(seed).integers(0, 500, count)]
 
 
 @dataclass

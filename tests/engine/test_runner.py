@@ -149,6 +149,7 @@ def test_the_cache_and_the_largest_step_fit_together(checkpoint: Path) -> None:
     step = max(cost.prefill(512, config.max_model_len), cost.patch * largest_patches(config))
     assert 0.5 * usable < num_bytes + step + tokens * cost.decode_context + (1 << 20) < usable
     assert kv_cache_bytes(config, cost, 2 * usable) > 2 * num_bytes
+    assert kv_cache_bytes(config, cost, 1 << 50) == config.max_num_seqs * 4096 * (config.block_bytes // 16)
     assert kv_cache_bytes(config, cost, 1 << 20) == 0  # nothing fits: the config says so in words
     with pytest.raises(ConfigError):
         dataclasses.replace(config, num_blocks=None, max_model_len_given=True).with_kv_memory(0)
