@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Sequence as Items
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -71,7 +72,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges and counters for metrics."""
-        return self.scheduler.stats()
+        return msgspec.structs.replace(self.scheduler.stats(), encode_seconds=self.runner.encoder.clock.seconds())
 
     def check_integrity(self) -> None:
         """Blocks, pictures and queues add up; when idle, everything has been given back."""

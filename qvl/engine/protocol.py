@@ -113,6 +113,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    encode_seconds: float = 0.0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True):

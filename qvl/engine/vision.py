@@ -6,7 +6,9 @@ picture is its digest, its pixels and its grid.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +40,14 @@ class MediaEncoder:
         self.cache = cache
         self.processor = processor
         self.max_patches = max_patches
+        self.clock = DeviceClock(model.device)
 
     def encode(self, media: Sequence[ScheduledMedia]) -> dict[bytes, str]:
         """Put every picture's embeddings [tokens, hidden] into the cache; digests that failed, with the reason."""
         failed: dict[bytes, str] = {}
         for group in batches(media, self.max_patches):
-            failed |= self._encode_group(group)
+            with self.clock.running():
+                failed |= self._encode_group(group)
         return failed
 
     def _encode_group(self, group: Sequence[ScheduledMedia]) -> dict[bytes, str]:
@@ -82,6 +86,36 @@ class MediaEncoder:
         media = item.seq.media[item.index]
         pixels = tensor_of(item.seq.pixels[item.index]).to(self.model.device, non_blocking=True)
         return patchify(pixels, media.height, media.width, self.processor)
+
+
+class DeviceClock:
+    """Seconds that a device spent on some work. A GPU is never waited for: its events are read once they are over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The work inside is counted."""
+        if self._on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            yield
+            end.record()
+            self._open.append((start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """All work so far that is over."""
+        while self._open and self._open[0][1].query():  # type: ignore[no-untyped-call]
+            start, end = self._open.pop(0)
+            self._seconds += start.elapsed_time(end) / 1000
+        return self._seconds
 
 
 def tensor_of(pixels: npt.NDArray[np.uint8]) -> Tensor:

@@ -160,6 +160,7 @@ def test_metrics_of_every_stage(real: Live) -> None:
     usage = real.post(CHAT, {**shapes.picture_as_data_url(), "cache_salt": "x"}).json()["usage"]
     assert real.metric("qvl_engine_encoder_hits_total") > before[0]
     assert real.metric("qvl_generation_tokens_total") == before[1] + usage["completion_tokens"]
+    assert real.metric("qvl_engine_encode_seconds_total") > 0
     assert real.metric("qvl_time_to_first_token_seconds_count") > 0
     assert real.metric("qvl_ready") == 1
 
