@@ -125,7 +125,8 @@ class EngineConfig:
 def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
     """Fill every number. Raises `ConfigError` (`CheckpointError` for the folder) in words for the person who typed it.
 
-    On a CPU `num_blocks` is computed here from `kv_cache_memory`; on a GPU it stays None until the runner has measured.
+    On a CPU `num_blocks` is computed here; on a GPU it stays None until the runner has measured, unless it was given or
+    follows from a given `kv_cache_memory`.
     """
     spec = load_spec(find_model(options.model))
     device = _resolve_device(options.device, facts)
@@ -156,7 +157,8 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
     )
     if device == "cpu":
         return config.with_kv_memory(_cpu_kv_bytes(config, options.kv_cache_memory, facts.total_memory))
-    return _fit_gpu(config, facts.total_memory)
+    _check_gpu(config, facts.total_memory)
+    return config if options.kv_cache_memory is None else config.with_kv_memory(options.kv_cache_memory)
 
 
 def _resolve_device(asked: str, facts: DeviceFacts) -> Literal["cpu", "cuda"]:
@@ -236,7 +238,7 @@ def _cpu_kv_bytes(config: EngineConfig, asked: int | None, available: int) -> in
     return max(one, min(CPU_KV_BYTES, (available - weights) // 4, every))
 
 
-def _fit_gpu(config: EngineConfig, total: int) -> EngineConfig:
+def _check_gpu(config: EngineConfig, total: int) -> None:
     """Arithmetic before loading: refuse what cannot fit; the runner measures the rest."""
     weights = config.spec.weight_bytes(DTYPE_BYTES[config.dtype])
     usable = int(total * config.gpu_memory_utilization)
@@ -248,7 +250,6 @@ def _fit_gpu(config: EngineConfig, total: int) -> EngineConfig:
         )
     work = min(GPU_WORK_BYTES, (usable - weights) // 4)
     config.with_kv_memory(usable - weights - work)
-    return config
 
 
 def _gib(num_bytes: int) -> str:

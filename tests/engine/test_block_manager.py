@@ -85,7 +85,7 @@ class Model(RuleBasedStateMachine):
             assert self.manager.lookup([bytes([number])]) == self.prefix([bytes([number])])
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Model.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAgainstModel = Model.TestCase
 
 

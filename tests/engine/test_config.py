@@ -86,6 +86,8 @@ def test_the_kv_cache_can_be_given(checkpoint: Path) -> None:
     assert config.num_blocks == GIB // 1024 // config.block_bytes
     assert config.max_model_len == config.num_blocks * 16 < 4096  # lowered to what fits
     assert configure(checkpoint, num_blocks=300).num_blocks == 300
+    on_gpu = configure(checkpoint, H200, kv_cache_memory="1MiB")
+    assert on_gpu.num_blocks == (1 << 20) // on_gpu.block_bytes
 
 
 def test_a_given_length_that_does_not_fit_is_refused(checkpoint: Path) -> None:
