@@ -1,20 +1,21 @@
 """One request on its way through the engine: token outputs go in as they arrive, deltas come out as they are wanted.
 
 A consumer that lags finds everything that has arrived since as one delta, so nothing here costs a task per token, and
-what waits is plain integers, bounded by max_tokens. Knows text, stop strings and counts. Does not know connections.
+what waits is plain integers, bounded by max_tokens. Knows who waits for what. Does not know connections, nor how
+outputs become text (`qvl.engine.answers`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 
-from qvl.engine.detokenizer import Detokenizer
+from qvl.engine.answers import LiveAnswers
 from qvl.engine.intake import Prepared
 from qvl.engine.protocol import TokenOutput
-from qvl.errors import QvlError, RequestFailed
+from qvl.errors import QvlError
 from qvl.tokenizer import Tokenizer
-from qvl.types import Delta, FinishReason, TokenLogprob, Usage
+from qvl.types import Delta
 
 
 class LiveRequest:
@@ -24,8 +25,7 @@ class LiveRequest:
     """
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer, prefix: str = "") -> None:
-        self._prompt_tokens = len(prepared.prompt.token_ids)
-        self._answers = [_Answer(prepared, tokenizer, prefix) for _ in range(prepared.sampling.n)]
+        self._answers = LiveAnswers(len(prepared.prompt.token_ids), prepared.sampling, tokenizer, prefix)
         self._pending: dict[int, list[TokenOutput]] = {}
         self._error: QvlError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -49,26 +49,16 @@ class LiveRequest:
 
         Raises what `fail` was given, and `RequestFailed` when the engine gives one of the answers up.
         """
-        open_answers = len(self._answers)
-        while open_answers:
+        while self._answers.num_open:
             if not self._pending:
                 await self._more()
             pending, self._pending = self._pending, {}
             for index, outputs in pending.items():
-                answer = self._answers[index]
-                if answer.ended:
-                    continue
-                gained = answer.take(outputs)
-                if answer.stopped:
+                delta = self._answers.take(index, outputs)
+                if self._answers.must_abort(index):
                     stop(index)
-                open_answers -= answer.ended
-                if gained is not None:
-                    text, token_ids, logprobs, reason, stop_reason = gained
-                    yield Delta(index, text, token_ids, logprobs, reason, stop_reason, self._usage())
-
-    def _usage(self) -> Usage:
-        generated = sum(answer.num_tokens for answer in self._answers)
-        return Usage(self._prompt_tokens, generated, self._answers[0].num_cached_tokens)
+                if delta is not None:
+                    yield delta
 
     async def _more(self) -> None:
         if self._error is not None:
@@ -84,52 +74,3 @@ class LiveRequest:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-_Gained = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...] | None, FinishReason | None, str | int | None]
-
-
-class _Answer:
-    """One answer: its text so far is in the detokenizer, its ids without text of their own wait for the next text."""
-
-    def __init__(self, prepared: Prepared, tokenizer: Tokenizer, prefix: str) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prepared.sampling)
-        self._text = prefix
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] | None = None if prepared.sampling.logprobs is None else []
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.ended = False
-        self.stopped = False
-
-    def take(self, outputs: Sequence[TokenOutput]) -> _Gained | None:
-        """What these outputs add; None while there is no text to show for it yet."""
-        last = outputs[-1]
-        if last.finish_reason == "error":
-            raise RequestFailed(last.error or "the engine gave this request up")
-        token_ids = last.token_ids if len(outputs) == 1 else [id for output in outputs for id in output.token_ids]
-        piece = self._detokenizer.feed(token_ids, last.finish_reason)
-        self.num_cached_tokens = max(self.num_cached_tokens, last.num_cached_tokens)
-        self.num_tokens += piece.num_tokens
-        self._text += piece.text
-        self._token_ids += token_ids[: piece.num_tokens]
-        self._add_logprobs(outputs, piece.num_tokens)
-        reason: FinishReason | None = last.finish_reason
-        stop_reason: str | int | None = last.stop_reason
-        if piece.stop is not None:
-            reason, stop_reason = "stop", piece.stop
-            self.stopped = last.finish_reason is None
-        self.ended = reason is not None
-        return self._gained(reason, stop_reason) if self._text or self.ended else None
-
-    def _gained(self, reason: FinishReason | None, stop_reason: str | int | None) -> _Gained:
-        logprobs = None if self._logprobs is None else tuple(self._logprobs)
-        gained = self._text, tuple(self._token_ids), logprobs, reason, stop_reason
-        self._text, self._token_ids = "", []
-        self._logprobs = None if self._logprobs is None else []
-        return gained
-
-    def _add_logprobs(self, outputs: Sequence[TokenOutput], count: int) -> None:
-        if self._logprobs is not None:
-            entries = [entry for output in outputs for entry in output.logprobs or ()]
-            self._logprobs += entries[:count]

@@ -10,16 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from qvl.types import (
-    Answer,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    Delta,
-    FinishReason,
-    TokenLogprob,
-    Usage,
-)
+from qvl.engine.answers import Collector
+from qvl.types import ChatRequest, Completion, CompletionRequest, Delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +82,10 @@ class Backend(Protocol):
         """Numbers for monitoring by name; a name that ends in `_total` only grows."""
 
 
-@dataclass(slots=True)
-class _Draft:
-    """An answer while its deltas arrive."""
-
-    texts: list[str]
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason = "abort"
-    stop_reason: str | int | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + list(delta.logprobs)
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-
-    def answer(self, index: int) -> Answer:
-        logprobs = None if self.logprobs is None else tuple(self.logprobs)
-        return Answer(index, "".join(self.texts), tuple(self.token_ids), self.finish_reason, self.stop_reason, logprobs)
-
-
 async def collect(deltas: AsyncGenerator[Delta, None]) -> Completion:
     """All answers of a stream, in the order of their index; the stream is closed in any case."""
-    drafts: dict[int, _Draft] = {}
-    usage = Usage()
+    collector = Collector()
     async with aclosing(deltas):
         async for delta in deltas:
-            drafts.setdefault(delta.index, _Draft([], [])).add(delta)
-            usage = delta.usage
-    return Completion(tuple(drafts[index].answer(index) for index in sorted(drafts)), usage)
+            collector.add(delta)
+    return collector.completion()
