@@ -90,11 +90,6 @@ class EncoderCache(Generic[T]):
             if entry.holders:
                 self._pinned_bytes -= entry.num_bytes
 
-    def clear(self) -> None:
-        """Forget every entry that is not pinned."""
-        for digest in [digest for digest, entry in self._entries.items() if not entry.holders]:
-            self.drop(digest)
-
     def _evict(self, num_bytes: int) -> None:
         """Drop unpinned entries, least recently used first, until `num_bytes` more fit (or none is left)."""
         if self.used_bytes + num_bytes <= self.capacity_bytes:

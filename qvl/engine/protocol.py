@@ -8,7 +8,6 @@ Knows the shape of every message. Does not know sockets' lifetimes, the schedule
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
 from typing import TypeAlias
@@ -247,23 +246,6 @@ def read_frame(sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES) -> bytes |
     if len(body) < length:
         raise ProtocolError("the connection ended inside a frame")
     return body
-
-
-async def write_frame_async(writer: asyncio.StreamWriter, body: bytes) -> None:
-    """Send one frame and wait until the transport's buffer has room again."""
-    writer.write(frame(body))
-    await writer.drain()
-
-
-async def read_frame_async(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> bytes | None:
-    """The next body, None at the end of the stream. Raises `ProtocolError` for a cut or over-long frame."""
-    try:
-        head = await reader.readexactly(_LENGTH.size)
-        return await reader.readexactly(_checked_length(head, max_bytes))
-    except asyncio.IncompleteReadError as error:
-        if not error.partial and error.expected == _LENGTH.size:
-            return None
-        raise ProtocolError("the connection ended inside a frame") from error
 
 
 def _checked_length(head: bytes | bytearray, max_bytes: int) -> int:

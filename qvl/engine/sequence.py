@@ -137,10 +137,6 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
     def num_to_compute(self) -> int:
         """Tokens that are known (or pending on the device) and not computed yet."""
         return len(self.token_ids) + self.num_pending - self.num_computed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import socket
 import struct
@@ -118,31 +117,13 @@ def test_frames_over_blocking_sockets() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"\x00", protocol.frame(b"whole")[:-1], struct.pack(">I", 1 << 31) + b"x"])
-async def test_cut_and_over_long_frames_are_errors(sent: bytes) -> None:
+def test_cut_and_over_long_frames_are_errors(sent: bytes) -> None:
     left, right = socket.socketpair()
     with left, right:
         left.sendall(sent)
         left.close()
         with pytest.raises(ProtocolError):
             protocol.read_frame(right)
-    reader = asyncio.StreamReader()
-    reader.feed_data(sent)
-    reader.feed_eof()
-    with pytest.raises(ProtocolError):
-        await protocol.read_frame_async(reader)
-
-
-async def test_frames_over_asyncio() -> None:
-    left, right = socket.socketpair()
-    _, writer = await asyncio.open_unix_connection(sock=left)
-    reader, other = await asyncio.open_unix_connection(sock=right)
-    await protocol.write_frame_async(writer, b"one")
-    await protocol.write_frame_async(writer, b"")
-    assert await protocol.read_frame_async(reader) == b"one"
-    assert await protocol.read_frame_async(reader) == b""
-    writer.close()
-    assert await protocol.read_frame_async(reader) is None
-    other.close()
 
 
 def test_the_buffer_refuses_an_announced_length_above_the_cap() -> None:

@@ -54,7 +54,7 @@ def test_counts_through_prefill_decode_and_preemption() -> None:
     assert (seq.num_to_compute, seq.is_decoding) == (1, False)  # one token, but of the prompt
     seq.num_computed = 3
     seq.append(9)
-    assert (seq.num_to_compute, seq.is_decoding, seq.output_ids) == (1, True, [9])
+    assert (seq.num_to_compute, seq.is_decoding, seq.num_output) == (1, True, 1)
     seq.reset()
     assert (seq.num_to_compute, seq.is_decoding, seq.num_preemptions) == (4, False, 1)
     assert seq.status is Status.WAITING
