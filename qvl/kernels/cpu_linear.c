@@ -1,66 +1,24 @@
 /* y = x W^T + b on a CPU: fp32 activations, weights in bf16, fp16 or fp32, sums in fp32.
  *
- * Knows vectors, caches and threads. Does not know Python. Written with vector extensions, so that one source becomes
- * AVX2, AVX-512 or NEON code with -march=native.
+ * Knows caches and threads. Does not know Python.
  *
  * A tile is ROWS rows of W times COLUMNS rows of x, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
  * one, a mask the odd one, which is why x is stored as evens, then odds, of every group. Each tile fetches the next
  * one's part of W ahead: a processor's own prefetcher does not follow four short rows, and gives a third less.
  */
-#include <stdint.h>
-#include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "cpu_vectors.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
+#if LANES == 16
 #define COLUMNS 6
-#elif defined(__AVX2__)
-#define LANES 8
+#elif LANES == 8
 #define COLUMNS 3
 #else
-#define LANES 4
 #define COLUMNS 4
 #endif
 #define ROWS 4
-#define GROUP (2 * LANES)
-#define K_CHUNK 2048          /* COLUMNS rows of x of this length stay in the first-level cache */
+#define K_CHUNK 2048             /* COLUMNS rows of x of this length stay in the first-level cache */
 #define BLOCK_BYTES (192 * 1024) /* a block of W stays in the second-level cache while all of x passes */
-
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef float vf_u __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef uint32_t vi __attribute__((vector_size(LANES * 4)));
-typedef uint32_t vi_u __attribute__((vector_size(LANES * 4), aligned(2)));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vf bf16_low(const uint16_t *w) { return (vf)(*(const vi_u *)w << 16); }
-INLINE vf bf16_high(const uint16_t *w) { return (vf)(*(const vi_u *)w & 0xffff0000u); }
-INLINE vf f32_low(const float *w) { return *(const vf_u *)w; }
-INLINE vf f32_high(const float *w) { return *(const vf_u *)(w + LANES); }
-#if LANES == 16
-INLINE vf f16_low(const uint16_t *w) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)w)); }
-#elif defined(__F16C__) && LANES == 8
-INLINE vf f16_low(const uint16_t *w) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w)); }
-#else
-INLINE vf f16_low(const uint16_t *w) {
-    vf out;
-    for (int i = 0; i < LANES; i++) {
-        _Float16 h;
-        memcpy(&h, w + i, 2);
-        out[i] = (float)h;
-    }
-    return out;
-}
-#endif
-INLINE vf f16_high(const uint16_t *w) { return f16_low(w + LANES); }
-
-INLINE float sum(vf v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
-}
 
 /* x [m, k] to out [m, padded k]: zero-filled to whole groups; `split` stores evens before odds in each group. */
 static void arrange(const float *x, long ldx, float *out, long m, long k, int split, int threads) {

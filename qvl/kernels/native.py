@@ -76,7 +76,8 @@ def cache_folder() -> Path:
 def fingerprint(source: Path, compiler: list[str]) -> str:
     """Changes with the source, the compiler and the processor's abilities."""
     program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
-    parts = (source.read_text(), str(FLAGS), str(compiler), str(program), str(program.stat().st_mtime_ns), processor())
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
+    parts = (source.read_text(), *headers, str(FLAGS), str(compiler), str(program.stat().st_mtime_ns), processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

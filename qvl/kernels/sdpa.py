@@ -56,13 +56,7 @@ class GatherAttention:
         """Group the decoding sequences by length and build the masks."""
         table = metadata.block_table.long()
         decodes = [decode_group(metadata, table, rows) for rows in group_by_length(metadata)]
-        prefills = []
-        start = metadata.num_decodes
-        for i in range(metadata.num_decodes, len(metadata.query_lens)):
-            stop = start + metadata.query_lens[i]
-            prefills.append(prefill_chunk(metadata, table[i], start, stop, metadata.context_lens[i]))
-            start = stop
-        return Plan(metadata.slot_mapping, decodes, prefills)
+        return Plan(metadata.slot_mapping, decodes, prefill_chunks(metadata))
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
         """As `qvl.layers.attention.PagedAttention.run`."""
@@ -107,6 +101,18 @@ def decode_group(metadata: AttentionMetadata, table: Tensor, rows: list[int]) ->
         return DecodeGroup(index, slots, length, None)
     mask = torch.arange(length, device=table.device) < lengths
     return DecodeGroup(index, slots, length, mask[:, None, None])
+
+
+def prefill_chunks(metadata: AttentionMetadata) -> list[PrefillChunk]:
+    """The sequences behind the decoding ones."""
+    table = metadata.block_table.long()
+    chunks = []
+    start = metadata.num_decodes
+    for i in range(metadata.num_decodes, len(metadata.query_lens)):
+        stop = start + metadata.query_lens[i]
+        chunks.append(prefill_chunk(metadata, table[i], start, stop, metadata.context_lens[i]))
+        start = stop
+    return chunks
 
 
 def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: int, length: int) -> PrefillChunk:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvl.kernels.fused import add_rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis; the mean square is taken in fp32."""
@@ -20,14 +22,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # [n, size] -> [n, size]
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x.to(hidden_states.dtype) * self.weight
+        return add_rms_norm(hidden_states, None, self.weight, self.eps)[0]
 
     def add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(hidden_states + residual), hidden_states + residual), both [n, size]."""
-        residual = hidden_states + residual
-        return self(residual), residual
+        """(norm(hidden_states + residual), hidden_states + residual), both [n, size]; may overwrite `residual`."""
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

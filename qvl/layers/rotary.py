@@ -1,6 +1,7 @@
 """Rotary position embeddings: the text decoder's three-axis form (M-RoPE) and the vision tower's two-axis form.
 
-Knows how positions become angles and how angles turn vectors. Does not know where positions come from in a prompt.
+Knows how positions become angles; `qvl.kernels.fused.rotate` turns vectors by them. Does not know where positions come
+from in a prompt.
 """
 
 from __future__ import annotations
@@ -38,14 +39,6 @@ class MRope:
         angles = (positions.float()[self.axis] * self.inv_freq).T
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [n, heads, head_dim], [n, 1, head_dim] twice
-    """Turn each pair (i, i + head_dim / 2) by its angle; computed in fp32, returned in the dtype of x."""
-    half = x.shape[-1] // 2
-    wide = x.float()
-    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-    return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
 
 
 def vision_positions(grids: Sequence[Grid], merge_size: int) -> npt.NDArray[np.int64]:

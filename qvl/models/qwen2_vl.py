@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvl.kernels.attention import choose_attention
+from qvl.kernels.attention import capability_of, choose_attention
+from qvl.kernels.fused import rotate, silu_and_mul
 from qvl.kernels.linear import compute_dtype_for, describe_linear, linear
-from qvl.layers.activation import silu_and_mul
 from qvl.layers.attention import AttentionMetadata, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
-from qvl.layers.rotary import MRope, rotate
+from qvl.layers.rotary import MRope
 from qvl.models.vision import VisionTower
 from qvl.specs import ModelSpec, TextSpec
 from qvl.types import Grid
@@ -127,7 +127,9 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self.dtype = dtype
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype_for(dtype, self.device)
-        self.attention, self.attention_reason = choose_attention(self.device, self.compute_dtype)
+        self.attention, self.attention_reason = choose_attention(
+            self.device, self.compute_dtype, spec.text.head_dim, capability_of(self.device)
+        )
         self.linear_reason = describe_linear(dtype, self.device)
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)
@@ -154,7 +156,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         """[n, hidden], positions int64 [3, n]: after the final norm [n, hidden]; the cache gains n tokens."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
-        delta, residual = None, hidden_states.to(self.compute_dtype)
+        delta, residual = None, hidden_states.to(self.compute_dtype, copy=True)  # norms add to it in place
         for layer, kv in zip(self.model.layers, kv_cache, strict=True):
             delta, residual = layer(delta, residual, angles, self.attention, kv, plan)
         assert delta is not None

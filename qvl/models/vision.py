@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qvl.kernels.fused import rotate
 from qvl.layers.activation import ACTIVATIONS
 from qvl.layers.attention import segment_attention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import LayerNorm
-from qvl.layers.rotary import rotate, vision_angles
+from qvl.layers.rotary import vision_angles
 from qvl.specs import VisionSpec
 from qvl.types import Grid
 

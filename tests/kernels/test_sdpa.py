@@ -1,4 +1,4 @@
-"""Paged attention against attention written out, and how decoding sequences are grouped."""
+"""Every paged attention against attention written out, and how decoding sequences are grouped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qvl.kernels import cpu_attention
 from qvl.kernels.attention import choose_attention
 from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, group_by_length
-from qvl.layers.attention import AttentionMetadata
+from qvl.layers.attention import AttentionMetadata, PagedAttention
 
 
 def metadata(query: list[int], context: list[int], block_size: int) -> AttentionMetadata:
@@ -48,6 +49,40 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.flatten(1)
 
 
+@pytest.fixture(params=["gather", "cpu"])
+def attention(request: pytest.FixtureRequest) -> PagedAttention:
+    if request.param == "gather":
+        return GatherAttention()
+    chosen = cpu_attention.choose(16)
+    if chosen is None:
+        pytest.skip("no compiled kernels")
+    return chosen[0]
+
+
+def run_paged(
+    attention: PagedAttention, query: list[int], context: list[int], block_size: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(paged, written out), both [n, heads * dim], for random sequences of which all but the queries are cached."""
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 6, 2, 16
+    step = metadata(query, context, block_size)
+    num_blocks = sum(-(-length // block_size) for length in context)
+    cache = tuple(torch.randn(num_blocks, block_size, kv_heads, dim).to(dtype) for _ in range(2))
+    keys, values = ([torch.randn(n, kv_heads, dim) for n in context] for _ in range(2))
+    for i, (new, length) in enumerate(zip(query, context, strict=True)):
+        for pages, own in zip(cache, (keys, values), strict=True):
+            for t in range(length - new):  # what earlier steps have stored
+                pages[step.block_table[i, t // block_size], t % block_size] = own[i][t].to(dtype)
+    q = torch.randn(sum(query), heads, dim)
+    qkv = torch.cat((q.flatten(1), *(torch.cat([x[-n:] for x, n in zip(own, query, strict=True)]).flatten(1)
+                                     for own in (keys, values))), dim=1)  # fmt: skip
+    q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1))
+    out = attention.run(q, k, v, cache, attention.plan(step))
+    keys, values = ([x.to(dtype).float() for x in own] for own in (keys, values))
+    expected = [written_out(a, k, v) for a, k, v in zip(q.split(query), keys, values, strict=True)]
+    return out, torch.cat(expected)
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize(
     ("query", "context"),
@@ -62,33 +97,34 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ],
 )
 def test_attention_over_pages_equals_attention_written_out(
-    query: list[int], context: list[int], block_size: int
+    attention: PagedAttention, query: list[int], context: list[int], block_size: int
 ) -> None:
-    torch.manual_seed(0)
-    heads, kv_heads, dim = 6, 2, 8
-    step = metadata(query, context, block_size)
-    num_blocks = sum(-(-length // block_size) for length in context)
-    cache = tuple(torch.randn(num_blocks, block_size, kv_heads, dim) for _ in range(2))
-    keys, values = ([torch.randn(n, kv_heads, dim) for n in context] for _ in range(2))
-    for i, (new, length) in enumerate(zip(query, context, strict=True)):
-        for pages, own in zip(cache, (keys, values), strict=True):
-            for t in range(length - new):  # what earlier steps have stored
-                pages[step.block_table[i, t // block_size], t % block_size] = own[i][t]
-    q = torch.randn(sum(query), heads, dim)
-    new_k, new_v = (torch.cat([x[-n:] for x, n in zip(own, query, strict=True)]) for own in (keys, values))
-    attention = GatherAttention()
-    out = attention.run(q, new_k, new_v, cache, attention.plan(step))
-    expected = [written_out(a, k, v) for a, k, v in zip(q.split(query), keys, values, strict=True)]
-    assert torch.allclose(out, torch.cat(expected), atol=1e-5)
+    out, expected = run_paged(attention, query, context, block_size)
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
-def test_a_narrow_cache_serves_wide_queries() -> None:
-    step = metadata([1, 4], [5, 4], 4)
-    cache = tuple(torch.zeros(3, 4, 1, 8, dtype=torch.bfloat16) for _ in range(2))
-    attention = GatherAttention()
-    out = attention.run(torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.randn(5, 1, 8), cache, attention.plan(step))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_cache_serves_wide_queries(attention: PagedAttention, dtype: torch.dtype) -> None:
+    out, expected = run_paged(attention, [1, 1, 4], [7, 33, 5], 4, dtype)
     assert out.dtype == torch.float32
-    assert out.isfinite().all()
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_long_contexts_are_joined_from_their_parts(attention: PagedAttention) -> None:
+    out, expected = run_paged(attention, [1, 1, 1], [cpu_attention.SPLIT * 2 + 5, cpu_attention.SPLIT, 3], 16)
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_sequence_breaks_itself_only(attention: PagedAttention, bad: float) -> None:
+    step = metadata([1, 1], [5, 6], 4)
+    cache = tuple(torch.randn(4, 4, 1, 16) for _ in range(2))
+    q, k, v = (torch.randn(2, 1, 16) for _ in range(3))
+    k[0, 0, 0] = bad
+    q[0, 0, 0] = 1.0
+    out = attention.run(q, k, v, cache, attention.plan(step))
+    assert out[0].isnan().any()
+    assert out[1].isfinite().all()
 
 
 def test_groups_hold_every_sequence_once_and_little_padding() -> None:
@@ -104,5 +140,5 @@ def test_groups_hold_every_sequence_once_and_little_padding() -> None:
 
 
 def test_the_choice_has_a_reason() -> None:
-    attention, reason = choose_attention(torch.device("cpu"), torch.float32)
+    attention, reason = choose_attention(torch.device("cpu"), torch.float32, 64)
     assert attention.name in reason

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvl.layers.activation import ACTIVATIONS, silu_and_mul
+from qvl.kernels.fused import rotate, silu_and_mul
+from qvl.layers.activation import ACTIVATIONS
 from qvl.layers.attention import segment_attention
 from qvl.layers.norm import RMSNorm
-from qvl.layers.rotary import MRope, rotate, vision_angles, vision_positions
+from qvl.layers.rotary import MRope, vision_angles, vision_positions
 from qvl.types import Grid
 
 

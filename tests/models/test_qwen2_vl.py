@@ -91,3 +91,11 @@ def test_16_bit_is_at_most_twice_as_far_from_fp32_as_the_reference(
     ours = oracle.our_logits(oracle.load_ours(folder, dtype), case, positions, exact.config, chunk=11)
     assert ours.dtype == torch.float32
     assert oracle.relative_error(ours, truth) <= 2 * theirs
+
+
+def test_inputs_are_left_alone(models: tuple[Any, Any]) -> None:
+    _, ours = models
+    hidden = ours.embed(torch.arange(5))
+    before = hidden.clone()
+    Pages(ours, 1).step([(0, hidden, torch.arange(5).expand(3, -1))])
+    assert torch.equal(hidden, before)

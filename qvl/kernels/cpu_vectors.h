@@ -1,0 +1,76 @@
+/* Vectors of LANES floats, how 16-bit numbers become them, and the exponential function.
+ *
+ * Written with vector extensions, so that one source becomes AVX2, AVX-512 or NEON code with -march=native.
+ */
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define GROUP (2 * LANES)
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef float vf_u __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vi_u __attribute__((vector_size(LANES * 4), aligned(2)));
+typedef uint16_t vh_u __attribute__((vector_size(LANES * 2), aligned(2)));
+typedef int32_t vs __attribute__((vector_size(LANES * 4)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf bf16_low(const uint16_t *w) { return (vf)(*(const vi_u *)w << 16); }
+INLINE vf bf16_high(const uint16_t *w) { return (vf)(*(const vi_u *)w & 0xffff0000u); }
+INLINE vf bf16_plain(const uint16_t *w) { return (vf)(__builtin_convertvector(*(const vh_u *)w, vi) << 16); }
+INLINE vf f32_low(const float *w) { return *(const vf_u *)w; }
+INLINE vf f32_high(const float *w) { return *(const vf_u *)(w + LANES); }
+#if LANES == 16
+INLINE vf f16_low(const uint16_t *w) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)w)); }
+#elif defined(__F16C__) && LANES == 8
+INLINE vf f16_low(const uint16_t *w) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w)); }
+#else
+INLINE vf f16_low(const uint16_t *w) {
+    vf out;
+    for (int i = 0; i < LANES; i++) {
+        _Float16 h;
+        memcpy(&h, w + i, 2);
+        out[i] = (float)h;
+    }
+    return out;
+}
+#endif
+INLINE vf f16_high(const uint16_t *w) { return f16_low(w + LANES); }
+
+INLINE float sum(vf v) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += v[i];
+    return s;
+}
+
+INLINE vf choose(vs mask, vf a, vf b) { return (vf)(((vs)a & mask) | ((vs)b & ~mask)); }
+
+/* e^x to a few units in the last place; 0 below -87, infinity above 88, NaN stays NaN. */
+INLINE vf exponential(vf x) {
+    const vf low = (vf){0} - 87.0f, high = (vf){0} + 88.0f;
+    vf t = choose(x > high, high, choose(x < low, low, x));
+    vf n = t * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number, found in the low bits */
+    vs power = (vs)n << 23;
+    n -= 12582912.0f;
+    vf f = t - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    p = (vf)((vs)p + power);
+    p = choose(x > high, (vf){0} + __builtin_inff(), p);
+    return choose(x != x, x, choose(x < low, (vf){0}, p));
+}

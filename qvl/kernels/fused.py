@@ -1,0 +1,106 @@
+"""What stands between the matrix products: one pass where there is a compiled kernel, torch's operations elsewhere.
+
+Knows which tensors the compiled CPU kernels take (fp32, rows contiguous). Does not know layers or names of weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl.kernels.native import NativeUnavailable, load_native
+
+SOURCE = Path(__file__).with_name("cpu_layers.c")
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "qvl_add_rms_norm": (_P, _P, _P, _P, _L, _L, _F, _I),
+    "qvl_silu_and_mul": (_P, _P, _L, _L, _I),
+    "qvl_quick_gelu": (_P, _P, _L, _I),
+    "qvl_rotate": (_P, _L, _P, _P, _P, _L, _L, _L, _I),
+    "qvl_store": (_P, _L, _P, _P, _L, _L, _I, _I),
+    "qvl_decode_attention": (_P, _P, _P, _P, _L, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _I, _I),
+}
+
+
+@functools.cache
+def cpu_kernels() -> Any | None:
+    """The compiled library with its signatures set, or None (the linear kernels tell the operator why)."""
+    try:
+        library = load_native(SOURCE)
+    except NativeUnavailable:
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = None
+    library.qvl_lanes.restype = _L
+    return library
+
+
+def kernels_for(x: Tensor) -> Any | None:
+    """The compiled library when it can work on x."""
+    return cpu_kernels() if x.device.type == "cpu" and x.dtype == torch.float32 else None
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual) * weight, x + residual), all [n, size]; the mean square is taken in fp32.
+
+    `residual` may be overwritten with the sum. Without it: (norm(x) * weight, x).
+    """
+    library = kernels_for(x)
+    if library is not None and x.is_contiguous() and (residual is None or residual.is_contiguous()):
+        out = torch.empty_like(x)
+        library.qvl_add_rms_norm(
+            x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
+            x.shape[0], x.shape[1], eps, torch.get_num_threads(),
+        )  # fmt: skip
+        return out, x if residual is None else residual
+    total = x if residual is None else x + residual
+    wide = total.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight, total
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:  # [n, 2 * size] -> [n, size]
+    """silu(first half) * second half."""
+    library = kernels_for(gate_up)
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    if library is not None and gate_up.is_contiguous():
+        out = gate_up.new_empty(rows, size)
+        library.qvl_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size, torch.get_num_threads())
+        return out
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def quick_gelu(x: Tensor) -> Tensor:  # any shape
+    """x * sigmoid(1.702 x), the GELU approximation of CLIP and of this family's vision tower."""
+    library = kernels_for(x)
+    if library is not None and x.is_contiguous():
+        out = torch.empty_like(x)
+        library.qvl_quick_gelu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
+        return out
+    return x * torch.sigmoid(1.702 * x)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [n, heads, head_dim], fp32 [n, 1, head_dim] twice
+    """Turn each pair (i, i + head_dim / 2) by its angle; computed in fp32, returned in the dtype of x."""
+    library = kernels_for(x)
+    rows, heads, dim = x.shape
+    if library is not None and x.stride(2) == 1 and x.stride(1) == dim and cos.is_contiguous() and sin.is_contiguous():
+        out = x.new_empty(rows, heads, dim)
+        library.qvl_rotate(
+            x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, dim,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+    half = dim // 2
+    wide = x.float()
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+    return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
