@@ -1,4 +1,4 @@
-"""The one error tree. Every class carries its HTTP status, OpenAI error type and code, and the exit code of the command line.
+"""The one error tree. Every class carries its HTTP status, OpenAI type and code, and the exit code of the command line.
 
     QvlError                      500 server_error
     |-- InvalidRequest            400 invalid_request_error     what a caller sent and can mend
@@ -15,8 +15,8 @@
     |-- Unavailable               503 engine_unavailable
     `-- RequestFailed             500 request_failed            one request went wrong inside the engine
 
-Knows how an error is told to others. Does not know HTTP libraries, and never puts addresses, paths of the server, prompts or
-stack traces into a message that goes over the wire.
+Knows how an error is told to others. Does not know HTTP libraries, and never puts addresses, paths of the server,
+prompts or stack traces into a message that goes over the wire.
 """
 
 from __future__ import annotations
