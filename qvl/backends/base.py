@@ -57,6 +57,9 @@ class Backend(Protocol):
     def not_ready(self) -> str | None:
         """None when a request would be answered, else the reason why not, fit to be shown to callers."""
 
+    def launch(self) -> None:
+        """Begin what takes long and needs no loop, for who has something else to do before `start`."""
+
     async def start(self) -> None:
         """Returns when requests can be answered. Raises `ConfigError` when that will never be so."""
 

@@ -50,6 +50,9 @@ class EchoBackend:
     def not_ready(self) -> str | None:
         return None if self._started else "the backend is not started"
 
+    def launch(self) -> None:
+        """There is nothing to load."""
+
     async def start(self) -> None:
         self._started = True
 

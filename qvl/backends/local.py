@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,13 +100,21 @@ class LocalBackend:
         """The engine's process id while it runs."""
         return None if self._process is None else self._process.pid
 
-    async def start(self) -> None:
+    def launch(self) -> None:
+        """Begin what takes long, the engine process, before there is a loop; `start` goes on from there."""
+        if self._sockets is not None:
+            return
         self._reason = "the engine is starting"
         for base in {*bases(), socket_base()}:
             remove_stale(base)
         self._scratch = [ScratchFolder(base) for base in bases()]
         self._sockets = ScratchFolder(socket_base())
         self._store = PixelStore([folder.path for folder in self._scratch])
+        self._process = self._new_process()
+        self._process.launch()
+
+    async def start(self) -> None:
+        self.launch()
         first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise(first))
         self._supervisor.add_done_callback(self._unsupervised)
@@ -119,6 +127,8 @@ class LocalBackend:
 
     async def stop(self) -> None:
         self._reason = "the server is shutting down"
+        if self._process is not None:
+            self._process.close()
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -222,14 +232,10 @@ class LocalBackend:
     async def _supervise(self, first: asyncio.Future[None]) -> None:
         """One engine process after another. A first one that cannot start ends it: that is the operator's to mend."""
         pause = FIRST_PAUSE_SECONDS
-        try:
-            self._tokenizer = await asyncio.get_running_loop().run_in_executor(self._text_pool, self._load_tokenizer)
-        except QvlError as error:
-            first.set_exception(error)
-            return
+        loading = asyncio.get_running_loop().run_in_executor(self._text_pool, self._load_tokenizer)
         while True:
             born = time.monotonic()
-            failure = await self._one_life(first)
+            failure = await self._one_life(first, loading)
             if not first.done():
                 first.set_exception(ConfigError(failure))
                 return
@@ -243,7 +249,7 @@ class LocalBackend:
     def _unsupervised(self, supervisor: asyncio.Task[None]) -> None:
         """Without a supervisor nothing is started again: that must not look like a short pause."""
         error = None if supervisor.cancelled() else supervisor.exception()
-        if error is not None:
+        if error is not None and not isinstance(error, QvlError):
             logger.error("the engine is not supervised any more", exc_info=error)
             self._reason = "the engine cannot be started again; the server's log says why"
 
@@ -251,50 +257,55 @@ class LocalBackend:
         spec = load_spec(find_model(self._options.model))
         return Tokenizer.from_folder(spec.folder, spec.ids)
 
-    async def _one_life(self, first: asyncio.Future[None]) -> str:
-        """From the start of an engine process to its end; what it died of."""
-        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    def _new_process(self) -> EngineProcess:
+        assert self._sockets is not None
+        folders = [str(folder.path) for folder in (*self._scratch, self._sockets)]
+        socket = str(self._sockets.path / f"engine-{self._restarts}")
+        return EngineProcess(self._command, self._options, socket, folders)
+
+    async def _one_life(self, first: asyncio.Future[None], loading: asyncio.Future[Tokenizer]) -> str:
+        """One engine process to its end; what it died of. Raises `QvlError` when the tokenizer cannot be loaded."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[int] = loop.create_future()
+        ready: asyncio.Future[Ready] = loop.create_future()
         last_words: list[str] = []
 
         def hear(message: FromEngine) -> None:
             if isinstance(message, Outputs):
                 self._deliver(message)
             elif isinstance(message, Ready):
-                self._become_ready(message)
-                if not first.done():
-                    first.set_result(None)
+                ready.set_result(message)
             elif isinstance(message, Failed):
                 last_words.append(message.message)
 
         def end(code: int) -> None:
-            if not ended.done():
+            if not ended.done():  # stopped: nobody waits any more
                 ended.set_result(code)
 
-        process = EngineProcess(hear, end)
-        assert self._sockets is not None
-        socket = str(self._sockets.path / f"engine-{self._restarts}")
+        process = self._process or self._new_process()
+        self._process = process
         try:
-            await process.start(self._command, self._options, socket, self._scratch_paths())
-            self._process = process
+            if process.pid is None:
+                process.launch()
+            await process.connect(hear, end)
+            self._tokenizer = await loading
+            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ready.done() and not ended.done():
+                self._become_ready(ready.result(), self._tokenizer)
+                if not first.done():
+                    first.set_result(None)
             code = await ended
         finally:
             self._process = None
             process.close()
-            with suppress(FileNotFoundError):
-                os.unlink(socket)
         self._reason = "the engine process ended and is being started again"
         self._fail_all(Unavailable("the engine process ended while it worked on this request; send it again"))
         self._stats = EngineStats()
         return last_words[0] if last_words else f"the engine process ended with exit code {code}"
 
-    def _scratch_paths(self) -> list[str]:
-        folders = [*self._scratch, *([self._sockets] if self._sockets is not None else [])]
-        return [str(folder.path) for folder in folders]
-
-    def _become_ready(self, ready: Ready) -> None:
-        assert self._tokenizer is not None
+    def _become_ready(self, ready: Ready, tokenizer: Tokenizer) -> None:
         self._engine_info = ready.info
-        self._intake = Intake(EngineConfig.from_json(ready.config), self._tokenizer)
+        self._intake = Intake(EngineConfig.from_json(ready.config), tokenizer)
         self._reason = None
 
     def _deliver(self, message: Outputs) -> None:

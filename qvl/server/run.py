@@ -10,15 +10,17 @@ import socket
 import sys
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from qvl.backends.base import Backend, BackendInfo
 from qvl.errors import ConfigError, QvlError
-from qvl.server.app import create_app
 from qvl.server.http_protocol import http_protocol
 from qvl.server.options import ServerOptions
-from qvl.server.service import Service
+
+if TYPE_CHECKING:
+    from qvl.server.service import Service
 
 # After the running requests have ended (or were told that they will not), connections only have to be closed.
 CLOSE_SECONDS = 3
@@ -62,6 +64,9 @@ def run(options: ServerOptions, backend: Backend) -> int:
     listener = _bind(options)
     url = _url(options, listener)
     _start_logging(options)
+    backend.launch()
+    # Half a second of imports, during which the engine process already loads its own.
+    from qvl.server.app import create_app
 
     def started(error: QvlError | None) -> None:
         if error is None:

@@ -223,9 +223,21 @@ async def test_a_missing_checkpoint_is_told_before_anything_starts(tmp_path: Pat
     assert backend.engine_pid is None
 
 
+async def test_launched_early_and_started_later_is_one_process(checkpoint: Path) -> None:
+    """What loads the model can begin before there is a loop, while the HTTP stack is still being imported."""
+    backend = made(checkpoint, "fast")
+    backend.launch()
+    pid = backend.engine_pid
+    assert pid is not None
+    await backend.start()
+    assert backend.engine_pid == pid
+    assert (await collect(backend.complete(ask("hello"), "r"))).text == "hello"
+    await backend.stop()
+
+
 async def test_stop_ends_the_process_the_requests_and_the_folders(backend_of: Start) -> None:
     async with backend_of("slow") as backend:
-        folders = [Path(path) for path in backend._scratch_paths()]
+        folders = [folder.path for folder in (*backend._scratch, backend._sockets) if folder is not None]
         assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
         pid = backend.engine_pid
         running = asyncio.ensure_future(collect(backend.complete(ask("word " * 200), "r")))
