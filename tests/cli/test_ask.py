@@ -36,7 +36,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server at the default address, whatever runs on the developer's machine."""
-    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("qvl.cli.answer.DEFAULT_URL", "http://127.0.0.1:9")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_question_about_pictures(server: Live, picture: Path, capsys: pytest.C
 def test_the_server_at_the_default_address_is_found(
     server: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", server.url)
+    monkeypatch.setattr("qvl.cli.answer.DEFAULT_URL", server.url)
     assert run(["ask", "Hello", "--model", "parrot"]) == 0
     assert run(["ask", "Hello"]) == 0
     assert capsys.readouterr().out == "Hello\nHello\n"
@@ -123,7 +123,7 @@ def test_without_a_server_the_answer_is_made_here(
 def test_a_model_that_the_local_server_does_not_have_is_loaded_here(
     server: Live, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", server.url)
+    monkeypatch.setattr("qvl.cli.answer.DEFAULT_URL", server.url)
     assert run(["ask", "Hi", "--model", str(checkpoint), "--max-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answered_by"].endswith("in process")
 
@@ -131,7 +131,7 @@ def test_a_model_that_the_local_server_does_not_have_is_loaded_here(
 def test_an_unreadable_picture_is_told_in_one_line(
     server: Live, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qvl.cli.ask.DEFAULT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("qvl.cli.answer.DEFAULT_URL", "http://127.0.0.1:9")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG but not really")
     assert run(["ask", "What?", str(broken), "--model", str(checkpoint)]) == 2
