@@ -61,7 +61,7 @@ def check(
 
 
 def _versions() -> str:
-    return ", ".join(f"{name} {installed(name)}" for name in ("qvl", "torch", "tokenizers", "safetensors", "av"))
+    return ", ".join(f"{name} {installed(name)}" for name in ("qvl", "torch", "tokenizers", "av"))
 
 
 def _network(config: EngineConfig) -> Qwen2VLForConditionalGeneration:
