@@ -77,8 +77,10 @@ def test_the_model_must_be_the_served_one_when_it_is_named(server: Live) -> None
 
 
 def test_aliases_and_the_name_in_the_answer() -> None:
-    with live(EchoBackend(), ServerOptions(served_model_names=("qwen", "alias"))) as running:
-        assert [model["id"] for model in running.get("/v1/models").json()["data"]] == ["qwen", "alias"]
+    with live(EchoBackend(), ServerOptions(served_model_names=("qwen", "alias", "org/name"))) as running:
+        assert [model["id"] for model in running.get("/v1/models").json()["data"]] == ["qwen", "alias", "org/name"]
+        for path in ("org/name", "org%2Fname"):
+            assert running.get(f"/v1/models/{path}").json()["id"] == "org/name"
         assert running.post("/v1/chat/completions", {**HELLO, "model": "alias"}).json()["model"] == "alias"
         assert running.post("/v1/chat/completions", HELLO).json()["model"] == "qwen"
         assert running.post("/v1/chat/completions", {**HELLO, "model": "echo"}).status_code == 404
