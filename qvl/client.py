@@ -26,10 +26,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from qvl import wire
+from qvl.engine.answers import Collector
 from qvl.engine.messages import Dialogue, read_dialogue
 from qvl.errors import InvalidRequest, QvlError, RequestFailed, Unavailable
 from qvl.types import (
-    Answer,
     ChatRequest,
     Completion,
     Delta,
@@ -39,8 +39,6 @@ from qvl.types import (
     Part,
     SamplingParams,
     TextPart,
-    TokenLogprob,
-    Usage,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -178,13 +176,11 @@ def body_of(request: ChatRequest, model: str) -> dict[str, Any]:
 
 
 def collect(deltas: Iterable[Delta]) -> Completion:
-    """All answers of a stream, joined. Raises `RequestFailed` when one of them never ended."""
-    pieces: dict[int, list[Delta]] = {}
-    usage = Usage()
+    """All answers of a stream, joined; one that never ended has the finish_reason "abort"."""
+    collector = Collector()
     for delta in deltas:
-        pieces.setdefault(delta.index, []).append(delta)
-        usage = delta.usage if delta.usage != Usage() else usage
-    return Completion(tuple(_answer(index, pieces[index]) for index in sorted(pieces)), usage)
+        collector.add(delta)
+    return collector.completion()
 
 
 def question(text: str, media: Sequence[Any], system: str | None = None) -> tuple[Message, ...]:
@@ -260,21 +256,6 @@ def _json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestFailed("the server sent an event that is not a JSON object")
     return value
-
-
-def _answer(index: int, deltas: Sequence[Delta]) -> Answer:
-    last = next((delta for delta in deltas if delta.finish_reason is not None), None)
-    if last is None or last.finish_reason is None:
-        raise RequestFailed(f"answer {index} ended without a finish_reason")
-    logprobs: list[TokenLogprob] = [entry for delta in deltas for entry in delta.logprobs or ()]
-    return Answer(
-        index=index,
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=tuple(logprobs) if any(delta.logprobs is not None for delta in deltas) else None,
-    )
 
 
 def _error(response: httpx.Response) -> QvlError:
