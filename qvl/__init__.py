@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvl.client import Client
     from qvl.engine.llm import LLM
     from qvl.errors import QvlError
     from qvl.types import (
@@ -32,6 +33,7 @@ __all__ = [
     "LLM",
     "Answer",
     "ChatRequest",
+    "Client",
     "Completion",
     "CompletionRequest",
     "Delta",
@@ -45,7 +47,7 @@ __all__ = [
     "Usage",
 ]
 
-_ELSEWHERE = {"LLM": "qvl.engine.llm", "QvlError": "qvl.errors"}
+_ELSEWHERE = {"Client": "qvl.client", "LLM": "qvl.engine.llm", "QvlError": "qvl.errors"}
 
 
 def __getattr__(name: str) -> Any:
