@@ -1,23 +1,28 @@
-"""Which tokens a request has used so far, counted on the device, and the three penalties that read the counts.
+"""Which tokens a request has used so far and how often, and the three penalties that read these counts.
 
-Knows token histories. Does not know where logits come from, nor when a request ends: the table is a cache, and a row
-that was given away is rebuilt from the history that its owner hands in again.
+Knows token histories. Does not know where logits come from, nor when a request ends: the tables are a cache, and one
+that was given away is rebuilt from the history that its owner hands in again. Only the distinct tokens of a history are
+touched: a thousand picture pads are one of them.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from qvl.types import SamplingParams
 
+KEPT_TABLES = 32  # of requests that are not in the step: a preempted one may come back soon
+
 
 class HasHistory(Protocol):
-    """What the table needs of a row: whose it is, and its tokens (the first `num_prompt_tokens` are the prompt)."""
+    """What is needed of a row: whose it is, and its tokens (the first `num_prompt_tokens` are the prompt)."""
 
     @property
     def owner(self) -> object: ...
@@ -25,8 +30,6 @@ class HasHistory(Protocol):
     def token_ids(self) -> Sequence[int]: ...
     @property
     def num_prompt_tokens(self) -> int: ...
-    @property
-    def sampling(self) -> SamplingParams: ...
 
 
 def wants_penalties(sampling: SamplingParams) -> bool:
@@ -39,88 +42,84 @@ def wants_penalties(sampling: SamplingParams) -> bool:
 
 
 class TokenCounts:
-    """One table row per request with penalties, [rows, vocab]: seen in the prompt (bool), count in the output (int32).
+    """Every distinct token of one history, and how often the output (not the prompt) has it."""
 
-    Grows by doubling to the largest number of rows that one step ever had; 5 bytes per row and vocabulary entry.
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self._num_counted = 0
+        self._size = 0
+        self._ids = np.empty(64, dtype=np.int64)
+        self._counts = np.empty(64, dtype=np.float32)
+        self._place: dict[int, int] = {}
+
+    def update(self, row: HasHistory) -> None:
+        """Take in what the history has gained."""
+        if self._num_counted == 0:
+            for token_id in dict.fromkeys(row.token_ids[: row.num_prompt_tokens]):
+                self._count(token_id, 0)
+            self._num_counted = row.num_prompt_tokens
+        for token_id in row.token_ids[self._num_counted :]:
+            self._count(token_id, 1)
+        self._num_counted = len(row.token_ids)
+
+    def _count(self, token_id: int, times: int) -> None:
+        place = self._place.setdefault(token_id, self._size)
+        if place < self._size:
+            self._counts[place] += times
+            return
+        if self._size == len(self._ids):
+            self._ids = np.resize(self._ids, 2 * self._size)
+            self._counts = np.resize(self._counts, 2 * self._size)
+        self._ids[place], self._counts[place] = token_id, times
+        self._size += 1
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> npt.NDArray[np.float32]:
+        return self._counts[: self._size]
+
+
+class CountTables:
+    """The counts of the requests of late, by identity of their owner."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[int, TokenCounts] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def of(self, rows: Sequence[HasHistory]) -> list[TokenCounts]:
+        """The counts of each row, up to date."""
+        found = []
+        for row in rows:
+            table = self._tables.get(id(row.owner)) or TokenCounts(row.owner)  # holds the owner: its id stays its own
+            table.update(row)
+            self._tables[id(row.owner)] = table
+            self._tables.move_to_end(id(row.owner))
+            found.append(table)
+        while len(self._tables) > len(rows) + KEPT_TABLES:
+            self._tables.popitem(last=False)
+        return found
+
+
+def apply_penalties(
+    logits: Tensor, rows: Sequence[int], tables: Sequence[TokenCounts], settings: Sequence[SamplingParams]
+) -> None:
+    """Penalise, in place, rows `rows` of float32 logits [m, vocab] by their counts.
+
+    Repetition divides positive and multiplies negative logits of every token of prompt and output (as transformers
+    does); presence and frequency are subtracted for tokens of the output only (as OpenAI and vLLM do).
     """
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
-        self.device = device
-        self.in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self.in_output = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
-        self._owners: list[object | None] = []
-        self._num_counted: list[int] = []
-
-    def rows_of(self, histories: Sequence[HasHistory]) -> list[int]:
-        """Table rows of these requests, brought up to date with their tokens."""
-        slots = self._assign([history.owner for history in histories])
-        prompt_rows, prompt_ids, output_rows, output_ids = [], [], [], []
-        for slot, history in zip(slots, histories, strict=True):
-            counted, start, end = self._num_counted[slot], history.num_prompt_tokens, len(history.token_ids)
-            if counted < start:
-                fresh = np.unique(np.asarray(history.token_ids[:start], dtype=np.int64))
-                prompt_ids.append(fresh)
-                prompt_rows.append(np.full(len(fresh), slot))
-            new = np.asarray(history.token_ids[max(counted, start) : end], dtype=np.int64)
-            output_ids.append(new)
-            output_rows.append(np.full(len(new), slot))
-            self._num_counted[slot] = end
-        if prompt_ids:
-            self.in_prompt[self._tensor(prompt_rows), self._tensor(prompt_ids)] = True
-        where = (self._tensor(output_rows), self._tensor(output_ids))
-        self.in_output.index_put_(where, torch.ones((), dtype=torch.int32, device=self.device), accumulate=True)
-        return slots
-
-    def _assign(self, owners: Sequence[object]) -> list[int]:
-        """A table row for every owner: its own, or one whose owner is not in this step, or a new one."""
-        known = {id(owner): slot for slot, owner in enumerate(self._owners) if owner is not None}
-        slots = [known.get(id(owner), -1) for owner in owners]
-        taken = set(slots)
-        spare = [slot for slot in range(len(self._owners)) if slot not in taken]
-        missing = slots.count(-1)
-        if missing > len(spare):
-            spare += self._grow(missing - len(spare))
-        for i, owner in enumerate(owners):
-            if slots[i] < 0:
-                # Rows of owners that are away are the oldest first, so a preempted request usually keeps its counts.
-                slots[i] = spare.pop(0)
-                self._clear(slots[i], owner)
-        return slots
-
-    def _grow(self, at_least: int) -> list[int]:
-        old = len(self._owners)
-        new = old + max(at_least, old)
-        for name in ("in_prompt", "in_output"):
-            table: Tensor = getattr(self, name)
-            wider = torch.zeros((new, self.vocab_size), dtype=table.dtype, device=self.device)
-            wider[:old] = table
-            setattr(self, name, wider)
-        self._owners += [None] * (new - old)
-        self._num_counted += [0] * (new - old)
-        return list(range(old, new))
-
-    def _clear(self, slot: int, owner: object) -> None:
-        self._owners[slot] = owner
-        self._num_counted[slot] = 0
-        self.in_prompt[slot] = False
-        self.in_output[slot] = 0
-
-    def _tensor(self, parts: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self.device, non_blocking=True)
-
-
-def apply_penalties(logits: Tensor, counts: TokenCounts, slots: Tensor, settings: Tensor) -> Tensor:
-    """Penalised logits [r, vocab] of rows whose table rows are `slots` [r].
-
-    `settings` [3, r] holds repetition, presence and frequency. Repetition divides positive and multiplies negative
-    logits of every token of prompt and output (as transformers does); presence and frequency are subtracted for tokens
-    of the output only (as OpenAI and vLLM do).
-    """
-    repetition, presence, frequency = settings[:, :, None].unbind(0)
-    in_output = counts.in_output[slots]
-    used = in_output > 0
-    repeated = used | counts.in_prompt[slots]
-    factor = torch.where(logits > 0, 1.0 / repetition, repetition)
-    logits = torch.where(repeated, logits * factor, logits)
-    return logits - frequency * in_output - presence * used
+    sizes = [len(table.ids) for table in tables]
+    rules = [(rule.repetition_penalty, rule.presence_penalty, rule.frequency_penalty) for rule in settings]
+    numbers = np.repeat(np.asarray(rules, dtype=np.float32), sizes, axis=0).T
+    floats = np.concatenate([numbers, np.concatenate([table.counts for table in tables])[None]])
+    where = np.stack([np.repeat(np.asarray(rows), sizes), np.concatenate([table.ids for table in tables])])
+    repetition, presence, frequency, counts = torch.from_numpy(floats).to(logits.device, non_blocking=True)
+    row, column = torch.from_numpy(where).to(logits.device, non_blocking=True)
+    values = logits[row, column]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[row, column] = values - frequency * counts - presence * (counts > 0)

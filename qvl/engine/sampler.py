@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qvl.engine.penalties import TokenCounts, apply_penalties, wants_penalties
+from qvl.engine.penalties import CountTables, apply_penalties, wants_penalties
 from qvl.types import SamplingParams, TokenLogprob
 
 MIN_TEMPERATURE = 1e-5  # below this, dividing by the temperature would overflow and the choice is the greedy one anyway
-MAX_SORT_FREE_TOP_K = 1024
+FEW_CANDIDATES = 1024
 FAILED = -1
 
 
@@ -64,7 +64,7 @@ class Sampler:
         self.device = device
         self._never = torch.tensor(sorted(never_sampled), dtype=torch.int64, device=device)
         self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)[None]
-        self._counts = TokenCounts(vocab_size, device)
+        self._counts = CountTables()
 
     def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
         """Tokens for float32 logits [m, vocab], which are overwritten. Waits for the device once, at the end."""
@@ -72,7 +72,7 @@ class Sampler:
         healthy = logits.sum(dim=1).isfinite()
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
         raw = torch.log_softmax(logits[self._index(wanted)], dim=1) if wanted else None
-        logits = self._penalise(logits, rows)
+        self._penalise(logits, rows)
         self._bias(logits, rows)
         self._ban(logits, rows)
         tokens = torch.where(healthy, self._choose(logits, rows), FAILED)
@@ -84,53 +84,63 @@ class Sampler:
         return _unpack(host, rows, wanted)
 
     def _choose(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-        """Greedy tokens, replaced by sampled ones where a row has a temperature. [m, vocab] -> [m] int64"""
-        tokens = logits.argmax(dim=1)
-        drawn = [i for i, row in enumerate(rows) if not is_greedy(row.sampling)]
-        if len(drawn) == len(rows):
-            return self._draw(logits, rows)
-        if drawn:
-            index = self._index(drawn)
-            tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
+        """Every row by the cheapest way that its rules allow. [m, vocab] -> [m] int64"""
+        kinds = [_kind(row.sampling, self.vocab_size) for row in rows]
+        ways = {"greedy": self._take_best, "free": self._draw, "filtered": self._draw_filtered}
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        for kind in set(kinds):
+            members = [i for i, other in enumerate(kinds) if other == kind]
+            if len(members) == len(rows):
+                return ways[kind](logits, rows)
+            index = self._index(members)
+            tokens[index] = ways[kind](logits[index], [rows[i] for i in members])
         return tokens
 
+    def _take_best(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+        return logits.argmax(dim=1)
+
     def _draw(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-        """The Gumbel-max trick over the candidates that the filters leave. [m, vocab] -> [m] int64"""
-        settings = [(row.sampling.temperature, row.sampling.top_p, row.sampling.min_p) for row in rows]
-        temperature, top_p, min_p = self._put(np.asarray(settings, dtype=np.float32).T)[:, :, None]
-        top_k = [_top_k(row.sampling, self.vocab_size) for row in rows]
-        values, ids = self._candidates(logits, rows, top_k)
-        values = values / temperature
-        if ids is not self._all_ids:
-            values = _filter_sorted(values, self._put(np.asarray(top_k, dtype=np.int64))[:, None], top_p)
+        """From the whole vocabulary."""
+        return self._pick(logits / self._column(rows, "temperature"), self._all_ids, rows)
+
+    def _draw_filtered(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+        """From what top_k and top_p leave."""
+        temperature, top_p = self._column(rows, "temperature"), self._column(rows, "top_p")
+        counts = [_top_k(row.sampling, self.vocab_size) for row in rows]
+        top_k = self._put(np.asarray(counts, dtype=np.int64))[:, None]
+        if max(counts) <= FEW_CANDIDATES:
+            values, ids = logits.topk(max(counts), dim=1)
+            values = values / temperature
+            return self._pick(_filter_sorted(values, values[:, :1], top_k, top_p), ids.to(torch.int32), rows)
+        scaled = logits / temperature
+        total = scaled.logsumexp(dim=1, keepdim=True)
+        if self.device.type == "cpu" and self.vocab_size > FEW_CANDIDATES:
+            # The few best are nearly always all that top_p leaves. Asking costs a GPU more than sorting.
+            values, ids = scaled.topk(FEW_CANDIDATES, dim=1)
+            enough = (values - total).exp().sum(dim=1, keepdim=True) > top_p
+            if bool((enough | (top_k <= FEW_CANDIDATES)).all()):
+                return self._pick(_filter_sorted(values, total, top_k, top_p), ids.to(torch.int32), rows)
+        values, ids = scaled.sort(dim=1, descending=True, stable=True)
+        return self._pick(_filter_sorted(values, total, top_k, top_p), ids.to(torch.int32), rows)
+
+    def _pick(self, values: Tensor, ids: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+        """min_p, then the Gumbel-max trick: scaled logits [m, c] of the candidates `ids` [m or 1, c] -> [m] int64"""
         if any((row.sampling.min_p or 0.0) > 0.0 for row in rows):
-            floor = values.amax(dim=1, keepdim=True) + min_p.log()
+            floor = values.amax(dim=1, keepdim=True) + self._column(rows, "min_p").log()
             values = values.masked_fill(values < floor, -torch.inf)
         keys = self._put(noise_keys([row.seed for row in rows], [row.position for row in rows]))
         best = (values + gumbel(keys, ids)).argmax(dim=1, keepdim=True)
         return ids.expand(len(rows), -1).gather(1, best)[:, 0].to(torch.int64)
 
-    def _candidates(self, logits: Tensor, rows: Sequence[SamplerRow], top_k: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits and token ids, best first; the whole vocabulary unsorted when no filter needs an order."""
-        if max(top_k) <= MAX_SORT_FREE_TOP_K:
-            values, ids = logits.topk(max(top_k), dim=1)
-        elif min(top_k) < self.vocab_size or any((row.sampling.top_p or 1.0) < 1.0 for row in rows):
-            values, ids = logits.sort(dim=1, descending=True, stable=True)
-        else:
-            return logits, self._all_ids
-        return values, ids.to(torch.int32)
+    def _column(self, rows: Sequence[SamplerRow], name: str) -> Tensor:
+        """One number of every row's rules, [m, 1]."""
+        return self._put(np.asarray([getattr(row.sampling, name) for row in rows], dtype=np.float32))[:, None]
 
-    def _penalise(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    def _penalise(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
         chosen = [i for i, row in enumerate(rows) if wants_penalties(row.sampling)]
-        if not chosen:
-            return logits
-        rules = [rows[i].sampling for i in chosen]
-        settings = [(rule.repetition_penalty, rule.presence_penalty, rule.frequency_penalty) for rule in rules]
-        slots = self._index(self._counts.rows_of([rows[i] for i in chosen]))
-        index = self._index(chosen)
-        table = self._put(np.asarray(settings, dtype=np.float32).T)
-        logits[index] = apply_penalties(logits[index], self._counts, slots, table)
-        return logits
+        if chosen:
+            tables = self._counts.of([rows[i] for i in chosen])
+            apply_penalties(logits, chosen, tables, [rows[i].sampling for i in chosen])
 
     def _bias(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
         where: list[tuple[int, int]] = []
@@ -165,16 +175,28 @@ def is_greedy(sampling: SamplingParams) -> bool:
     return (sampling.temperature or 0.0) < MIN_TEMPERATURE or sampling.top_k == 1
 
 
+def _kind(sampling: SamplingParams, vocab_size: int) -> str:
+    if is_greedy(sampling):
+        return "greedy"
+    is_free = _top_k(sampling, vocab_size) == vocab_size and (sampling.top_p or 1.0) >= 1.0
+    return "free" if is_free else "filtered"
+
+
 def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
     top_k = sampling.top_k or 0
     return min(top_k, vocab_size) if top_k > 0 else vocab_size
 
 
-def _filter_sorted(values: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """-inf outside the first `top_k` and the smallest head whose probability reaches `top_p`. [m, c], best first"""
+def _filter_sorted(values: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """-inf outside the first `top_k` and the smallest head whose probability reaches `top_p`. [m, c], best first
+
+    `total` [m, 1] is the logarithm of the sum over the whole vocabulary; in a row with a top_k within these candidates
+    the sum over what that leaves counts instead.
+    """
     rank = torch.arange(values.shape[1], device=values.device)[None]
     values = values.masked_fill(rank >= top_k, -torch.inf)
-    probs = values.softmax(dim=1)
+    total = torch.where(top_k <= values.shape[1], values.logsumexp(dim=1, keepdim=True), total)
+    probs = (values - total).exp()
     before = probs.cumsum(dim=1) - probs
     # 1.0 means "no filter", which a rounded sum may overstep; the best candidate always stays.
     outside = (before >= top_p) & (top_p < 1.0) & (rank > 0)
