@@ -11,6 +11,7 @@ import binascii
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
@@ -21,6 +22,7 @@ from qvl.types import MediaKind
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _WHITESPACE = {ord(char): None for char in "\t\n\f\r "}
+_BASE64_SLICE = 256 * 1024  # a multiple of 4: no character of the code is cut
 _FRAME_LIST = "data:video/jpeg;base64,"
 
 
@@ -125,10 +127,21 @@ def _read_data_url(url: str, policy: MediaPolicy, expect: MediaKind) -> bytes:
 def _from_base64(text: str) -> bytes:
     """Strict: only the standard alphabet with its padding; line breaks and percent-encoding are taken off first."""
     try:
-        raw = (unquote(text) if "%" in text else text).translate(_WHITESPACE).encode("ascii")
-        return base64.b64decode(raw, validate=True)
+        text = unquote(text) if "%" in text else text
+        text = text.translate(_WHITESPACE) if any(chr(space) in text for space in _WHITESPACE) else text
+        raw = text.encode("ascii")
+        return b"".join(_decoded_slices(raw))
     except (binascii.Error, ValueError):
         raise BadMedia("the data URL is not valid base64") from None
+
+
+def _decoded_slices(raw: bytes) -> Iterator[bytes]:
+    """In slices of a millisecond or two: the decoder keeps the interpreter's lock, and others want it in between."""
+    for start in range(0, len(raw), _BASE64_SLICE):
+        data = base64.b64decode(raw[start : start + _BASE64_SLICE], validate=True)
+        if start + _BASE64_SLICE < len(raw) and len(data) < _BASE64_SLICE // 4 * 3:
+            raise ValueError("padding before the end")
+        yield data
 
 
 def _file_url_path(url: str) -> str:

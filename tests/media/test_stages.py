@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qvl.media import stages
+from qvl.errors import BadMedia
+from qvl.media import fetch, stages
 from qvl.media.fetch import MediaPolicy
 from qvl.media.load import load
 from qvl.media.stages import heard_by, reported, stage
@@ -93,3 +95,19 @@ def test_what_failed_is_not_told() -> None:
     with heard_by(lambda kind, name, seconds: heard.append(name)), pytest.raises(ValueError):
         broken(Medium())
     assert heard == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 196_607, 196_608, 196_609, 500_000])
+def test_base64_in_slices_is_base64(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    assert fetch.read(url, MediaPolicy(), expect="image") == data
+    assert fetch.read(url.replace("A", "\nA"), MediaPolicy(), expect="image") == data
+
+
+@pytest.mark.parametrize("place", [262_143, 262_144, 262_147, 300_000])
+def test_padding_before_the_end_is_refused_wherever_it_stands(place: int) -> None:
+    """Also where a slice ends: by itself that slice would be good base64."""
+    text = "A" * 400_000
+    with pytest.raises(BadMedia):
+        fetch.read(f"data:image/png;base64,{text[:place]}={text[place + 1 :]}", MediaPolicy(), expect="image")
