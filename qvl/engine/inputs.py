@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qvl.engine.batch import ScheduledSeq
+from qvl.engine.sequence import Sequence as SequenceState
 from qvl.layers.attention import AttentionMetadata
 
 
@@ -40,14 +41,46 @@ class StepInputs:
     media: list[MediaRows]
 
 
+class BlockTables:
+    """Block tables as arrays, kept from step to step: a decode adds one number to a table of hundreds, once a block."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Table] = {}
+
+    def of(self, entries: Sequence[ScheduledSeq], block_size: int) -> npt.NDArray[np.int32]:
+        """Blocks of every sequence up to its last token, padded with block 0: int32 [b, most]."""
+        counts = [-(-entry.end // block_size) for entry in entries]
+        tables = np.zeros((len(entries), max(counts)), dtype=np.int32)
+        before, self._kept = self._kept, {}
+        for line, entry, count in zip(tables, entries, counts, strict=True):
+            seq = entry.seq
+            table = before.get(seq.request_id)
+            # A preempted sequence comes back with other blocks, another request may bear the name of one that ended.
+            if table is None or table.seq is not seq or table.num_preemptions != seq.num_preemptions:
+                table = _Table(seq, seq.num_preemptions, np.zeros(0, dtype=np.int32))
+            known = len(table.blocks)
+            if known < count:
+                table.blocks = np.append(table.blocks, np.asarray(seq.block_table[known:], dtype=np.int32))
+            line[:count] = table.blocks[:count]
+            self._kept[seq.request_id] = table
+        return tables
+
+
+@dataclass(slots=True)
+class _Table:
+    seq: SequenceState
+    num_preemptions: int
+    blocks: npt.NDArray[np.int32]
+
+
 def build_inputs(
-    entries: Sequence[ScheduledSeq], num_decodes: int, block_size: int, device: torch.device
+    entries: Sequence[ScheduledSeq], num_decodes: int, block_size: int, device: torch.device, known: BlockTables
 ) -> StepInputs:
     """Tensors for `entries`, of which the first `num_decodes` have one token each."""
     query_lens = [entry.num_tokens for entry in entries]
     context_lens = [entry.end for entry in entries]
     bounds = [0, *itertools.accumulate(query_lens)]
-    tables = block_tables(entries, block_size)
+    tables = known.of(entries, block_size)
     longs = (
         np.fromiter(itertools.chain.from_iterable(token_ids(entry) for entry in entries), np.int64, bounds[-1]),
         np.concatenate([entry.seq.positions(entry.start, entry.num_tokens) for entry in entries], axis=1),
@@ -73,15 +106,6 @@ def build_inputs(
 def token_ids(entry: ScheduledSeq) -> list[int]:
     """The ids of the tokens that `entry` computes."""
     return entry.seq.token_ids[entry.start : entry.end]
-
-
-def block_tables(entries: Sequence[ScheduledSeq], block_size: int) -> npt.NDArray[np.int32]:
-    """Blocks of every sequence up to its last token, padded with block 0: int32 [b, most]."""
-    counts = [-(-entry.end // block_size) for entry in entries]
-    tables = np.zeros((len(entries), max(counts)), dtype=np.int32)
-    for line, entry, count in zip(tables, entries, counts, strict=True):
-        line[:count] = entry.seq.block_table[:count]
-    return tables
 
 
 def slots(entries: Sequence[ScheduledSeq], tables: npt.NDArray[np.int32], block_size: int) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import DTYPES, is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
-from qvl.engine.inputs import StepInputs, build_inputs
+from qvl.engine.inputs import BlockTables, StepInputs, build_inputs
 from qvl.engine.memory import kv_cache_bytes, measure_cost, usable_bytes
 from qvl.engine.sampler import SampledToken, Sampler, SamplerRow
 from qvl.engine.vision import MediaEncoder
@@ -51,6 +51,7 @@ class ModelRunner:
         self.kv_cache: KVCache = make_kv_cache(
             config.spec.text, self.config.num_blocks, config.block_size, self.model.dtype, self.device
         )
+        self.block_tables = BlockTables()
         self.encoder_cache: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_bytes)
         self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
         ids = config.spec.ids
@@ -74,7 +75,7 @@ class ModelRunner:
 
     def _compute(self, step: _Step) -> dict[str, SampledToken]:
         """Forward pass and sampling: the token of every entry that samples, by request."""
-        inputs = build_inputs(step.entries, step.num_decodes, self.config.block_size, self.device)
+        inputs = build_inputs(step.entries, step.num_decodes, self.config.block_size, self.device, self.block_tables)
         hidden_states = self._embed(inputs)
         hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata)
         sampling = [entry for entry in step.entries if entry.samples]

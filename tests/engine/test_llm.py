@@ -315,3 +315,20 @@ def test_answers_are_put_together_from_outputs() -> None:
     assert collector.completion().usage == Usage(5, 8, 3)
     with pytest.raises(RequestFailed, match="why"):
         LiveAnswers(1, SamplingParams(), _Letters()).take(0, [TokenOutput("r", [], None, "error", error="why")])
+
+
+def test_many_show_a_bar_on_a_terminal_only(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialogues = [[user(f"Number {i}")] for i in range(3)]
+    llm.chat(dialogues, GREEDY)
+    assert capsys.readouterr() == ("", "")  # neither of the two is a terminal here
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    llm.chat(dialogues, GREEDY)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "3/3" in err
+    assert "tok/s" in err
+    llm.chat(dialogues, GREEDY, use_tqdm=False)
+    llm.chat(dialogues[0], GREEDY)
+    assert capsys.readouterr() == ("", "")

@@ -12,7 +12,7 @@ import torch
 
 from qvl.engine.batch import ScheduledBatch, ScheduledSeq
 from qvl.engine.device import is_out_of_memory, read_facts
-from qvl.engine.inputs import build_inputs
+from qvl.engine.inputs import BlockTables, build_inputs
 from qvl.engine.memory import CONTEXT, DECODES, QUERY, SIDE, StepCost, fit_cost, kv_cache_bytes, largest_patches
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.engine.runner import ModelRunner, healthy_part, result_of
@@ -43,6 +43,7 @@ def sequence(
 
 def test_tensors_of_a_mixed_step(checkpoint: Path) -> None:
     rng = random.Random(0)
+    known = BlockTables()
     for _ in range(50):
         decodes = [
             sequence(checkpoint, f"d{i}", rng.randint(1, 30), first_block=40 + 20 * i) for i in range(rng.randint(0, 3))
@@ -57,11 +58,29 @@ def test_tensors_of_a_mixed_step(checkpoint: Path) -> None:
             start = rng.randint(0, 38)
             num_tokens = rng.randint(1, 40 - start)
             entries.append(ScheduledSeq(seq, start, num_tokens, start + num_tokens == 40))
-        check_inputs(entries, len(decodes))
+        check_inputs(entries, len(decodes), known)
 
 
-def check_inputs(entries: list[ScheduledSeq], num_decodes: int) -> None:
-    inputs = build_inputs(entries, num_decodes, BLOCK, CPU)
+def test_block_tables_follow_growth_preemption_and_names(checkpoint: Path) -> None:
+    known = BlockTables()
+    seq = sequence(checkpoint, "a", 9, first_block=50)
+    rng = random.Random(1)
+    for step in range(60):
+        entry = ScheduledSeq(seq, seq.num_tokens - 1, 1, True)
+        assert known.of([entry], BLOCK)[0].tolist() == seq.block_table[: -(-entry.end // BLOCK)], step
+        seq.append(1)
+        if seq.num_tokens > BLOCK * len(seq.block_table):
+            seq.block_table.append(rng.randrange(999))
+        if step % 7 == 3:
+            blocks = len(seq.block_table)
+            seq.reset()  # preempted: recomputed in other blocks
+            seq.block_table = [rng.randrange(999) for _ in range(blocks)]
+        if step == 40:
+            seq = sequence(checkpoint, "a", 30, first_block=700)
+
+
+def check_inputs(entries: list[ScheduledSeq], num_decodes: int, known: BlockTables) -> None:
+    inputs = build_inputs(entries, num_decodes, BLOCK, CPU, known)
     metadata = inputs.metadata
     ids, positions, slots, last, pictures = [], [], [], [], {}
     for entry in entries:
