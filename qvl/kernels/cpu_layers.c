@@ -68,8 +68,8 @@ void qvl_quick_gelu(const float *x, float *out, long n, int threads) {
 }
 
 /* Turn each pair (i, i + dim / 2) of x [rows, heads, dim] by its angle; cos, sin [rows, dim], out contiguous. */
-void qvl_rotate(const float *x, long row_stride, const float *cosine, const float *sine, float *out, long rows, long heads,
-                long dim, int threads) {
+void qvl_rotate(const float *x, long row_stride, const float *cosine, const float *sine, float *out, long rows,
+                long heads, long dim, int threads) {
     long half = dim / 2;
 #pragma omp parallel for num_threads(threads) if (rows * heads * dim > SMALL)
     for (long r = 0; r < rows; r++)
@@ -134,8 +134,8 @@ static void widen_run(const pages *p, const void *from, long head, long first, l
 
 /* Queries q [group, dim] of one KV head against tokens [first, stop): weighted values [group, dim], then per query the
  * largest score and the sum of weights. */
-static void attend(const pages *p, long head, const float *q, long group, long first, long stop, float scale, float *out,
-                   float *top, float *total) {
+static void attend(const pages *p, long head, const float *q, long group, long first, long stop, float scale,
+                   float *out, float *top, float *total) {
     float run[RUN * MAX_DIM] __attribute__((aligned(64))), scores[group][SPLIT + RUN];
     long dim = p->dim, length = stop - first;
     for (long t = 0; t < length; t += RUN) {
@@ -151,7 +151,10 @@ static void attend(const pages *p, long head, const float *q, long group, long f
     for (long g = 0; g < group; g++) {
         top[g] = -INFINITY;
         total[g] = 0;
-        for (long t = 0; t < length; t++) top[g] = scores[g][t] > top[g] || scores[g][t] != scores[g][t] ? scores[g][t] : top[g];
+        for (long t = 0; t < length; t++) {
+            float own = scores[g][t];
+            top[g] = own > top[g] || own != own ? own : top[g];
+        }
         for (long t = length; t % LANES; t++) scores[g][t] = -INFINITY;
         for (long t = 0; t < length; t += LANES) {
             vf weights = exponential(f32_low(scores[g] + t) - top[g]);
@@ -172,8 +175,8 @@ static void attend(const pages *p, long head, const float *q, long group, long f
     }
 }
 
-/* One query token per sequence: q, out [sequences, heads, dim]; table [sequences, table_stride]; lengths count this token.
- * Long contexts are split between threads and joined. `scratch` holds sequences * heads * splits * (dim + 2) floats. */
+/* One query token per sequence: q, out [sequences, heads, dim]; table [sequences, table_stride]; lengths count this
+ * token. Long contexts are split between threads and joined. `scratch`: sequences * heads * splits * (dim + 2) floats. */
 void qvl_decode_attention(const float *q, const void *keys, const void *values, const int32_t *table, long table_stride,
                           const int32_t *lengths, float *out, float *scratch, long sequences, long heads, long kv_heads,
                           long dim, long block_size, long splits, float scale, int type, int threads) {

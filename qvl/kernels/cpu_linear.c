@@ -1,6 +1,7 @@
 /* y = x W^T + b on a CPU: fp32 activations, weights in bf16, fp16 or fp32, sums in fp32.
  *
- * Knows caches and threads. Does not know Python.
+ * Knows caches and threads. Does not know Python. Every number of y is summed in the same order whatever else is
+ * computed beside it: an answer does not depend on its company in a batch.
  *
  * A tile is ROWS rows of W times COLUMNS rows of x, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
@@ -56,12 +57,12 @@ static void arrange(const float *x, long ldx, float *out, long m, long k, int sp
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                   \
                 __builtin_prefetch(w + (r + ROWS) * ldw + i, 0, 2);                                                    \
                 vf wv = LOW(w + r * ldw + i);                                                                          \
-                _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] += wv * xv[c];                     \
+                _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] = fma_add(acc[r][c], wv, xv[c]);   \
             }                                                                                                          \
             _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xv[c] = f32_high(x + c * ldx + i);               \
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                   \
                 vf wv = HIGH(w + r * ldw + i);                                                                         \
-                _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] += wv * xv[c];                     \
+                _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] = fma_add(acc[r][c], wv, xv[c]);   \
             }                                                                                                          \
         }                                                                                                              \
         if (whole < k) {                                                                                               \
@@ -69,8 +70,8 @@ static void arrange(const float *x, long ldx, float *out, long m, long k, int sp
                 T tail[GROUP] = {0};                                                                                   \
                 memcpy(tail, w + r * ldw + whole, (k - whole) * sizeof(T));                                            \
                 _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) {                                            \
-                    acc[r][c] += LOW(tail) * f32_low(x + c * ldx + whole);                                             \
-                    acc[r][c] += HIGH(tail) * f32_high(x + c * ldx + whole);                                           \
+                    acc[r][c] = fma_add(acc[r][c], LOW(tail), f32_low(x + c * ldx + whole));                           \
+                    acc[r][c] = fma_add(acc[r][c], HIGH(tail), f32_high(x + c * ldx + whole));                         \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
@@ -106,17 +107,20 @@ static void arrange(const float *x, long ldx, float *out, long m, long k, int sp
                            long n, long k, int split, int threads) {                                                   \
         long padded = (k + GROUP - 1) / GROUP * GROUP;                                                                 \
         arrange(x, ldx, scratch, m, k, split, threads);                                                                \
-        long parts = m > COLUMNS ? (k + K_CHUNK - 1) / K_CHUNK : 1;                                                    \
+        long parts = (k + K_CHUNK - 1) / K_CHUNK;                                                                      \
         long chunk = (k / parts + GROUP - 1) / GROUP * GROUP;                                                          \
         long rows = BLOCK_BYTES / (chunk * (long)sizeof(T)) / ROWS * ROWS;                                             \
         long fair = (n / (4 * threads) + ROWS - 1) / ROWS * ROWS;                                                      \
         if (rows > fair) rows = fair;                                                                                  \
         if (rows < ROWS) rows = ROWS;                                                                                  \
+        long step = m > COLUMNS ? rows : ROWS; /* few rows of x: W is read once, in the order of memory */             \
         _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 1)") for (long r = 0; r < n; r += rows) {     \
-            long count = n - r < rows ? n - r : rows;                                                                  \
-            for (long from = 0; from < k; from += chunk)                                                               \
-                NAME##_block(w + r * k + from, k, scratch + from, padded, y + r, n, m, count,                          \
-                             k - from < chunk ? k - from : chunk, bias ? bias + r : 0, from == 0);                     \
+            long stop = n - r < rows ? n : r + rows;                                                                   \
+            for (long i = r; i < stop; i += step)                                                                      \
+                for (long from = 0; from < k; from += chunk)                                                           \
+                    NAME##_block(w + i * k + from, k, scratch + from, padded, y + i, n, m,                             \
+                                 stop - i < step ? stop - i : step, k - from < chunk ? k - from : chunk,               \
+                                 bias ? bias + i : 0, from == 0);                                                      \
         }                                                                                                              \
     }
 

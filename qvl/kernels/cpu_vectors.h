@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -47,6 +47,15 @@ INLINE vf f16_low(const uint16_t *w) {
 }
 #endif
 INLINE vf f16_high(const uint16_t *w) { return f16_low(w + LANES); }
+
+/* c + a * b, rounded once where the processor can. Left to the compiler, it would depend on the loop around it. */
+#if LANES == 16
+INLINE vf fma_add(vf c, vf a, vf b) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif LANES == 8 && defined(__FMA__)
+INLINE vf fma_add(vf c, vf a, vf b) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+INLINE vf fma_add(vf c, vf a, vf b) { return c + a * b; }
+#endif
 
 INLINE float sum(vf v) {
     float s = 0;

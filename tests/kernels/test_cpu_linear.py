@@ -103,6 +103,7 @@ def test_a_measured_choice_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nothing chosen yet in this process."""
+    monkeypatch.delenv(native.SWITCH, raising=False)
     for name in ("choose_cpu_linear", "native_product", "warn_once"):
         monkeypatch.setattr(cpu_linear, name, cpu_linear.functools.cache(getattr(cpu_linear, name).__wrapped__))
     return monkeypatch
@@ -162,3 +163,11 @@ def test_the_library_is_built_once_in_a_private_folder(monkeypatch: pytest.Monke
     assert library.stat().st_mtime_ns == built
     folder.chmod(0o777)
     assert native.cache_folder() != folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(17, 5000), torch.randn(45, 5000).to(dtype), torch.randn(45)
+    together = compiled(dtype)(x, weight, bias)
+    for rows in (1, 2, 3, 7):
+        assert torch.equal(compiled(dtype)(x[:rows], weight, bias), together[:rows])

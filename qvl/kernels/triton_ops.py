@@ -1,0 +1,111 @@
+"""What stands between the matrix products on a GPU, one pass over memory each, in Triton.
+
+Knows tensors. Does not know layers. Importing this file imports Triton; `qvl.kernels.fused` does so only for CUDA tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual) * weight, x + residual) of contiguous [n, size]; `residual` is overwritten with the sum."""
+    size = x.shape[1]
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(size)
+    total = x if residual is None else residual
+    _add_rms_norm[(len(x),)](
+        x, total, weight, out, size, eps, ADD=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
+    return out, total
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(first half) * second half of contiguous [n, 2 * size]: [n, size]."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, size)
+    _silu_and_mul[(rows, triton.cdiv(size, BLOCK))](gate_up, out, size, BLOCK=BLOCK, num_warps=4)
+    return out
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) of a contiguous tensor."""
+    out = torch.empty_like(x)
+    _quick_gelu[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), BLOCK=BLOCK, num_warps=4)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (i, i + head_dim / 2) turned by their angles; x [n, heads, head_dim] with heads contiguous in a row."""
+    rows, heads, dim = x.shape
+    out = x.new_empty(rows, heads, dim)
+    _rotate[(rows,)](
+        x, cos, sin, out, x.stride(0), heads, dim // 2, HEADS=triton.next_power_of_2(heads),
+        HALF=triton.next_power_of_2(dim // 2), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_rms_norm(x_ptr, total_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one row."""
+    row = tl.program_id(0).to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    live = at < size
+    total = tl.load(total_ptr + row + at, mask=live, other=0.0)
+    if ADD:
+        x = tl.load(x_ptr + row + at, mask=live, other=0.0)
+        # Rounded to the activations' dtype before the norm, as two separate operations would.
+        total = (total.to(tl.float32) + x.to(tl.float32)).to(total.dtype)
+        tl.store(total_ptr + row + at, total, mask=live)
+    wide = total.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    weight = tl.load(weight_ptr + at, mask=live, other=0.0)
+    tl.store(out_ptr + row + at, wide.to(total.dtype) * weight, mask=live)
+
+
+@triton.jit
+def _silu_and_mul(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """One program: BLOCK outputs of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    gate = tl.load(x_ptr + row * 2 * size + at, mask=live, other=0.0)
+    up = tl.load(x_ptr + row * 2 * size + size + at, mask=live, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out_ptr + row * size + at, silu * up, mask=live)
+
+
+@triton.jit
+def _quick_gelu(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    """One program: BLOCK values."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < count
+    x = tl.load(x_ptr + at, mask=live, other=0.0)
+    wide = x.to(tl.float32)
+    tl.store(out_ptr + at, (wide / (1.0 + tl.exp(-1.702 * wide))).to(x.dtype), mask=live)
+
+
+@triton.jit
+def _rotate(x_ptr, cos_ptr, sin_ptr, out_ptr, x_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """One program: all heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    dims = tl.arange(0, HALF)
+    live = (head < heads)[:, None] & (dims < half)[None, :]
+    at = head[:, None] * 2 * half + dims[None, :]
+    low = tl.load(x_ptr + token * x_stride + at, mask=live, other=0.0)
+    high = tl.load(x_ptr + token * x_stride + at + half, mask=live, other=0.0)
+    cos = tl.load(cos_ptr + token * 2 * half + dims, mask=dims < half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * 2 * half + dims, mask=dims < half, other=0.0)[None, :]
+    a = low.to(tl.float32)
+    b = high.to(tl.float32)
+    out = out_ptr + token * heads * 2 * half + at
+    tl.store(out, (a * cos - b * sin).to(low.dtype), mask=live)
+    tl.store(out + half, (b * cos + a * sin).to(low.dtype), mask=live)
