@@ -31,6 +31,7 @@ LEVELS = {
     "qvl.engine": 3,
     "qvl.backends": 4,
     "qvl.client": 5,
+    "qvl.memory": 5,
     "qvl.bench": 5,
     "qvl.server": 6,
     "qvl.cli": 6,

@@ -148,7 +148,10 @@ def served(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def test_a_checkpoint_becomes_a_server_and_drains(checkpoint: Path) -> None:
-    with served(str(checkpoint), "--served-model-name", "tiny", "--max-model-len", "512") as (line, process):
+    with served(str(checkpoint), "--served-model-name", "tiny", "--max-model-len", "512", "--dtype", "float32") as (
+        line,
+        process,
+    ):
         ready = re.match(
             r"qvl ready: (http://\S+)  model tiny  device cpu.*  dtype float32  KV cache ([\d,]+) tokens", line
         )

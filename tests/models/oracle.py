@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def make_case(config: Any, name: str) -> Case:
     return Case(torch.tensor(ids), torch.randn(patches, 3 * 2 * 14 * 14, generator=generator), list(_GRIDS[name]))
 
 
+@functools.cache
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -53,6 +55,7 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
+@functools.cache
 def load_ours(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     model = build_model(load_spec(folder), dtype, "cpu")
     load_weights(model, folder, device="cpu", dtype=dtype)
