@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from qvl.kernels import cpu_attention
+from qvl.kernels.gpu import gpu_problem
 from qvl.kernels.sdpa import GatherAttention
 from qvl.layers.attention import PagedAttention
 
@@ -26,6 +27,20 @@ def compiled_cpu(
     return cpu_attention.choose(head_dim) if device.type == "cpu" and dtype == torch.float32 else None
 
 
+def triton_gpu(
+    device: torch.device, dtype: torch.dtype, head_dim: int, capability: Capability | None
+) -> tuple[PagedAttention, str] | None:
+    """Triton kernels on a GPU; tl.dot needs a power of two, and compute capability 8.0 for bfloat16."""
+    if device.type != "cuda" or head_dim not in (16, 32, 64, 128, 256) or gpu_problem() is not None:
+        return None
+    if capability is None or capability < ((8, 0) if dtype == torch.bfloat16 else (7, 5)):
+        return None
+    from qvl.kernels.triton_attention import TritonAttention
+
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return TritonAttention(count), f"triton: paged prefill and split-KV decoding on sm_{capability[0]}{capability[1]}"
+
+
 def universal(
     device: torch.device, dtype: torch.dtype, head_dim: int, capability: Capability | None
 ) -> tuple[PagedAttention, str] | None:
@@ -33,7 +48,7 @@ def universal(
     return GatherAttention(), f"gather+sdpa: torch operations, the implementation for every device ({device.type})"
 
 
-CANDIDATES: tuple[Candidate, ...] = (compiled_cpu, universal)
+CANDIDATES: tuple[Candidate, ...] = (compiled_cpu, triton_gpu, universal)
 
 
 def choose_attention(

@@ -1,6 +1,7 @@
 """What stands between the matrix products: one pass where there is a compiled kernel, torch's operations elsewhere.
 
-Knows which tensors the compiled CPU kernels take (fp32, rows contiguous). Does not know layers or names of weights.
+Knows which tensors the compiled CPU kernels take (fp32, rows contiguous), and that a GPU has its own in Triton. Does
+not know layers or names of weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl.kernels.gpu import gpu_kernels
 from qvl.kernels.native import NativeUnavailable, load_native
 
 SOURCE = Path(__file__).with_name("cpu_layers.c")
@@ -53,8 +55,11 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
     `residual` may be overwritten with the sum. Without it: (norm(x) * weight, x).
     """
+    contiguous = x.is_contiguous() and (residual is None or residual.is_contiguous())
+    if x.is_cuda and contiguous and (gpu := gpu_kernels()) is not None:
+        return gpu.add_rms_norm(x, residual, weight, eps)
     library = kernels_for(x)
-    if library is not None and x.is_contiguous() and (residual is None or residual.is_contiguous()):
+    if library is not None and contiguous:
         out = torch.empty_like(x)
         library.qvl_add_rms_norm(
             x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
@@ -69,6 +74,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:  # [n, 2 * size] -> [n, size]
     """silu(first half) * second half."""
+    if gate_up.is_cuda and gate_up.is_contiguous() and (gpu := gpu_kernels()) is not None:
+        return gpu.silu_and_mul(gate_up)
     library = kernels_for(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     if library is not None and gate_up.is_contiguous():
@@ -81,6 +88,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:  # [n, 2 * size] -> [n, size]
 
 def quick_gelu(x: Tensor) -> Tensor:  # any shape
     """x * sigmoid(1.702 x), the GELU approximation of CLIP and of this family's vision tower."""
+    if x.is_cuda and x.is_contiguous() and (gpu := gpu_kernels()) is not None:
+        return gpu.quick_gelu(x)
     library = kernels_for(x)
     if library is not None and x.is_contiguous():
         out = torch.empty_like(x)
@@ -91,9 +100,12 @@ def quick_gelu(x: Tensor) -> Tensor:  # any shape
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [n, heads, head_dim], fp32 [n, 1, head_dim] twice
     """Turn each pair (i, i + head_dim / 2) by its angle; computed in fp32, returned in the dtype of x."""
-    library = kernels_for(x)
     rows, heads, dim = x.shape
-    if library is not None and x.stride(2) == 1 and x.stride(1) == dim and cos.is_contiguous() and sin.is_contiguous():
+    contiguous = x.stride(2) == 1 and x.stride(1) == dim and cos.is_contiguous() and sin.is_contiguous()
+    if x.is_cuda and contiguous and (gpu := gpu_kernels()) is not None:
+        return gpu.rotate(x, cos, sin)
+    library = kernels_for(x)
+    if library is not None and contiguous:
         out = x.new_empty(rows, heads, dim)
         library.qvl_rotate(
             x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, dim,

@@ -72,7 +72,7 @@ def num_splits(batch: int, longest: int, multiprocessors: int) -> int:
 
 
 def prefill_tiles(metadata: AttentionMetadata) -> list[tuple[int, int, int, int]]:
-    """(sequence, first row, rows, context before it) of every tile; the longest first, so that none of them runs last."""
+    """(sequence, first row, rows, context before it) of every tile; longest first, so that none runs last."""
     tiles = []
     row = metadata.num_decodes
     for seq in range(metadata.num_decodes, len(metadata.query_lens)):

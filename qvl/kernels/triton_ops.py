@@ -1,6 +1,7 @@
 """What stands between the matrix products on a GPU, one pass over memory each, in Triton.
 
-Knows tensors. Does not know layers. Importing this file imports Triton; `qvl.kernels.fused` does so only for CUDA tensors.
+Knows tensors. Does not know layers. Importing this file imports Triton; `qvl.kernels.gpu` does so only where there is
+a GPU.
 """
 
 from __future__ import annotations
