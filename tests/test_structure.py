@@ -44,6 +44,7 @@ TORCH = {
     "qvl.kernels": True,
     "qvl.models": True,
     "qvl.bench": True,
+    "qvl.bench.load": False,
     "qvl.bench.shape": False,
     "qvl.engine": True,
     "qvl.engine.answers": False,

@@ -1,1 +1,1 @@
-"""Measurements of the engine without a server: what `qvl bench` runs. Knows engines and clocks, not HTTP."""
+"""Measurements: what `qvl bench` runs. Beside `load`, which drives a server, nothing here knows HTTP."""

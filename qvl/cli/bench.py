@@ -1,4 +1,7 @@
-"""`qvl bench`: the figures of this machine. Knows flags and printing; the measuring is in `qvl.bench`."""
+"""`qvl bench`: the figures of this machine. Knows flags and printing; the measuring is in `qvl.bench`.
+
+`qvl bench serve` has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvl.cli import flags
+from qvl.cli import bench_serve, flags
 from qvl.cli.version import installed
 from qvl.errors import ConfigError
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 PEERS = ("transformers",)
 MILLI = 1000.0
 
-app = typer.Typer(help="Measure this machine.")
+app = typer.Typer(help="Measure this machine, or a server.")
+app.command("serve")(bench_serve.serve)
 
 
 @app.command("shape")
