@@ -176,7 +176,7 @@ static void attend(const pages *p, long head, const float *q, long group, long f
 }
 
 /* One query token per sequence: q, out [sequences, heads, dim]; table [sequences, table_stride]; lengths count this
- * token. Long contexts are split between threads and joined. `scratch`: sequences * heads * splits * (dim + 2) floats. */
+ * token. Long contexts are split between threads and joined; scratch: sequences * heads * splits * (dim + 2) floats. */
 void qvl_decode_attention(const float *q, const void *keys, const void *values, const int32_t *table, long table_stride,
                           const int32_t *lengths, float *out, float *scratch, long sequences, long heads, long kv_heads,
                           long dim, long block_size, long splits, float scale, int type, int threads) {

@@ -171,3 +171,9 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
     together = compiled(dtype)(x, weight, bias)
     for rows in (1, 2, 3, 7):
         assert torch.equal(compiled(dtype)(x[:rows], weight, bias), together[:rows])
+
+
+def test_many_rows_go_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "SLICE", 4)
+    wide = torch.randn(11, 90)
+    check(compiled(torch.bfloat16), wide[:, :70], torch.randn(20, 70).bfloat16(), torch.randn(20))
