@@ -83,7 +83,7 @@ def build_inputs(
     tables = known.of(entries, block_size)
     longs = (
         np.fromiter(itertools.chain.from_iterable(token_ids(entry) for entry in entries), np.int64, bounds[-1]),
-        np.concatenate([entry.seq.positions(entry.start, entry.num_tokens) for entry in entries], axis=1),
+        position_axes(entries, num_decodes),
         slots(entries, tables, block_size),
         np.asarray([bounds[i + 1] - 1 for i, entry in enumerate(entries) if entry.samples], dtype=np.int64),
     )
@@ -106,6 +106,13 @@ def build_inputs(
 def token_ids(entry: ScheduledSeq) -> list[int]:
     """The ids of the tokens that `entry` computes."""
     return entry.seq.token_ids[entry.start : entry.end]
+
+
+def position_axes(entries: Sequence[ScheduledSeq], num_decodes: int) -> npt.NDArray[np.int64]:
+    """M-RoPE positions int64 [3, n]; those of decodes, generated tokens all, are one number each."""
+    decoded = np.asarray([entry.start + entry.seq.rope_delta for entry in entries[:num_decodes]], dtype=np.int64)
+    prefilled = [entry.seq.positions(entry.start, entry.num_tokens) for entry in entries[num_decodes:]]
+    return np.concatenate([np.broadcast_to(decoded, (3, num_decodes)), *prefilled], axis=1)
 
 
 def slots(entries: Sequence[ScheduledSeq], tables: npt.NDArray[np.int32], block_size: int) -> npt.NDArray[np.int64]:
