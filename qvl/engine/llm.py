@@ -39,7 +39,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class ChatOptions(TypedDict, total=False):
-    """How a conversation becomes a prompt. `mm_processor_kwargs`: `min_pixels`, `max_pixels`, `fps`, `num_frames`."""
+    """How a conversation becomes a prompt. `mm_processor_kwargs`: the fields of `PixelLimits`."""
 
     add_generation_prompt: bool
     continue_final_message: bool

@@ -1,7 +1,7 @@
 """A model that is only arithmetic, run through real blocks: what it says depends on every token and picture before.
 
-The fake KV cache stores, per slot, a hash chained over the slot of the token before. A block shared by mistake, computed
-twice, or read before it was written therefore changes the answer.
+The fake KV cache stores, per slot, a hash chained over the slot of the token before. A block shared by mistake,
+computed twice, or read before it was written therefore changes the answer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def tiny_spec(max_positions: int = 64) -> ModelSpec:
     vision = VisionSpec(1, 8, 2, 2.0, 3, 14, 2, 2, 8)
     ids = SpecialIds(EOS, 39, 30, 38, 33, 34, PAD, 36, 35)
     processor = ProcessorSpec()
-    return ModelSpec("tiny", Path("tiny"), "qwen2_vl", "X", text, vision, ids, processor, GenerationDefaults(), "float32")
+    return ModelSpec(
+        "tiny", Path("tiny"), "qwen2_vl", "X", text, vision, ids, processor, GenerationDefaults(), "float32"
+    )
 
 
 def picture(offset: int, length: int, digest: bytes) -> MediaInput:
