@@ -1,0 +1,333 @@
+"""A conversation that keeps under a token budget by itself, and stays in a store whole.
+
+The user's turn is written before the model is asked, the answer when it is complete: what kills the process in between
+leaves no half turn. `Conversation` blocks, `AsyncConversation` awaits; both drive the same machine. Knows the order of
+things. Does not know how tokens are counted, who answers, or what fits: that is handed in, or decided in `fit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from qvl.client import collect, question
+from qvl.errors import BadMedia, ConfigError, InvalidRequest, MediaRefused, PayloadTooLarge, PromptTooLong, TooManyMedia
+from qvl.memory.counting import AsyncTokenCounter, TokenCounter
+from qvl.memory.fit import Fitted, Measured, Notice, fit
+from qvl.memory.records import Turn
+from qvl.memory.steps import AskCall, AsyncAskCall, Machine, Messages, adrive, drive
+from qvl.memory.store import Store, new_id
+from qvl.memory.summary import Running
+from qvl.memory.window import STRATEGIES, Budget, Strategy
+from qvl.types import Answer, Completion, Delta, Message, SamplingParams, TextPart, Usage
+
+StreamCall: TypeAlias = Callable[[Messages, SamplingParams], Iterator[Delta]]
+AsyncStreamCall: TypeAlias = Callable[[Messages, SamplingParams], AsyncIterator[Delta]]
+
+# What makes a new turn itself impossible: it is taken back, or it would stand in the way of every later one.
+_REFUSALS = (PromptTooLong, TooManyMedia, BadMedia, MediaRefused, PayloadTooLarge)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: its text, the whole completion, and how the request was made to fit.
+
+    `notices` say which turns were summarised or left out (by their numbers in the store), `prompt_tokens` is the exact
+    prompt, `turn` the answer as it was stored.
+    """
+
+    text: str
+    completion: Completion
+    notices: tuple[Notice, ...]
+    prompt_tokens: int
+    turn: Turn
+
+
+class _Talk:
+    """What both faces share: everything but the calls."""
+
+    def __init__(
+        self,
+        store: Store,
+        budget: int | Budget,
+        strategy: Strategy = "summary",
+        *,
+        id: str | None = None,
+        system: str | None = None,
+        name: str = "",
+        model: str | None = None,
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise ConfigError(f"unknown strategy '{strategy}'; there are {', '.join(STRATEGIES)}")
+        self.store = store
+        self.id = new_id() if id is None else store.find(id)
+        self.budget = Budget.of(budget) if isinstance(budget, int) else budget
+        self.strategy: Strategy = strategy
+        self.last: Reply | None = None
+        self._system = system
+        self._name = name
+        self._model = model
+        self._measured = Measured()
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Everything that was said, whatever the model still sees of it."""
+        return self.store.turns(self.id)
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the last turn is the user's: an answer failed, or the process ended before it came."""
+        turns = self.turns
+        return bool(turns) and turns[-1].message.role == "user"
+
+    def undo(self) -> int:
+        """Remove the last user turn and what followed it, for good. Returns how many turns went."""
+        users = [turn.number for turn in self.turns if turn.message.role == "user"]
+        return self.store.cut(self.id, users[-1]) if users else 0
+
+    def rename(self, name: str) -> None:
+        """Call the conversation `name`; before its first turn the name is kept for then."""
+        self._name = name
+        if self.turns:
+            self.store.rename(self.id, name)
+
+    def _write(self, message: Message) -> Turn:
+        """The user's turn into the store, after the system message where it is the first."""
+        if self._system is not None and not self.turns:
+            self.store.append(self.id, Message("system", (TextPart(self._system),)), name=self._name)
+        return self.store.append(self.id, message, name=self._name)
+
+    def _prepare(self, message: Message | None, sampling: SamplingParams | None) -> Machine[_Prepared]:
+        """The request for the newest user turn: `message`, written first, or with None the one that is there."""
+        rules = sampling or SamplingParams()
+        if rules.n != 1:
+            raise InvalidRequest("a turn of a conversation has one answer: 'n' must be 1", param="n")
+        if message is None and not self.unanswered:
+            raise InvalidRequest("the last turn of this conversation has its answer")
+        written = None if message is None else self._write(message)
+        turns = self.turns
+        running = self._running(turns)
+        try:
+            fitted = yield from fit(
+                [turn.message for turn in turns],
+                self.budget,
+                strategy=self.strategy,
+                running=running,
+                measured=self._measured,
+                keys=[turn.id for turn in turns],
+            )
+        except _REFUSALS:
+            if written is not None:
+                self.store.take_back(written)
+            raise
+        if fitted.running is not None and fitted.running is not running:
+            last = turns[fitted.running.covers - 1]
+            self.store.add_summary(self.id, last.number + 1, fitted.running.text, fitted.running.tokens)
+        return _Prepared(fitted, _numbered(fitted.notices, turns), self._rules(rules, fitted))
+
+    def _running(self, turns: list[Turn]) -> Running | None:
+        """The summary in force, its reach as an index into `turns`."""
+        summaries = self.store.summaries(self.id)
+        if not summaries:
+            return None
+        newest = summaries[-1]
+        return Running(newest.text, sum(turn.number < newest.covers for turn in turns), newest.tokens)
+
+    def _rules(self, rules: SamplingParams, fitted: Fitted) -> SamplingParams:
+        room = self.budget.tokens - fitted.num_tokens
+        return replace(rules, max_tokens=room if rules.max_tokens is None else min(rules.max_tokens, room))
+
+    def _record(self, prepared: _Prepared, completion: Completion) -> Reply:
+        """The answer into the store, whole."""
+        answer = completion.answers[0]
+        turn = self.store.append(
+            self.id,
+            Message("assistant", (TextPart(answer.text),)),
+            model=self._model,
+            finish_reason=answer.finish_reason,
+            usage=completion.usage,
+        )
+        self.last = Reply(answer.text, completion, prepared.notices, prepared.fitted.num_tokens, turn)
+        return self.last
+
+    def _record_stopped(self, prepared: _Prepared, deltas: list[Delta]) -> None:
+        """What came before the listener left is an answer too, marked as broken off; nothing is no answer."""
+        text = "".join(delta.text for delta in deltas)
+        if text:
+            usage = max((delta.usage for delta in deltas), key=lambda one: one.completion_tokens, default=Usage())
+            self._record(prepared, Completion((Answer(0, text, (), "abort"),), usage))
+
+    def _resolved(self, messages: Messages) -> Messages:
+        return tuple(map(self.store.resolve, messages))
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    fitted: Fitted
+    notices: tuple[Notice, ...]
+    sampling: SamplingParams
+
+
+class Conversation(_Talk):
+    """One conversation of `store` with whoever `ask` reaches; every call blocks. One turn at a time.
+
+    `ask(messages, sampling)` answers (`Client.chat`, `LLM.chat`), `count` is a `TokenCounter` of the same model,
+    `budget` the tokens of one request with its answer (or a `Budget`). `stream` (`Client.stream`, `LLM.stream`) is only
+    needed for answers piece by piece. `id` goes on with a conversation (anything `Store.find` knows); without it a new
+    one is made when its first turn is written, with `system` and `name`. `model` is noted beside every answer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ask: AskCall,
+        count: TokenCounter,
+        budget: int | Budget,
+        strategy: Strategy = "summary",
+        *,
+        stream: StreamCall | None = None,
+        id: str | None = None,
+        system: str | None = None,
+        name: str = "",
+        model: str | None = None,
+    ) -> None:
+        super().__init__(store, budget, strategy, id=id, system=system, name=name, model=model)
+        self._ask = ask
+        self._count = count
+        self._stream = stream
+
+    def send(self, turn: str | Message, *media: Any, sampling: SamplingParams | None = None) -> Reply:
+        """Say something, with pictures or videos (anything `Client.ask` takes), and wait for the answer.
+
+        Raises `PromptTooLong` and the like for a turn that cannot be sent, which is then not kept. Any other error
+        leaves the turn in the store without an answer: `retry` asks again, `undo` removes it.
+        """
+        return self._answer(_user_turn(turn, media), sampling)
+
+    def retry(self, sampling: SamplingParams | None = None) -> Reply:
+        """Ask again for the answer that is missing. Raises `InvalidRequest` when none is."""
+        return self._answer(None, sampling)
+
+    def stream(
+        self, turn: str | Message | None, *media: Any, sampling: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """`send` piece by piece (`retry` with None); `last` is the `Reply` when it is through.
+
+        Leaving the loop early stops the answer and keeps what was said so far.
+        """
+        if self._stream is None:
+            raise ConfigError("this conversation was made without 'stream'")
+        prepared = self._prepared(None if turn is None else _user_turn(turn, media), sampling)
+        deltas: list[Delta] = []
+        try:
+            with closing(
+                _closable(self._stream(self._resolved(prepared.fitted.messages), prepared.sampling))
+            ) as pieces:
+                for delta in pieces:
+                    deltas.append(delta)
+                    yield delta
+        except GeneratorExit:
+            self._record_stopped(prepared, deltas)
+            raise
+        self._record(prepared, collect(deltas))
+
+    def _answer(self, message: Message | None, sampling: SamplingParams | None) -> Reply:
+        prepared = self._prepared(message, sampling)
+        return self._record(prepared, self._call(prepared.fitted.messages, prepared.sampling))
+
+    def _prepared(self, message: Message | None, sampling: SamplingParams | None) -> _Prepared:
+        return drive(self._prepare(message, sampling), lambda ms: self._count(self._resolved(ms)), self._call)
+
+    def _call(self, messages: Messages, sampling: SamplingParams) -> Completion:
+        return self._ask(self._resolved(messages), sampling)
+
+
+class AsyncConversation(_Talk):
+    """`Conversation`, awaited: `ask`, `count` and `stream` are those of an asynchronous client."""
+
+    def __init__(
+        self,
+        store: Store,
+        ask: AsyncAskCall,
+        count: AsyncTokenCounter,
+        budget: int | Budget,
+        strategy: Strategy = "summary",
+        *,
+        stream: AsyncStreamCall | None = None,
+        id: str | None = None,
+        system: str | None = None,
+        name: str = "",
+        model: str | None = None,
+    ) -> None:
+        super().__init__(store, budget, strategy, id=id, system=system, name=name, model=model)
+        self._ask = ask
+        self._count = count
+        self._stream = stream
+
+    async def send(self, turn: str | Message, *media: Any, sampling: SamplingParams | None = None) -> Reply:
+        """As `Conversation.send`."""
+        return await self._answer(_user_turn(turn, media), sampling)
+
+    async def retry(self, sampling: SamplingParams | None = None) -> Reply:
+        """As `Conversation.retry`."""
+        return await self._answer(None, sampling)
+
+    async def stream(
+        self, turn: str | Message | None, *media: Any, sampling: SamplingParams | None = None
+    ) -> AsyncIterator[Delta]:
+        """As `Conversation.stream`."""
+        if self._stream is None:
+            raise ConfigError("this conversation was made without 'stream'")
+        prepared = await self._prepared(None if turn is None else _user_turn(turn, media), sampling)
+        deltas: list[Delta] = []
+        messages = await asyncio.to_thread(self._resolved, prepared.fitted.messages)
+        try:
+            async with aclosing(_aclosable(self._stream(messages, prepared.sampling))) as pieces:
+                async for delta in pieces:
+                    deltas.append(delta)
+                    yield delta
+        except (GeneratorExit, asyncio.CancelledError):
+            self._record_stopped(prepared, deltas)
+            raise
+        await asyncio.to_thread(self._record, prepared, collect(deltas))
+
+    async def _answer(self, message: Message | None, sampling: SamplingParams | None) -> Reply:
+        prepared = await self._prepared(message, sampling)
+        completion = await self._call(prepared.fitted.messages, prepared.sampling)
+        return await asyncio.to_thread(self._record, prepared, completion)
+
+    async def _prepared(self, message: Message | None, sampling: SamplingParams | None) -> _Prepared:
+        return await adrive(self._prepare(message, sampling), self._counted, self._call)
+
+    async def _counted(self, messages: Messages) -> int:
+        return await self._count(await asyncio.to_thread(self._resolved, messages))
+
+    async def _call(self, messages: Messages, sampling: SamplingParams) -> Completion:
+        return await self._ask(await asyncio.to_thread(self._resolved, messages), sampling)
+
+
+def _user_turn(turn: str | Message, media: tuple[Any, ...]) -> Message:
+    if isinstance(turn, str):
+        return question(turn, media)[-1]
+    if media or turn.role == "system":
+        raise InvalidRequest("a message is sent as it is: a user's, with its pictures among its parts")
+    return turn
+
+
+def _numbered(notices: tuple[Notice, ...], turns: list[Turn]) -> tuple[Notice, ...]:
+    """The notices by the numbers that turns have in the store."""
+    return tuple(
+        replace(notice, first=turns[notice.first].number, end=turns[notice.end - 1].number + 1) for notice in notices
+    )
+
+
+def _closable(deltas: Iterator[Delta]) -> Any:
+    """An iterator that can be closed; one that cannot has nothing to stop."""
+    return deltas if hasattr(deltas, "close") else (delta for delta in deltas)
+
+
+def _aclosable(deltas: AsyncIterator[Delta]) -> Any:
+    return deltas if hasattr(deltas, "aclose") else (delta async for delta in deltas)
