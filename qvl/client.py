@@ -30,6 +30,7 @@ from qvl.engine.answers import Collector
 from qvl.engine.messages import Dialogue, read_dialogue
 from qvl.errors import InvalidRequest, QvlError, RequestFailed, Unavailable
 from qvl.types import (
+    DEFAULT_URL,
     ChatRequest,
     Completion,
     Delta,
@@ -41,7 +42,6 @@ from qvl.types import (
     TextPart,
 )
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
 
 _VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")

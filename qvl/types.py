@@ -17,6 +17,7 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 MediaKind: TypeAlias = Literal["image", "video"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
+DEFAULT_URL = "http://127.0.0.1:8000"  # where a server listens and a client asks, unless told otherwise
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64

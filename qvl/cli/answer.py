@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qvl.client import DEFAULT_URL, Client, collect, media_kind, question
+from qvl.client import Client, collect, media_kind, question
 from qvl.errors import InvalidRequest, QvlError
-from qvl.types import Delta, MediaPart, Message, SamplingParams
+from qvl.types import DEFAULT_URL, Delta, MediaPart, Message, SamplingParams
 
 PROBE_SECONDS = 2.0
 

@@ -16,8 +16,8 @@ import typer
 from qvl.bench.load import cases
 from qvl.bench.load.cases import CASES, Load
 from qvl.cli.version import installed
-from qvl.client import DEFAULT_URL
 from qvl.errors import ConfigError, suggest
+from qvl.types import DEFAULT_URL
 
 if TYPE_CHECKING:
     from qvl.bench.load.figures import Figures
