@@ -71,8 +71,8 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self._parser = httptools.HttpResponseParser(self)
         self._done: asyncio.Future[int] | None = None
-        self._sink: Sink = _ignore
-        self._refused: Sink = _ignore
+        self._sinks: tuple[Sink, Sink] = (_ignore, _ignore)
+        self._take: Sink = _ignore
         self._status = 0
         self._has_end = False  # the answer says where it ends; otherwise it ends with the connection
 
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         Every piece of the answer's body goes to `sink`, or to `refused` when the status is not 200.
         """
         self._done = asyncio.get_running_loop().create_future()
-        self._sink, self._refused, self._status = sink, refused, 0
+        self._sinks, self._status = (sink, refused), 0
         self._transport.write(request)
         return await self._done
 
@@ -119,11 +119,10 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
-        if self._status != 200:
-            self._sink = self._refused
+        self._take = self._sinks[self._status != 200]
 
     def on_body(self, piece: bytes) -> None:
-        self._sink(piece)
+        self._take(piece)
 
     def on_message_complete(self) -> None:
         if self._status < 200:  # an interim answer: the real one follows
@@ -133,7 +132,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = asyncio.get_running_loop().time()
         if self._done is not None and not self._done.done():
             self._done.set_result(self._status)
-        self._status, self._sink = 0, _ignore
+        self._status, self._sinks = 0, (_ignore, _ignore)
 
     def _fail(self, message: str) -> None:
         if self._done is not None and not self._done.done():

@@ -157,17 +157,22 @@ def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
         stdout.write(line)
         stdout.flush()
 
-    job = msgspec.json.decode(stdin.readline(), type=Job)
+    def hear() -> bytes:
+        line = stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
     try:
-        report = run(work(job, tell, stdin.readline))
-    except ValueError:  # an empty line instead of the time to start
+        report = run(work(msgspec.json.decode(hear(), type=Job), tell, hear))
+    except EOFError:
         return 1
     tell(msgspec.json.encode(report) + b"\n")
     return 0
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # told by the one that started us, too
-        # With PYTHONUNBUFFERED, sys.stdout.buffer may write a part of a long line and leave it at that.
-        with open(sys.stdout.fileno(), "wb", closefd=False) as whole_lines:
-            sys.exit(main(sys.stdin.buffer, whole_lines))
+    # With PYTHONUNBUFFERED, sys.stdout.buffer may write a part of a long line and leave it at that: a buffer does not.
+    # Ctrl-C reaches the one that started us too, and that one tells the user.
+    with open(sys.stdout.fileno(), "wb", closefd=False) as whole_lines, contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(sys.stdin.buffer, whole_lines))
