@@ -228,7 +228,7 @@ class Store:
         known = self.conversations(limit=-1)
         for match in (
             [info.id for info in known if info.id == word],
-            [info.id for info in known if info.name == word],
+            [info.id for info in known if word and info.name == word],
             [info.id for info in known if word and info.id.startswith(word)],
             [info.id for info in known[:1] if word == "last"],
         ):
