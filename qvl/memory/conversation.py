@@ -71,11 +71,18 @@ class _Talk:
         self._name = name
         self._model = model
         self._measured = Measured()
+        self._known: list[Turn] = []
 
     @property
     def turns(self) -> list[Turn]:
         """Everything that was said, whatever the model still sees of it."""
-        return self.store.turns(self.id)
+        ids = self.store.turn_ids(self.id)
+        known = [turn.id for turn in self._known]
+        if ids[: len(known)] != known:  # something was undone, here or by another process
+            self._known, known = [], []
+        if len(ids) > len(known):
+            self._known = self._known + self.store.turns(self.id, self._known[-1].number + 1 if known else 0)
+        return list(self._known)
 
     @property
     def unanswered(self) -> bool:

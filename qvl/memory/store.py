@@ -168,13 +168,18 @@ class Store:
 
     # Reading
 
-    def turns(self, conversation_id: str) -> list[Turn]:
-        """All turns in order; none for a conversation that is not there."""
+    def turn_ids(self, conversation_id: str) -> list[int]:
+        """The ids of all turns in order: the same ids are the same turns, and a new turn has a new id."""
+        rows = self._read("SELECT id FROM turns WHERE conversation_id = ? ORDER BY number", (conversation_id,))
+        return [row[0] for row in rows]
+
+    def turns(self, conversation_id: str, first: int = 0) -> list[Turn]:
+        """The turns with numbers from `first` on in order; none for a conversation that is not there."""
         rows = self._read(
             "SELECT id, number, role, parts, created, model, finish_reason,"
             " prompt_tokens, completion_tokens, cached_tokens"
-            " FROM turns WHERE conversation_id = ? ORDER BY number",
-            (conversation_id,),
+            " FROM turns WHERE conversation_id = ? AND number >= ? ORDER BY number",
+            (conversation_id, first),
         )
         return [read_turn(row) for row in rows]
 

@@ -160,8 +160,9 @@ def decide(
     full = newest + Cost(budget.summary)
     if strategy == "window" or keep == len(older) or full.tokens > room:
         return Decision(0, keep, with_summary)
-    # Folding asks the model: fold down to half of the room, so that the next turns need none.
-    kept = keep_newest(older, full, full.tokens + (room - full.tokens) // 2, media)
+    # Folding asks the model: fold down to half of the room (and of the pictures), so that the next turns need none.
+    half = None if media is None else max(newest.media, media // 2)
+    kept = keep_newest(older, full, full.tokens + (room - full.tokens) // 2, half)
     return Decision(len(older) - kept, kept, True)
 
 

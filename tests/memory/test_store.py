@@ -388,7 +388,7 @@ with Store(sys.argv[1]) as store:
 
 
 def test_processes_that_open_and_write_one_new_file_at_once(tmp_path: Path) -> None:
-    path, writers, each = tmp_path / "talk.db", 4, 25
+    path, writers, each = tmp_path / "talk.db", 3, 15
     processes = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(i), str(each)], cwd=ROOT) for i in range(writers)
     ]
