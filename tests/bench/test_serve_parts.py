@@ -15,9 +15,10 @@ from PIL import Image
 from qvl.bench.load.answer import Outcome, Stopwatch
 from qvl.bench.load.cases import CASES, Load, sweep
 from qvl.bench.load.figures import Figures, Spread, summarise, table_head, table_row
+from qvl.bench.load.http import Address
 from qvl.bench.load.plot import save_plot, ticks
 from qvl.bench.load.prompts import bodies, picture
-from qvl.bench.load.worker import Address, Job, Target
+from qvl.bench.load.worker import Job, Target
 from qvl.errors import ConfigError
 
 TEXT = Load("text", 8, 2, None, 5, 3, pictures=0)
@@ -165,7 +166,7 @@ def test_a_sweep_asks_anew_at_every_level() -> None:
     assert [(p.level, p.requests, p.rate) for p in points] == [(1, 8, None), (16, 64, None)]
     rates = sweep(TEXT, rates=[0.5, 2.0])
     assert [(p.level, p.concurrency) for p in rates] == [(0.5, None), (2.0, None)]
-    texts = [body for p in points for body in bodies(p, range(p.requests), {}, 5)]
+    texts = [body for p in points + sweep(TEXT, rates=[1, 16]) for body in bodies(p, range(p.requests), {}, 5)]
     assert len(set(texts)) == len(texts)
 
 
@@ -197,8 +198,9 @@ def test_the_same_picture_is_one_picture_with_different_questions() -> None:
     contents = [json.loads(body)["messages"][0]["content"] for body in bodies(load, range(3), {}, 6)]
     assert len({content[0]["image_url"]["url"] for content in contents}) == 1
     assert len({content[1]["text"] for content in contents}) == 3
-    other = json.loads(next(bodies(dataclasses.replace(load, seed=2), range(1), {}, 6)))
-    assert other["messages"][0]["content"][0] != contents[0][0]
+    for change in ({"seed": 2}, {"name": "y"}, {"concurrency": 2}):
+        other = json.loads(next(bodies(dataclasses.replace(load, **change), range(1), {}, 6)))
+        assert other["messages"][0]["content"][0] != contents[0][0]
 
 
 def test_pictures_weigh_what_photographs_weigh() -> None:

@@ -52,10 +52,20 @@ class Load:
         """The concurrency or the rate."""
         return self.rate if self.rate is not None else float(self.concurrency or 0)
 
+    @property
+    def label(self) -> str:
+        """The level as a table shows it: "64" requests at once, "2.5/s" arrivals."""
+        return f"{self.level:g}/s" if self.rate is not None else f"{self.concurrency}"
+
+    @property
+    def key(self) -> str:
+        """What the prompts are drawn from. Cases, levels and warm-ups differ in it: no cache of one helps another."""
+        return f"{self.seed}/{self.name}/{self.label}"
+
     def arrivals(self) -> list[float]:
         """Seconds from the start to each request of an open loop: the first at 0, then a Poisson process."""
         assert self.rate is not None
-        rng = random.Random(self.seed)
+        rng = random.Random(self.key)
         times = [0.0]
         while len(times) < self.requests:
             times.append(times[-1] + rng.expovariate(self.rate))
@@ -65,21 +75,20 @@ class Load:
 CASES = {
     load.name: load
     for load in (
-        Load("text-latency", 4, 1, None, 128, 256, pictures=0, seed=1),
-        Load("image-latency", 12, 1, None, 32, 64, seed=2),
-        Load("image-throughput", 256, 64, None, 64, 128, seed=3),
-        Load("image-small-throughput", 512, 128, None, 64, 128, width=448, height=448, seed=4),
-        Load("text-throughput", 1024, 256, None, 512, 256, pictures=0, seed=5),
-        Load("same-image", 128, 32, None, 64, 64, same_picture=True, seed=6),
-        Load("multi-image", 64, 16, None, 64, 128, pictures=4, seed=7),
+        Load("text-latency", 4, 1, None, 128, 256, pictures=0),
+        Load("image-latency", 12, 1, None, 32, 64),
+        Load("image-throughput", 256, 64, None, 64, 128),
+        Load("image-small-throughput", 512, 128, None, 64, 128, width=448, height=448),
+        Load("text-throughput", 1024, 256, None, 512, 256, pictures=0),
+        Load("same-image", 128, 32, None, 64, 64, same_picture=True),
+        Load("multi-image", 64, 16, None, 64, 128, pictures=4),
     )
 }
 
 
 def sweep(load: Load, *, concurrencies: Sequence[int] = (), rates: Sequence[float] = ()) -> list[Load]:
-    """The same load at each level. Every level has prompts of its own, so that no cache of the level before helps."""
-    points = [
+    """The same load at each level."""
+    return [
         dataclasses.replace(load, concurrency=level, rate=None, requests=max(load.requests, SWEEP_WAVES * level))
         for level in concurrencies
     ] + [dataclasses.replace(load, concurrency=None, rate=rate) for rate in rates]
-    return [dataclasses.replace(point, seed=load.seed + 1000 * (i + 1)) for i, point in enumerate(points)]

@@ -127,12 +127,11 @@ def table_head() -> str:
 def table_row(figures: Figures) -> str:
     """One run as a line."""
     load = figures.load
-    level = f"{load.rate:g}/s" if load.rate is not None else f"{load.concurrency}"
     ttft, tpot, e2e = figures.ttft_ms, figures.tpot_ms, figures.e2e_ms
     return _line(
         [
             load.name,
-            level,
+            load.label,
             str(figures.requests),
             str(figures.errors),
             f"{figures.req_s:.2f}",

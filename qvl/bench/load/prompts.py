@@ -26,14 +26,13 @@ WORDS = (
     "back parent face others level office door health person art war history party result change morning reason "
     "research girl guy moment air teacher force education foot boy age policy music market sense nation plan college"
 ).split()
-PER_RUN = 1_000_003  # requests of one run; runs of neighbouring seeds share none
 
 
 def bodies(load: Load, indices: range, options: Mapping[str, Any], words_per_request: int) -> Iterator[bytes]:
     """The JSON body of each request in `indices`; `options` are its further fields, where null takes a field away."""
-    shared = _picture_parts(load, load.seed * PER_RUN) if load.same_picture else None
+    shared = _picture_parts(load, _number(load.key)) if load.same_picture else None
     for index in indices:
-        seed = load.seed * PER_RUN + index
+        seed = _number(f"{load.key}/{index}")
         parts = shared if shared is not None else _picture_parts(load, seed)
         text = {"type": "text", "text": words(words_per_request, seed)}
         body = {
@@ -75,8 +74,12 @@ def picture(width: int, height: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
+def _number(key: str) -> int:
+    return random.Random(key).getrandbits(60)
+
+
 def _picture_parts(load: Load, seed: int) -> list[dict[str, Any]]:
-    drawn = (picture(load.width, load.height, seed * 16 + k) for k in range(load.pictures))
+    drawn = (picture(load.width, load.height, seed + k) for k in range(load.pictures))
     return [
         {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"}}
         for jpeg in drawn

@@ -114,7 +114,7 @@ def _first_model(address: Address, api_key: str | None) -> str:
 
 def _tokens_per_word(target: Target) -> float:
     """From two prompts of different length, so that the template falls out. 1 where the server counts nothing."""
-    loads = [Load("probe", 1, 1, None, count, 1, pictures=0, seed=count) for count in PROBE_WORDS]
+    loads = [Load("probe", 1, 1, None, count, 1, pictures=0) for count in PROBE_WORDS]
     options = {"model": target.model, **target.options}
     prompts = [next(bodies(load, range(1), options, load.input_tokens)) for load in loads]
 

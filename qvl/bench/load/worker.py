@@ -26,7 +26,6 @@ from qvl.bench.load.prompts import bodies
 CHAT = "/v1/chat/completions"
 WARM_UP_TOKENS = 16
 WARM_UP_STREAMS = 8
-WARM_UP_SEED = 500_000  # far from every run's
 
 T = TypeVar("T")
 
@@ -124,7 +123,7 @@ async def work(job: Job, tell: Callable[[bytes], None], hear: Callable[[], bytes
     options = {"model": target.model, **target.options}
     words = max(1, round(load.input_tokens / target.tokens_per_word))
     warm_up = dataclasses.replace(
-        load, output_tokens=min(load.output_tokens, WARM_UP_TOKENS), seed=load.seed + WARM_UP_SEED
+        load, output_tokens=min(load.output_tokens, WARM_UP_TOKENS), name=f"{load.name} warm-up"
     )
     streams = min(WARM_UP_STREAMS, load.concurrency or WARM_UP_STREAMS)
     early = list(bodies(warm_up, range(job.index, job.warm_up, job.of), options, words))
