@@ -51,21 +51,23 @@ _MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", 
 class Client:
     """Asks one server. Close it, or use it as a context manager.
 
-    `base_url`: the server's root, with or without "/v1". `model`: a name it serves; None asks the server once and takes
-    the first. `api_key`: None reads QVL_API_KEY. `timeout`: seconds without a sign of life from the server. `transport`
-    is for tests. Every method raises `QvlError`s: what the server answered, or `Unavailable` when nothing answers.
+    `base_url`: the server's root, with or without "/v1"; None reads QVL_BASE_URL, else it is port 8000 of this machine.
+    `model`: a name it serves; None asks the server once and takes the first. `api_key`: None reads QVL_API_KEY.
+    `timeout`: seconds without a sign of life from the server. `transport` is for tests. Every method raises `QvlError`s:
+    what the server answered, or `Unavailable` when nothing answers.
     """
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        base_url: str | None = None,
         *,
         model: str | None = None,
         api_key: str | None = None,
         timeout: float = 600.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+        given = base_url or os.environ.get("QVL_BASE_URL") or DEFAULT_URL
+        self.base_url = given.rstrip("/").removesuffix("/v1").rstrip("/")
         self._model = model
         key = api_key or os.environ.get("QVL_API_KEY")
         self._http = httpx.Client(

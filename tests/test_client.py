@@ -96,6 +96,12 @@ def test_the_key_is_sent_and_read_from_the_environment(monkeypatch: pytest.Monke
             assert client.ask("Hi") == "Hi"
 
 
+def test_the_address_is_read_from_the_environment(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVL_BASE_URL", server.url)
+    with Client() as client:
+        assert client.ask("Hi") == "Hi"
+
+
 def test_leaving_the_loop_ends_the_work() -> None:
     with live(EchoBackend(seconds_per_token=0.01)) as slow, Client(slow.url) as client:
         stream = client.stream("x" * 3000)
