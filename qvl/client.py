@@ -53,7 +53,7 @@ class Client:
 
     `base_url`: the server's root, with or without "/v1"; None reads QVL_BASE_URL, else it is port 8000 of this machine.
     `model`: a name it serves; None asks the server once and takes the first. `api_key`: None reads QVL_API_KEY.
-    `timeout`: seconds without a sign of life from the server. `transport` is for tests. Every method raises `QvlError`s:
+    `timeout`: seconds without a sign of life from the server. `transport` is for tests. All methods raise `QvlError`s:
     what the server answered, or `Unavailable` when nothing answers.
     """
 
