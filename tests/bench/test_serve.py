@@ -191,16 +191,25 @@ def test_a_sweep_is_drawn(server: Live, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_failed_requests_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """Texts of about 200 characters do not fit into 100: every request of the load is refused, the run still ends."""
-    with live(Watched(max_model_len=100)) as server:
-        flags = ["--requests", "3", "--concurrency", "1", "--input-tokens", "40", "--num-pictures", "0"]
+    """Texts of 150 words do not fit into 600 characters: every request of the load is refused, the run still ends."""
+    with live(Watched(max_model_len=600)) as server:
+        flags = ["--requests", "3", "--concurrency", "1", "--input-tokens", "150", "--num-pictures", "0"]
         code, _, record, err = bench(server.url, capsys, *flags, *QUICK)
     assert code == 1
     (figures,) = record["runs"]
     assert (figures["requests"], figures["errors"], figures["req_s"], figures["ttft_ms"]) == (3, 3, 0, None)
     assert figures["first_error"].startswith("HTTP 400: the prompt has ")
     assert f"3 of 3 requests failed, the first with: {figures['first_error']}" in err
-    assert record["tokens_per_word"] == 1.0  # the probes were refused as well
+    assert record["tokens_per_word"] == 1.0  # the longer probe was refused as well
+
+
+def test_a_server_that_answers_nothing_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """As while a model is loading."""
+    with live(Watched(max_model_len=10)) as server:
+        assert run(["bench", "serve", "--base-url", server.url]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "a first request of 64 words failed: HTTP 400: the prompt has" in err
 
 
 def test_the_servers_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def connect(
 ) -> Target:
     """The server at `base_url`: its first model where none is named, and how many tokens one of our words is to it.
 
-    Raises `Unavailable` when nothing answers, `RequestFailed` when it does not name a model.
+    Raises `Unavailable` when nothing answers, `RequestFailed` when it names no model or answers no request.
     """
     address = Address.read(base_url)
     name = model or _first_model(address, api_key)
@@ -113,7 +113,10 @@ def _first_model(address: Address, api_key: str | None) -> str:
 
 
 def _tokens_per_word(target: Target) -> float:
-    """From two prompts of different length, so that the template falls out. 1 where the server counts nothing."""
+    """From two prompts of different length, so that the template falls out. 1 where the server counts nothing.
+
+    Raises `RequestFailed` when not even the short one is answered: no load would be.
+    """
     loads = [Load("probe", 1, 1, None, count, 1, pictures=0) for count in PROBE_WORDS]
     options = {"model": target.model, **target.options}
     prompts = [next(bodies(load, range(1), options, load.input_tokens)) for load in loads]
@@ -123,6 +126,8 @@ def _tokens_per_word(target: Target) -> float:
             return [await ask(pool, target, body) for body in prompts]
 
     short, long = run(probe())
-    if short.error or long.error or long.prompt_tokens <= short.prompt_tokens:
+    if short.error:
+        raise RequestFailed(f"a first request of {PROBE_WORDS[0]} words failed: {short.error}")
+    if long.error or long.prompt_tokens <= short.prompt_tokens:
         return 1.0
     return (long.prompt_tokens - short.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
