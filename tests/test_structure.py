@@ -32,6 +32,7 @@ LEVELS = {
     "qvl.backends": 4,
     "qvl.client": 5,
     "qvl.memory": 5,
+    "qvl.batch": 5,
     "qvl.bench": 5,
     "qvl.server": 6,
     "qvl.cli": 6,
