@@ -1,6 +1,6 @@
 """One life of an engine process: started, connected to, watched until it ends.
 
-Knows processes and the socket between. Does not know what the messages are for, nor when to start another.
+Knows processes. Does not know what the messages are for, nor when to start another.
 """
 
 from __future__ import annotations
@@ -11,26 +11,16 @@ import logging
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import msgspec
 
+from qvl.backends.link import EngineLink
 from qvl.engine.options import EngineOptions
-from qvl.engine.protocol import (
-    FrameBuffer,
-    FromEngine,
-    ProtocolError,
-    ToEngine,
-    decode_from_engine,
-    encode,
-    frame,
-)
-
-CONNECT_EVERY_SECONDS = 0.02
+from qvl.engine.protocol import FromEngine, ToEngine
 
 
 class EngineProcess:
-    """A worker and the one connection to it: `launch` needs no loop, everything else runs on the loop of `connect`."""
+    """A worker and a connection to it: `launch` needs no loop, everything else runs on the loop of `connect`."""
 
     def __init__(self, command: Sequence[str], options: EngineOptions, socket: str, scratch: Sequence[str]) -> None:
         self._command = list(command)
@@ -39,8 +29,7 @@ class EngineProcess:
         setup = {"options": options, "socket": socket, "scratch": list(scratch), "log_level": level}
         self._setup = msgspec.json.encode(setup) + b"\n"
         self._process: subprocess.Popen[bytes] | None = None
-        self._transport: asyncio.WriteTransport | None = None
-        self._on_message: Callable[[FromEngine], None] | None = None
+        self._link: EngineLink | None = None
         self._on_end: Callable[[int], None] | None = None
         self._exit_code: int | None = None
 
@@ -65,20 +54,16 @@ class EngineProcess:
         gone and all it said has been heard.
         """
         assert self._process is not None
-        self._on_message, self._on_end = on_message, on_end
+        self._on_end = on_end
+        self._link = EngineLink(on_message, self._disconnected)
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._wait, args=(self._process, loop), name="qvl-engine-wait", daemon=True).start()
-        while self._exit_code is None:
-            try:
-                await loop.create_unix_connection(lambda: _Link(self), self._socket)
-                return
-            except (FileNotFoundError, ConnectionRefusedError):
-                await asyncio.sleep(CONNECT_EVERY_SECONDS)
+        await self._link.connect(self._socket, lambda: self._exit_code is not None)
 
     def send(self, message: ToEngine) -> None:
         """Queue `message`; after the end of the process it goes nowhere."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame(encode(message)))
+        if self._link is not None:
+            self._link.send(message)
 
     def close(self) -> None:
         """End the process at once: its lifeline is cut, and it is killed. `on_end` follows. Safe to call twice."""
@@ -99,43 +84,14 @@ class EngineProcess:
         self.close()
         self._tell_end()
 
-    def _tell_end(self) -> None:
-        """Once: when the process is gone, and with it the connection, on which its last words may still lie."""
-        if self._exit_code is not None and self._transport is None and self._on_end is not None:
-            on_end, self._on_end = self._on_end, None
-            on_end(self._exit_code)
-
-    def connected(self, transport: asyncio.WriteTransport) -> None:
-        self._transport = transport
-
-    def received(self, body: bytes) -> None:
-        if self._on_message is not None:
-            self._on_message(decode_from_engine(body))
-
-    def disconnected(self) -> None:
+    def _disconnected(self) -> None:
         """A worker without its connection is of no use, should it still run."""
-        self._transport = None
         self.close()
         self._tell_end()
 
-
-class _Link(asyncio.Protocol):
-    """Cuts what arrives into messages."""
-
-    def __init__(self, owner: EngineProcess) -> None:
-        self._owner = owner
-        self._frames = FrameBuffer()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._owner.connected(cast(asyncio.WriteTransport, transport))
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for body in self._frames.feed(data):
-                self._owner.received(body)
-        except ProtocolError:
-            # A worker that does not speak our language is of no use; another one is started.
-            self._owner.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._owner.disconnected()
+    def _tell_end(self) -> None:
+        """Once: when the process is gone, and with it the connection, on which its last words may still lie."""
+        connected = self._link is not None and self._link.connected
+        if self._exit_code is not None and not connected and self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end(self._exit_code)

@@ -1,6 +1,7 @@
 """`qvl serve`: a checkpoint folder becomes an OpenAI-compatible server.
 
-Knows the flags and the options they become. Does not know how to serve: that is `qvl.server.run`.
+Knows the flags and the options they become. Does not know how to serve: that is `qvl.server.run` (one process for HTTP)
+and `qvl.server.supervisor` (several).
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ def serve(
     model: flags.Model = "demo",
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER_PANEL)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", rich_help_panel=SERVER_PANEL)] = 8000,
+    api_server_count: Annotated[
+        str,
+        typer.Option(
+            help="HTTP processes that share the address and the engine; auto: one, with a GPU one per four cores, at "
+            "most four.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = "auto",
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +142,11 @@ def serve(
     )
     load_spec(find_model(model))  # a folder that cannot be served is told before anything listens
     # The HTTP stack loads only for this command, and only when all of that made sense.
+    from qvl.server.supervisor import process_count, supervise
+
+    count = process_count(api_server_count, device)
+    if count > 1:
+        return supervise(server, options, count)
     from qvl.backends.local import LocalBackend
     from qvl.server.run import run
 

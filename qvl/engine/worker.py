@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,9 @@ EXIT_FAILED = 2
 EXIT_CRASHED = 1
 # The hub's thread must get the interpreter soon after a request arrives, also while the engine's loop runs Python.
 SWITCH_SECONDS = 0.001
+NUMBERS_EVERY_SECONDS = 0.25
+# When there is bad news, the one who asks first may not be the one who must hear it.
+LINGER_ROUNDS = 3
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -97,6 +101,7 @@ class Loop:
         self._ready = ready
         self._askers: dict[str, Connection] = {}
         self._draining = False
+        self._next_numbers = 0.0
 
     def run(self) -> None:
         """Until drained. Whatever the engine raises here is fatal for the process."""
@@ -153,7 +158,7 @@ class Loop:
         return True
 
     def _publish(self, outputs: Iterable[TokenOutput]) -> None:
-        """One frame per asker and step; when the engine falls idle, everybody hears the numbers."""
+        """One frame per asker and step; the others hear the numbers now and then, and when the engine falls idle."""
         by_asker: dict[Connection, list[TokenOutput]] = {}
         for output in outputs:
             asker = self._askers.get(output.request_id)
@@ -164,7 +169,9 @@ class Loop:
         stats = self._engine.stats()
         for asker, its_outputs in by_asker.items():
             asker.send(Outputs(its_outputs, stats))
-        if not self._engine.has_work:
+        now = time.monotonic()
+        if now >= self._next_numbers or not self._engine.has_work:
+            self._next_numbers = now + NUMBERS_EVERY_SECONDS
             for connection in tuple(self._hub.connections - by_asker.keys()):
                 connection.send(Outputs([], stats))
 
@@ -202,13 +209,13 @@ def _give_up(hub: Hub, message: str, code: int) -> int:
     """Tell all who are there, and who come within the next moment, that nothing will come of it."""
     told: set[Connection] = set()
     waiting = threading.Event()
-    for _ in range(50):
+    rounds = 50
+    while rounds > 0:
         new = hub.connections - told
         for connection in new:
             connection.send(Failed(message))
         told |= new
-        if told:
-            break
+        rounds = min(rounds, LINGER_ROUNDS) - 1 if told else rounds - 1
         waiting.wait(0.1)
     hub.stop()
     return code
@@ -222,7 +229,7 @@ def _leave(scratch: Iterable[str]) -> None:
 
 
 def main(load: Loader = load_engine) -> int:
-    setup = msgspec.json.decode(_first_line(sys.stdin.fileno()), type=Setup)
+    setup = msgspec.json.decode(first_line(sys.stdin.fileno()), type=Setup)
     logging.basicConfig(level=setup.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(SWITCH_SECONDS)
     for folder in (Path(setup.socket).parent, *map(Path, setup.scratch)):
@@ -232,7 +239,7 @@ def main(load: Loader = load_engine) -> int:
     return serve(setup, load, sys.stdin.fileno())
 
 
-def _first_line(descriptor: int) -> bytes:
+def first_line(descriptor: int) -> bytes:
     """Read byte-wise up to the line break: what follows on the descriptor is the lifeline's business."""
     line = bytearray()
     while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):

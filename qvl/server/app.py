@@ -21,6 +21,7 @@ from qvl.backends.base import Backend
 from qvl.errors import QvlError
 from qvl.server.auth import ApiKeyMiddleware
 from qvl.server.border import BorderMiddleware
+from qvl.server.counts import Counts
 from qvl.server.failures import error_response, http_exception_response, internal_error, logger
 from qvl.server.limits import AdmissionMiddleware, BodyLimitMiddleware
 from qvl.server.openapi import describe
@@ -33,13 +34,15 @@ Started = Callable[[QvlError | None], None]
 ABOUT = "OpenAI-compatible vision API. Errors are OpenAI error bodies; answers carry the header X-Request-Id."
 
 
-def create_app(backend: Backend, options: ServerOptions, on_started: Started | None = None) -> FastAPI:
+def create_app(
+    backend: Backend, options: ServerOptions, on_started: Started | None = None, counts: Counts | None = None
+) -> FastAPI:
     """The ASGI app. Its lifespan starts the backend beside the server, so that /health answers at once.
 
     `on_started` is called once, on the loop: with None when requests can be answered, with the error when that will
-    never be so.
+    never be so. `counts` is given where this app is one process of several.
     """
-    service = Service(backend, options)
+    service = Service(backend, options, counts or Counts())
     app = FastAPI(
         title="qvl",
         version=__version__,
@@ -72,7 +75,7 @@ def _layers(service: Service) -> list[Middleware]:
     if options.api_keys:
         layers.append(Middleware(ApiKeyMiddleware, api_keys=options.api_keys, root_path=options.root_path))
     layers.append(Middleware(AdmissionMiddleware, admission=service.admission))
-    layers.append(Middleware(BodyLimitMiddleware, options=options))
+    layers.append(Middleware(BodyLimitMiddleware, options=options, counts=service.counts))
     return layers
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl.errors import Overloaded, PayloadTooLarge, Unavailable
+from qvl.server.counts import Counts
 from qvl.server.failures import ClientGone, error_response
 from qvl.server.options import ServerOptions
 
@@ -20,24 +21,32 @@ MAX_RETRY_AFTER = 30
 
 
 class Admission:
-    """Who may come in. `capacity` is asked each time, as a backend knows its own only after start-up."""
+    """Who may come in. `capacity` is asked each time, as a backend knows its own only after start-up.
 
-    def __init__(self, capacity: Callable[[], int]) -> None:
+    It is one for all processes of a server; `running` are the requests of this process, `counts.all_running` of all.
+    """
+
+    def __init__(self, capacity: Callable[[], int], counts: Counts) -> None:
         self._capacity = capacity
-        self.running = 0
+        self.counts = counts
         self.draining = False
 
     @property
+    def running(self) -> int:
+        return self.counts.running
+
+    @property
     def full(self) -> bool:
-        return self.running >= self._capacity()
+        return self.counts.all_running >= self._capacity()
 
     def refusal(self) -> Unavailable | Overloaded | None:
         """Why a further request would be turned away now; None when it would not."""
         if self.draining:
             return Unavailable("the server is shutting down and takes no new requests")
         if self.full:
-            wait = min(MAX_RETRY_AFTER, max(1, round(self.running * SECONDS_PER_QUEUED_GUESS)))
-            message = f"{self.running} requests are running or waiting, which is all this server takes"
+            running = self.counts.all_running
+            wait = min(MAX_RETRY_AFTER, max(1, round(running * SECONDS_PER_QUEUED_GUESS)))
+            message = f"{running} requests are running or waiting, which is all this server takes"
             return Overloaded(message, retry_after=wait)
         return None
 
@@ -57,20 +66,21 @@ class AdmissionMiddleware:
         if refusal is not None:
             await error_response(refusal)(scope, receive, send)
             return
-        self._admission.running += 1
+        counts = self._admission.counts
+        counts.running += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._admission.running -= 1
+            counts.running -= 1
 
 
 class BodyLimitMiddleware:
     """Counts bodies while they arrive: 413 above the cap of one, 429 above that of all, a cut for one that stalls."""
 
-    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+    def __init__(self, app: ASGIApp, options: ServerOptions, counts: Counts) -> None:
         self._app = app
         self._options = options
-        self._held = 0
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,14 +94,14 @@ class BodyLimitMiddleware:
         try:
             await self._app(scope, counted.receive, send)
         finally:
-            self._held -= counted.size
+            self._counts.held_bytes -= counted.size
 
     def take(self, size: int, total: int) -> None:
         """`size` more bytes are held, `total` of them by one request."""
-        self._held += size
+        self._counts.held_bytes += size
         if total > self._options.max_body_bytes:
             raise self._too_large()
-        if self._held > self._options.max_total_body_bytes:
+        if self._counts.all_held_bytes > self._options.max_total_body_bytes:
             raise Overloaded("too many bytes of request bodies are being read at once", retry_after=1)
 
     async def next_piece(self, receive: Receive) -> Message:

@@ -1,16 +1,20 @@
 """What /metrics says. Knows names and buckets; asks the backend for its numbers when it is asked itself.
 
-Every app has a registry of its own, so that several can live in one process.
+Every app has a registry of its own, so that several can live in one process. Where a server has several processes
+(the variable PROMETHEUS_MULTIPROC_DIR, set by their parent, names a folder), each keeps its counters and histograms in
+a file there, and whichever is asked adds all files up; the backend's numbers are of one engine and are told once.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
@@ -18,6 +22,8 @@ from qvl.types import Delta, Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
+# The name is prometheus_client's own, which reads it when it is imported.
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 STAGE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -25,8 +31,9 @@ class Metrics:
     """Counters and histograms of one server; also the backend's `Observer`."""
 
     def __init__(self, gauges: Callable[[], Mapping[str, float]], stats: Callable[[], Mapping[str, float]]) -> None:
-        registry = CollectorRegistry()
-        self._registry = registry
+        self._registry = CollectorRegistry()
+        shared = os.environ.get(SHARED_FOLDER)
+        registry = None if shared else self._registry
         self._requests = Counter(
             "qvl_http_requests", "HTTP requests by route and status", ["method", "route", "status"], registry=registry
         )
@@ -58,9 +65,12 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
-        registry.register(_Numbers("qvl_", gauges))
-        registry.register(_Numbers("qvl_engine_", stats))
-        ProcessCollector(registry=registry)
+        self._registry.register(_Numbers("qvl_", gauges))
+        self._registry.register(_Numbers("qvl_engine_", stats))
+        if shared:
+            MultiProcessCollector(self._registry, shared)  # type: ignore[no-untyped-call]
+        else:
+            ProcessCollector(registry=self._registry)
 
     def render(self) -> bytes:
         """The Prometheus text format."""

@@ -20,11 +20,14 @@ from qvl.server.http_protocol import http_protocol
 from qvl.server.options import ServerOptions
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from qvl.server.service import Service
 
 # After the running requests have ended (or were told that they will not), connections only have to be closed.
 CLOSE_SECONDS = 3
 KEEP_ALIVE_SECONDS = 75
+BACKLOG = 2048
 # Threads that prepare pictures hand the interpreter over to the loop this soon (Python's default is five times that).
 SWITCH_SECONDS = 0.001
 
@@ -64,9 +67,10 @@ def run(options: ServerOptions, backend: Backend) -> int:
     Raises `ConfigError` when the address cannot be bound, and whatever `backend.start` raises; the server is down then.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    listener = _bind(options)
-    url = _url(options, listener)
-    _start_logging(options)
+    listener = bind(options)
+    listener.listen(BACKLOG)
+    url = url_of(options, listener)
+    start_logging(options)
     backend.launch()
     # Half a second of imports, during which the engine process already loads its own.
     from qvl.server.app import create_app
@@ -78,7 +82,16 @@ def run(options: ServerOptions, backend: Backend) -> int:
             server.start_error = error
             server.should_exit = True
 
-    app = create_app(backend, options, started)
+    server = make_server(create_app(backend, options, started), options)
+    print(f"qvl: HTTP is up on {url}, the model is loading", file=sys.stderr, flush=True)
+    server.run(sockets=[listener])
+    if server.start_error is not None:
+        raise server.start_error
+    return 0
+
+
+def make_server(app: FastAPI, options: ServerOptions) -> Server:
+    """The server of an app from `create_app`."""
     config = uvicorn.Config(
         app,
         http=http_protocol(options),
@@ -90,12 +103,7 @@ def run(options: ServerOptions, backend: Backend) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
-    server = Server(config, app.state.service)
-    print(f"qvl: HTTP is up on {url}, the model is loading", file=sys.stderr, flush=True)
-    server.run(sockets=[listener])
-    if server.start_error is not None:
-        raise server.start_error
-    return 0
+    return Server(config, app.state.service)
 
 
 def ready_line(url: str, info: BackendInfo, names: tuple[str, ...] = ()) -> str:
@@ -107,22 +115,28 @@ def ready_line(url: str, info: BackendInfo, names: tuple[str, ...] = ()) -> str:
     return f"qvl ready: {url}  {what}  {capacity}  ({info.load_seconds:.1f} s)"
 
 
-def _start_logging(options: ServerOptions) -> None:
+def start_logging(options: ServerOptions) -> None:
+    """Everything goes to standard error."""
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.access_log:
         # Asked for by its own flag: it is written whatever the level of everything else.
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
 
 
-def _bind(options: ServerOptions) -> socket.socket:
+def bind(options: ServerOptions, *, shared: bool = False) -> socket.socket:
+    """A socket at the address of `options`; `shared` lets others of this user's that say so be bound there too.
+
+    Raises `ConfigError` when that cannot be.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
-        listener.listen(2048)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot listen on {options.host}:{options.port}: {reason}", param="port") from error
@@ -130,7 +144,8 @@ def _bind(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def _url(options: ServerOptions, listener: socket.socket) -> str:
+def url_of(options: ServerOptions, listener: socket.socket) -> str:
+    """Where a browser on this machine finds it."""
     port = listener.getsockname()[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(options.host, options.host)
     return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

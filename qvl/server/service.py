@@ -7,18 +7,20 @@ from collections.abc import Mapping
 
 from qvl.backends.base import Backend
 from qvl.errors import QvlError
+from qvl.server.counts import Counts
 from qvl.server.limits import Admission
 from qvl.server.metrics import Metrics
 from qvl.server.options import ServerOptions
 
 
 class Service:
-    """One server: `backend` behind `options`."""
+    """One server, or one process of it: `backend` behind `options`."""
 
-    def __init__(self, backend: Backend, options: ServerOptions) -> None:
+    def __init__(self, backend: Backend, options: ServerOptions, counts: Counts) -> None:
         self.backend = backend
         self.options = options
-        self.admission = Admission(lambda: max(1, backend.info.max_num_seqs) + options.max_queue)
+        self.counts = counts
+        self.admission = Admission(lambda: max(1, backend.info.max_num_seqs) + options.max_queue, counts)
         self.metrics = Metrics(self._gauges, backend.stats)
         self.start_error: QvlError | None = None
         self.created = int(time.time())
@@ -38,4 +40,4 @@ class Service:
         return refusal.message if refusal is not None else self.backend.not_ready
 
     def _gauges(self) -> Mapping[str, float]:
-        return {"requests_in_flight": self.admission.running, "ready": float(self.not_ready() is None)}
+        return {"requests_in_flight": self.counts.all_running, "ready": float(self.not_ready() is None)}

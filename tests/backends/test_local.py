@@ -211,7 +211,7 @@ async def test_a_first_start_that_fails_is_an_error_of_configuration(checkpoint:
 
 async def test_a_worker_that_cannot_even_begin(checkpoint: Path) -> None:
     backend = made(checkpoint, "fast")
-    backend._command = (sys.executable, "-c", "raise SystemExit(7)")
+    backend._engine._command = (sys.executable, "-c", "raise SystemExit(7)")
     with pytest.raises(ConfigError, match="exit code 7"):
         await backend.start()
 
@@ -237,7 +237,7 @@ async def test_launched_early_and_started_later_is_one_process(checkpoint: Path)
 
 async def test_stop_ends_the_process_the_requests_and_the_folders(backend_of: Start) -> None:
     async with backend_of("slow") as backend:
-        folders = [folder.path for folder in (*backend._scratch, backend._sockets) if folder is not None]
+        folders = [*backend._engine.folders, backend._engine.socket.parent]
         assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
         pid = backend.engine_pid
         running = asyncio.ensure_future(collect(backend.complete(ask("word " * 200), "r")))
@@ -252,4 +252,4 @@ async def test_stop_ends_the_process_the_requests_and_the_folders(backend_of: St
 
 
 def leftovers(backend: LocalBackend) -> list[Path]:
-    return [path for folder in backend._scratch for path in folder.path.glob("*.rgb*")]
+    return [path for folder in backend._engine.folders for path in folder.glob("*.rgb*")]

@@ -38,6 +38,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         return 0
 
     monkeypatch.setattr("qvl.server.run.run", fake_run)
+    monkeypatch.setattr("qvl.server.supervisor.MOST_BY_DEFAULT", 1)  # also on a machine with a GPU
     monkeypatch.setattr("qvl.backends.local.LocalBackend", lambda options: options)
     monkeypatch.setattr("qvl.cli.serve.load_spec", lambda folder: None)
     monkeypatch.setattr("qvl.cli.serve.find_model", Path)
@@ -58,6 +59,17 @@ def test_every_engine_option_has_its_flag() -> None:
     """`allow_any_local_path` is for in-process use: a server that reads any file for its callers is never meant."""
     flags = set(inspect.signature(serve).parameters)
     assert {f.name for f in dataclasses.fields(EngineOptions)} - flags == {"allow_any_local_path"}
+
+
+def test_more_http_processes_have_a_supervisor(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("qvl.server.supervisor.supervise", lambda server, options, count: seen.append(count) or 0)
+    assert run(["serve", "--api-server-count", "3"]) == 0
+    assert run(["serve", "--api_server_count=2", "--port", "0"]) == 0
+    assert seen == [3, 2]
+    for bad in ("0", "-1", "many", "1000"):
+        assert run(["serve", "--api-server-count", bad]) == 2
+    assert parse("--api-server-count", "1") == (EngineOptions(), ServerOptions())
 
 
 KNOWN = [
