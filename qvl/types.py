@@ -6,22 +6,25 @@ Knows the shapes. Does not know HTTP, torch, tokenizers or how anything is compu
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from qvl.errors import InvalidRequest
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 MediaKind: TypeAlias = Literal["image", "video"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+ConstraintKind: TypeAlias = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"  # where a server listens and a client asks, unless told otherwise
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
+MAX_CONSTRAINT_CHARS = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,57 @@ def _finite(value: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like; only tokens that keep to it are chosen.
+
+    `text` is a JSON schema as JSON, a regular expression (Rust's syntax) that matches the whole answer, a Lark grammar,
+    or a JSON list of texts to choose from; it is empty for "json_object". `param` names the caller's field in errors.
+    An answer cut by `max_tokens` or a stop string is the beginning of one that would have matched.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    param: str = field(default="constraint", compare=False)
+
+    def __post_init__(self) -> None:
+        _check(self.kind in get_args(ConstraintKind), self.param, f"one of {', '.join(get_args(ConstraintKind))}")
+        says = f"at most {MAX_CONSTRAINT_CHARS} characters"
+        _check(isinstance(self.text, str) and len(self.text) <= MAX_CONSTRAINT_CHARS, self.param, says)
+        _check(bool(self.text) or self.kind in ("json_object", "grammar", "regex"), self.param, "not empty")
+
+    @classmethod
+    def json(cls, schema: Any = None, *, param: str = "constraint") -> Constraint:
+        """A JSON object; with a schema (a dict, its JSON, or a pydantic class) what that describes."""
+        if schema is None:
+            return cls("json_object", param=param)
+        if hasattr(schema, "model_json_schema"):
+            schema = schema.model_json_schema()
+        return cls("json_schema", schema if isinstance(schema, str) else _as_json(schema, param), param)
+
+    @classmethod
+    def regex(cls, pattern: str, *, param: str = "constraint") -> Constraint:
+        return cls("regex", pattern, param)
+
+    @classmethod
+    def grammar(cls, lark: str, *, param: str = "constraint") -> Constraint:
+        return cls("grammar", lark, param)
+
+    @classmethod
+    def choice(cls, texts: Sequence[str], *, param: str = "constraint") -> Constraint:
+        """Exactly one of `texts`."""
+        listed = [] if isinstance(texts, str) else list(texts)
+        _check(bool(listed) and all(isinstance(text, str) for text in listed), param, "a list of texts, not empty")
+        return cls("choice", _as_json(listed, param), param)
+
+
+def _as_json(value: Any, param: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"'{param}' must be plain JSON, not nested beyond all bounds", param=param) from error
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens and when to stop. None means "the checkpoint's generation_config, else the neutral value".
 
@@ -131,6 +185,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     n: int = 1
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -140,6 +195,7 @@ class SamplingParams:
         self._check_lengths()
         self._check_probabilities()
         self._check_lists()
+        _check(self.constraint is None or isinstance(self.constraint, Constraint), "constraint", "a Constraint")
 
     def _check_lengths(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import device_name
+from qvl.engine.grammar import Grammars
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput, TokenOutput
 from qvl.engine.runner import ModelRunner
 from qvl.engine.scheduler import Scheduler
@@ -25,13 +26,18 @@ from qvl.errors import InvalidRequest
 from qvl.kernels.linear import describe_linear
 from qvl.specs import ModelSpec
 
+GRAMMAR_WAIT_SECONDS = 0.005  # nothing else to do; but new requests must be heard
+
 Pixels = npt.NDArray[np.uint8]
 
 
 class Engine:
-    """Serves the model of `config`. Raises `CheckpointError` or `ConfigError` when it cannot start."""
+    """Serves the model of `config`. Raises `CheckpointError` or `ConfigError` when it cannot start.
 
-    def __init__(self, config: EngineConfig) -> None:
+    `grammars` may be shared with whoever prepares requests in this process.
+    """
+
+    def __init__(self, config: EngineConfig, grammars: Grammars | None = None) -> None:
         started = time.monotonic()
         self.runner = ModelRunner(config)
         self.config = self.runner.config
@@ -39,6 +45,7 @@ class Engine:
         blocks = BlockManager(self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, blocks, self.runner.encoder_cache)
         self.info = engine_info(self.config, self.runner, time.monotonic() - started)
+        self.grammars = grammars or Grammars(config.spec)
         self._seeds = random.Random(self.config.seed)
 
     def add(self, request: AddRequest, pixels: Items[Pixels | None] = ()) -> None:
@@ -47,12 +54,14 @@ class Engine:
         Raises `InvalidRequest` (`PromptTooLong` among it); the engine is as it was then.
         """
         check_request(request, pixels, self.config.spec)
+        constraint = request.sampling.constraint
         seq = Sequence.create(
             request,
             self.config.spec,
             block_size=self.config.block_size,
             fallback_seed=self._seeds.getrandbits(63),
             pixels=list(pixels),
+            grammar=None if constraint is None else self.grammars.start(constraint),
         )
         self.scheduler.add(seq)
 
@@ -67,6 +76,8 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """One forward pass: what every request that gained a token (or failed) in it has to say."""
         batch = self.scheduler.schedule()
+        if not batch and (grammar := self.scheduler.unprepared) is not None:
+            grammar.wait(GRAMMAR_WAIT_SECONDS)
         result = self.runner.run(batch)
         return self.scheduler.finish(batch, result)
 

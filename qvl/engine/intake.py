@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qvl.engine.config import EngineConfig
@@ -18,7 +18,7 @@ from qvl.media.load import LoadedMedia, frame_size, load, picture_size
 from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import MediaSlot, Tokenizer
-from qvl.types import ChatRequest, CompletionRequest, MediaPart, Message, PixelLimits, SamplingParams
+from qvl.types import ChatRequest, CompletionRequest, Constraint, MediaPart, Message, PixelLimits, SamplingParams
 
 MOST_LISTED = 16
 _NAMES = {"image": "picture", "video": "video"}
@@ -64,9 +64,15 @@ def answer_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
 
 
 class Intake:
-    """Prepares requests for an engine of this config."""
+    """Prepares requests for an engine of this config.
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+    `check` refuses a constraint that no answer could keep to, by `InvalidRequest`; None where the caller has done so.
+    """
+
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer, check: Callable[[Constraint], None] | None = None
+    ) -> None:
+        self._check = check
         self.config = config
         self.tokenizer = tokenizer
         self.spec = config.spec
@@ -79,6 +85,7 @@ class Intake:
         """
         parts = _media_parts(request.messages)
         self._check_counts(parts)
+        self._check_constraint(request.sampling)
         pieces = self.tokenizer.chat(
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
@@ -97,6 +104,7 @@ class Intake:
 
         Raises `PromptTooLong`, `InvalidRequest`.
         """
+        self._check_constraint(request.sampling)
         if isinstance(request.prompt, str):
             prompt = self._build([TextRun(request.prompt)])
         else:
@@ -115,6 +123,7 @@ class Intake:
         """
         self._check_ids("prompt", token_ids)
         self._check_counts(parts)
+        self._check_constraint(sampling)
         pads = {self.spec.ids.image_pad: "image", self.spec.ids.video_pad: "video"}
         if Counter(pads[token_id] for token_id in token_ids if token_id in pads) != Counter(p.kind for p in parts):
             raise InvalidRequest("the prompt must hold one pad token for every picture and video", param="prompt")
@@ -131,6 +140,10 @@ class Intake:
         ids, merge_size = self.spec.ids, self.spec.vision.merge_size
         encode = self.tokenizer.encode
         return build(segments, encode, image_pad=ids.image_pad, video_pad=ids.video_pad, merge_size=merge_size)
+
+    def _check_constraint(self, sampling: SamplingParams) -> None:
+        if sampling.constraint is not None and self._check is not None:
+            self._check(sampling.constraint)
 
     def _check_counts(self, parts: Sequence[MediaPart]) -> None:
         for kind, count in Counter(part.kind for part in parts).items():

@@ -14,6 +14,7 @@ from qvl.engine.config import resolve
 from qvl.engine.device import read_facts
 from qvl.engine.driver import Driver, Reader
 from qvl.engine.engine import Engine
+from qvl.engine.grammar import Grammars
 from qvl.engine.intake import Intake
 from qvl.engine.messages import Dialogue, RawPrompt, Turn, is_one_dialogue, is_one_prompt, read_dialogue, read_prompt
 from qvl.engine.options import EngineOptions
@@ -56,10 +57,11 @@ class LLM:
 
     def __init__(self, model: str = "demo", **options: Any) -> None:
         written = EngineOptions.from_dict({**_IN_PROCESS, **options, "model": model})
-        self.engine = Engine(resolve(written, read_facts(written.device)))
-        spec = self.engine.config.spec
-        self.tokenizer = Tokenizer.from_folder(spec.folder, spec.ids)
-        self._intake = Intake(self.engine.config, self.tokenizer)
+        config = resolve(written, read_facts(written.device))
+        self.tokenizer = Tokenizer.from_folder(config.spec.folder, config.spec.ids)
+        grammars = Grammars(config.spec, self.tokenizer)
+        self.engine = Engine(config, grammars)
+        self._intake = Intake(self.engine.config, self.tokenizer, grammars.check)
         self._driver = Driver(self.engine, self.tokenizer)
 
     @overload

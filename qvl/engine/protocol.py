@@ -58,7 +58,7 @@ class MediaInput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Serve this prompt. `sampling` is resolved: no None but in `logprobs` and `seed`; `n` is ignored (one answer)."""
+    """Serve this prompt. `sampling` is resolved: no None but in `logprobs`, `seed`, `constraint`; `n` is ignored (one answer)."""
 
     request_id: str
     token_ids: list[int]

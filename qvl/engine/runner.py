@@ -17,6 +17,7 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.device import DTYPES, is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.inputs import BlockTables, StepInputs, build_inputs
+from qvl.engine.masks import Masks
 from qvl.engine.memory import kv_cache_bytes, measure_cost, usable_bytes
 from qvl.engine.sampler import SampledToken, Sampler, SamplerRow
 from qvl.engine.vision import MediaEncoder
@@ -56,6 +57,7 @@ class ModelRunner:
         self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
         ids = config.spec.ids
         self.sampler = Sampler(config.spec.text.vocab_size, never_sampled=ids.never_sampled, device=self.device)
+        self.masks = Masks(config.spec.text.vocab_size, ends=ids.eos, never=ids.never_sampled)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
@@ -75,17 +77,21 @@ class ModelRunner:
 
     def _compute(self, step: _Step) -> dict[str, SampledToken]:
         """Forward pass and sampling: the token of every entry that samples, by request."""
+        sampling = [entry for entry in step.entries if entry.samples]
+        masking = self.masks.start(sampling)
         inputs = build_inputs(step.entries, step.num_decodes, self.config.block_size, self.device, self.block_tables)
         hidden_states = self._embed(inputs)
         hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata)
-        sampling = [entry for entry in step.entries if entry.samples]
         if not sampling:
             return {}
         logits = self.model.logits(hidden_states[inputs.last_rows])
-        tokens = self.sampler.sample(logits, [sampler_row(entry) for entry in sampling])
+        mask = None if masking is None else masking.gather()
+        tokens = self.sampler.sample(logits, [sampler_row(entry) for entry in sampling], mask)
         for entry, token in zip(sampling, tokens, strict=True):
             if token.failed:
                 step.errors[entry.seq.request_id] = NOT_FINITE
+        if masking is not None:
+            step.errors.update(masking.errors)
         return {entry.seq.request_id: token for entry, token in zip(sampling, tokens, strict=True)}
 
     def _embed(self, inputs: StepInputs) -> Tensor:
@@ -140,7 +146,7 @@ def sampler_row(entry: ScheduledSeq) -> SamplerRow:
         owner=seq,
         sampling=seq.sampling.params,
         seed=seq.sampling.seed,
-        banned=seq.sampling.banned(seq.num_output),
+        banned=() if seq.grammar is not None else seq.sampling.banned(seq.num_output),  # see Masks
         token_ids=seq.token_ids,
         num_prompt_tokens=seq.num_prompt_tokens,
     )

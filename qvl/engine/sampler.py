@@ -56,6 +56,17 @@ class SampledToken:
         return self.token_id == FAILED
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """The tokens that some rows may choose: bit i of int32 `words` [k, ceil(vocab / 32)] for token i of row `rows[k]`.
+
+    Every line has at least one bit that `never_sampled` leaves.
+    """
+
+    rows: Sequence[int]
+    words: npt.NDArray[np.int32]
+
+
 class Sampler:
     """Chooses one token per row. `never_sampled` ids are banned in every row."""
 
@@ -66,7 +77,7 @@ class Sampler:
         self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)[None]
         self._counts = CountTables()
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow], mask: TokenMask | None = None) -> list[SampledToken]:
         """Tokens for float32 logits [m, vocab], which are overwritten. Waits for the device once, at the end."""
         # A sum is not finite as soon as one of its terms is not: one pass, no [m, vocab] mask.
         healthy = logits.sum(dim=1).isfinite()
@@ -75,6 +86,8 @@ class Sampler:
         self._penalise(logits, rows)
         self._bias(logits, rows)
         self._ban(logits, rows)
+        if mask is not None:
+            self._keep(logits, mask)
         tokens = torch.where(healthy, self._choose(logits, rows), FAILED)
         parts = [tokens.to(torch.int32)]
         if raw is not None:
@@ -162,6 +175,20 @@ class Sampler:
         if now:
             index = self._put(np.asarray(now, dtype=np.int64).T)
             logits.index_put_((index[0], index[1]), torch.full((), -torch.inf, device=self.device))
+
+    def _keep(self, logits: Tensor, mask: TokenMask) -> None:
+        """-inf for what `mask` leaves out, in its rows."""
+        if self.device.type == "cpu":
+            bits = np.unpackbits(mask.words.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
+            outside = torch.from_numpy(bits) == 0
+        else:
+            bit = torch.arange(32, dtype=torch.int32, device=self.device)
+            outside = ((self._put(mask.words)[:, :, None] >> bit) & 1 == 0).flatten(1)[:, : self.vocab_size]
+        if len(mask.rows) == len(logits):
+            logits.masked_fill_(outside, -torch.inf)
+        else:
+            index = self._index(mask.rows)
+            logits[index] = logits[index].masked_fill(outside, -torch.inf)
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return self._put(np.asarray(numbers, dtype=np.int64))

@@ -19,6 +19,7 @@ from typing import Any
 from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
+from qvl.engine.grammar import AnswerGrammar
 from qvl.engine.protocol import EngineStats, TokenOutput
 from qvl.engine.sequence import Sequence, Status
 from qvl.engine.step import SchedulerConfig, Step
@@ -50,6 +51,12 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._active)
 
+    @property
+    def unprepared(self) -> AnswerGrammar | None:
+        """A grammar that a sequence waits for; None when all are ready."""
+        grammars = (seq.grammar for seq in self.waiting if seq.grammar is not None)
+        return next((grammar for grammar in grammars if not grammar.is_ready), None)
+
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence. Raises `PromptTooLong`; `InvalidRequest` for an empty prompt or an id in use."""
         if not seq.token_ids:
@@ -76,14 +83,15 @@ class Scheduler:
     # -- planning a step
 
     def schedule(self) -> ScheduledBatch:
-        """The next step; empty only when there is no work, or when all of it waits for a step in flight."""
+        """The next step; empty only when there is no work, or all of it waits for a step in flight or a grammar."""
         step = Step(self.config)
         self._schedule_decodes(step)
         step.batch.num_decodes = len(step.batch.seqs)
         self._schedule_prefills(step)
         if not step.preempted:
             self._schedule_waiting(step)
-        assert step.batch or self._num_in_flight or not self.has_work, "a step without progress"
+        may_be_empty = self._num_in_flight or not self.has_work or step.unprepared
+        assert step.batch or may_be_empty, "a step without progress"
         self._num_in_flight += bool(step.batch)
         self._add("steps", 1)
         return step.batch
@@ -92,14 +100,16 @@ class Scheduler:
         for seq in tuple(self.running):
             if step.tokens_left == 0:
                 return
-            is_ready = seq.status is Status.RUNNING and seq.is_decoding and not self._is_full(seq)
+            is_ready = seq.status is Status.RUNNING and seq.is_decoding and not self._must_wait(seq)
             if is_ready and self._grow(seq, step):
                 step.add(seq, 1)
 
-    def _is_full(self, seq: Sequence) -> bool:
-        """Whether the token in flight, not known yet, is the last one that fits."""
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Whether the token in flight, not known yet, is the last one that fits, or decides what may follow it."""
         if not seq.num_pending:
             return False
+        if seq.grammar is not None:
+            return True
         num_tokens = seq.num_tokens + seq.num_pending
         limit = seq.num_prompt_tokens + (seq.sampling.params.max_tokens or self.config.max_model_len)
         return num_tokens >= min(limit, self.config.max_model_len)
@@ -135,12 +145,15 @@ class Scheduler:
                     step.add(seq, num_tokens)
 
     def _schedule_waiting(self, step: Step) -> None:
-        """Admit in order of arrival, until one must wait; who only waits for a prefix lets others pass."""
+        """Admit in order of arrival, until one must wait; who waits for a prefix or a grammar lets others pass."""
         promised = {key for seq in self.running for key in seq.keys[seq.num_registered :]}
         num_patient = 0
         for seq in tuple(self.waiting):
             if step.tokens_left == 0 or max(len(self.running), num_patient) >= self.config.max_num_seqs:
                 return
+            if seq.grammar is not None and not seq.grammar.is_ready:
+                step.unprepared = True
+                continue
             # The last token is computed in any case: its logits choose the next one.
             findable = seq.keys[: (seq.num_tokens - 1) // self.blocks.block_size]
             hits = self.blocks.lookup(findable)
@@ -268,7 +281,7 @@ class Scheduler:
     def _why_done(self, seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
         """Finish reason after `token_id` was appended, and the stop token id that a caller asked for."""
         params = seq.sampling.params
-        if token_id in seq.sampling.stop_ids and seq.num_output > params.min_tokens:
+        if seq.sampling.ends(token_id, seq.num_output):
             return "stop", token_id if token_id in params.stop_token_ids else None
         at_limit = params.max_tokens is not None and seq.num_output >= params.max_tokens
         if at_limit or seq.num_tokens >= self.config.max_model_len:

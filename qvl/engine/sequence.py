@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qvl.engine.grammar import AnswerGrammar
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.prompt import Span, block_keys, extend_key, mrope_positions, root_key
 from qvl.specs import ModelSpec
@@ -35,16 +36,18 @@ class Status(enum.Enum):
 class SamplingState:
     """How one sequence chooses tokens and which of them end it.
 
-    `params` is resolved (only `logprobs` and `seed` may be None); `seed` is always from 0 to 2^63 - 1. Noise is a
+    `params` is resolved (only `logprobs`, `seed` and `constraint` may be None); `seed` is always from 0 to 2^63 - 1. Noise is a
     function of (`seed`, number of output tokens so far) and of nothing else, so that an answer does not depend on the
     batch. `stop_ids`: the end tokens (unless `ignore_eos`) and `stop_token_ids`. `masked_ids` may not be sampled
-    while the answer is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`.
+    while the answer is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`. `final_ids`: the
+    end tokens of a constrained answer, which `min_tokens` and `ignore_eos` only put off while anything else may follow.
     """
 
     params: SamplingParams
     seed: int
     stop_ids: frozenset[int]
     masked_ids: tuple[int, ...]
+    final_ids: frozenset[int] = frozenset()
 
     @classmethod
     def create(cls, params: SamplingParams, eos: tuple[int, ...], fallback_seed: int) -> SamplingState:
@@ -53,11 +56,18 @@ class SamplingState:
         asked = frozenset(params.stop_token_ids)
         stop_ids = asked if params.ignore_eos else asked | frozenset(eos)
         masked_ids = tuple(sorted(asked | frozenset(eos))) if params.min_tokens else ()
-        return cls(params, seed % (1 << 63), stop_ids, masked_ids)
+        final_ids = frozenset(eos) if params.constraint is not None else frozenset()
+        return cls(params, seed % (1 << 63), stop_ids, masked_ids, final_ids)
 
     def banned(self, num_output: int) -> tuple[int, ...]:
         """Ids that may not become output token number `num_output` (from 0), beside those the model never samples."""
-        return self.masked_ids if num_output < self.params.min_tokens else ()
+        if num_output < self.params.min_tokens:
+            return self.masked_ids
+        return tuple(self.final_ids) if self.params.ignore_eos else ()
+
+    def ends(self, token_id: int, num_output: int) -> bool:
+        """Whether `token_id`, as the last of `num_output` tokens, ends the answer."""
+        return token_id in self.final_ids or (token_id in self.stop_ids and num_output > self.params.min_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +76,8 @@ class Sequence:
 
     `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches; the engine sets it, and
     it is None after the end. `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts the prompt
-    tokens that the first admission found in the prefix cache (None before it).
+    tokens that the first admission found in the prefix cache (None before it). `grammar` is what a constrained answer
+    must keep to, as far as its output has come; it is let go at the end.
     """
 
     request_id: str
@@ -81,6 +92,7 @@ class Sequence:
     rope_delta: int
     block_size: int
     keys: list[bytes]
+    grammar: AnswerGrammar | None = None
     arrival: int = 0
     status: Status = Status.WAITING
     num_computed: int = 0
@@ -101,6 +113,7 @@ class Sequence:
         block_size: int,
         fallback_seed: int | None = None,
         pixels: list[Any] | None = None,
+        grammar: AnswerGrammar | None = None,
     ) -> Sequence:
         """A waiting sequence. Keys and positions are computed here, once.
 
@@ -124,6 +137,7 @@ class Sequence:
             rope_delta=rope_delta,
             block_size=block_size,
             keys=block_keys(ids, spans, block_size, request.salt),
+            grammar=grammar,
         )
 
     @property
@@ -163,6 +177,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Add a sampled token; the key of a block that it completes is added with it."""
         self.token_ids.append(token_id)
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         if len(self.token_ids) % self.block_size == 0:
             start = len(self.token_ids) - self.block_size
             parent = self.keys[-1] if self.keys else root_key(self.salt)
@@ -185,8 +201,9 @@ class Sequence:
         self.num_preemptions += 1
 
     def end(self, reason: FinishReason) -> None:
-        """The one transition to FINISHED; lets go of the pixels."""
+        """The one transition to FINISHED; lets go of the pixels and of the grammar."""
         assert self.status is not Status.FINISHED, self.request_id
         self.status = Status.FINISHED
         self.finish_reason = reason
         self.pixels = [None] * len(self.spans)
+        self.grammar = None

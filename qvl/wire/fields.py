@@ -12,7 +12,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qvl.errors import InvalidRequest, suggest
-from qvl.types import SamplingParams
+from qvl.types import Constraint, SamplingParams
 from qvl.wire.responses import Options
 
 _HUGE = 2**31 - 1
@@ -30,13 +30,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
@@ -107,7 +101,7 @@ class SamplingFields(Fields):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
-    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(self, max_tokens: int | None, logprobs: int | None, constraint: Constraint | None) -> SamplingParams:
         """Raises `InvalidRequest` naming the field that is out of range."""
         neutral = SamplingParams()
         return SamplingParams(
@@ -131,6 +125,7 @@ class SamplingFields(Fields):
             logit_bias=_bias(self.logit_bias or {}),
             logprobs=logprobs,
             n=1 if self.n is None else self.n,
+            constraint=constraint,
         )
 
     def options(self) -> Options:

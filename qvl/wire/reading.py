@@ -28,6 +28,7 @@ from qvl.types import (
     TokenLogprob,
     Usage,
 )
+from qvl.wire.structured import constraint_body
 
 UNKNOWN_ID = -1
 
@@ -75,6 +76,8 @@ def _sampling_body(sampling: SamplingParams) -> dict[str, Any]:
     body = _given(sampling, SamplingParams())
     if "logit_bias" in body:
         body["logit_bias"] = {str(id): value for id, value in sampling.logit_bias.items()}
+    body.pop("constraint", None)
+    body |= constraint_body(sampling.constraint)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in body.items()}
 
 

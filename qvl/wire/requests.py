@@ -16,6 +16,7 @@ from qvl.types import MAX_LOGPROBS, MAX_N, ChatRequest, CompletionRequest, Pixel
 from qvl.wire.content import read_limits, read_messages
 from qvl.wire.fields import Count, Fields, SamplingFields, TokenId, read_fields, read_object
 from qvl.wire.responses import Options
+from qvl.wire.structured import ConstraintFields
 
 Body = Mapping[str, Any] | bytes
 
@@ -87,7 +88,7 @@ class PromptFields(Fields):
         )
 
 
-class ChatBody(SamplingFields, PromptFields):
+class ChatBody(SamplingFields, ConstraintFields, PromptFields):
     """`POST /v1/chat/completions`."""
 
     max_completion_tokens: Count | None = None
@@ -95,7 +96,8 @@ class ChatBody(SamplingFields, PromptFields):
     top_logprobs: Count | None = None
 
     def parsed(self) -> ChatCall:
-        request = self.chat_request(self.sampling(self._max_tokens(), self._logprobs()), self.cache_salt)
+        sampling = self.sampling(self._max_tokens(), self._logprobs(), self.constraint())
+        request = self.chat_request(sampling, self.cache_salt)
         return ChatCall(self.model, request, bool(self.stream), self.options())
 
     def _max_tokens(self) -> int | None:
@@ -110,7 +112,7 @@ class ChatBody(SamplingFields, PromptFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionBody(SamplingFields):
+class CompletionBody(SamplingFields, ConstraintFields):
     """`POST /v1/completions`."""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
@@ -122,7 +124,7 @@ class CompletionBody(SamplingFields):
             raise InvalidRequest("'logprobs' of an echoed prompt are not supported by this version", param="logprobs")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise InvalidRequest(f"'logprobs' must be from 0 to {MAX_LOGPROBS}", param="logprobs")
-        sampling = self.sampling(self.max_tokens, self.logprobs)
+        sampling = self.sampling(self.max_tokens, self.logprobs, self.constraint())
         prompts = _prompts(self.prompt)
         if len(prompts) * sampling.n > MAX_N:
             raise InvalidRequest(f"'prompt' times 'n' must be at most {MAX_N} answers", param="prompt")

@@ -95,7 +95,7 @@ def test_sampling_is_resolved_and_max_tokens_is_the_room(intake: Intake) -> None
     filled = prepared.sampling
     assert filled.max_tokens == room
     values = dataclasses.asdict(filled)
-    assert {name for name, value in values.items() if value is None} <= {"seed", "logprobs"}
+    assert {name for name, value in values.items() if value is None} <= {"seed", "logprobs", "constraint"}
     clipped = intake.prepare_chat(ChatRequest(user("hello"), SamplingParams(max_tokens=10**9)))
     assert clipped.sampling.max_tokens == room
     own = intake.prepare_chat(ChatRequest(user("hello"), SamplingParams(max_tokens=2)))

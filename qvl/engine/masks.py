@@ -1,0 +1,99 @@
+"""Which tokens every constrained row of a step may choose, computed by threads while the device computes the scores.
+
+Knows the grammars of the sequences, what else is banned, and that a grammar must not hold up everybody: one that takes
+too long fails its own request. Does not know how a grammar works, nor devices. A step without a constrained row does
+nothing here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from qvl.engine.batch import ScheduledSeq
+from qvl.engine.sampler import TokenMask
+
+Words = npt.NDArray[np.int32]
+
+MOST_SECONDS = 2.0  # for all rows of a step, after the scores are there; usually it is less than a millisecond
+TOO_SLOW = "the constraint on this answer has become too complex to compute in time"
+DEAD_END = "the constraint on this answer leaves no token that may be generated"
+
+
+class Masks:
+    """`ends`: the end tokens. `never`: tokens that no answer may have."""
+
+    def __init__(self, vocab_size: int, *, ends: Iterable[int], never: Iterable[int]) -> None:
+        self._num_words = -(-vocab_size // 32)
+        self.ends = self.words_of(ends)
+        self.allowed = ~self.words_of(never)
+        self._buffer = np.zeros((0, self._num_words), dtype=np.int32)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def words_of(self, token_ids: Iterable[int]) -> Words:
+        """int32 [ceil(vocab / 32)] with these bits set."""
+        bits = np.zeros(self._num_words * 32, dtype=np.uint8)
+        bits[list(token_ids)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def start(self, sampling: Sequence[ScheduledSeq]) -> Masking | None:
+        """Begin; `sampling` are the step's rows in their order. None when none of them is constrained."""
+        rows = [i for i, entry in enumerate(sampling) if entry.seq.grammar is not None]
+        if not rows:
+            return None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "qvl-masks")
+        if len(self._buffer) < len(rows):
+            self._buffer = np.zeros((len(rows), self._num_words), dtype=np.int32)
+        words = self._buffer[: len(rows)]
+        futures = []
+        for line, row in zip(words, rows, strict=True):
+            grammar = sampling[row].seq.grammar
+            assert grammar is not None
+            futures.append(self._pool.submit(grammar.fill, line, self.ends))
+        return Masking(self, [sampling[row] for row in rows], rows, words, futures)
+
+    def forget_buffer(self) -> None:
+        """A thread is late and will write into it yet."""
+        self._buffer = np.zeros((0, self._num_words), dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Masking:
+    """The masks of one step, under way. `errors` says after `gather` which requests cannot go on, and why."""
+
+    masks: Masks
+    entries: list[ScheduledSeq]
+    rows: list[int]
+    words: Words
+    futures: list[Future[str | None]]
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def gather(self) -> TokenMask:
+        """Waits for the threads. A row that failed has every bit set: what it chooses is thrown away."""
+        late = wait(self.futures, MOST_SECONDS).not_done
+        words = self.words
+        if late:
+            self.masks.forget_buffer()
+            words = words.copy()
+        for entry, line, future in zip(self.entries, words, self.futures, strict=True):
+            error = TOO_SLOW if future in late else future.result() or self._finish(entry, line)
+            if error is not None:
+                self.errors[entry.seq.request_id] = error
+                line.fill(-1)
+        return TokenMask(self.rows, words)
+
+    def _finish(self, entry: ScheduledSeq, line: Words) -> str | None:
+        """Take out what the model never says, and what must not come yet while anything else may."""
+        np.bitwise_and(line, self.masks.allowed, out=line)
+        banned = entry.seq.sampling.banned(entry.seq.num_output)
+        if banned:
+            rest = line & ~self.masks.words_of(banned)
+            if rest.any():
+                line[:] = rest
+        return None if line.any() else DEAD_END

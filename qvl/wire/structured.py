@@ -1,0 +1,114 @@
+"""What an answer must look like, OpenAI's way (`response_format`) and vLLM's (`structured_outputs`, `guided_*`).
+
+Knows the spellings and that a request has at most one. Does not know grammars: whether a schema can be kept to is found
+out where the prompt is prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from qvl.errors import InvalidRequest
+from qvl.types import Constraint
+from qvl.wire.fields import Fields
+
+
+class JsonSchemaFields(Fields):
+    """`strict: false` asks for an attempt only; the answer keeps to the schema all the same."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFields | None = None
+
+    def constraints(self) -> Iterator[Constraint]:
+        if self.json_schema is not None and self.type != "json_schema":
+            raise InvalidRequest(f"'json_schema' is not for the type '{self.type}'", param="response_format")
+        if self.type == "json_object":
+            yield Constraint.json(param="response_format")
+        elif self.type == "json_schema":
+            schema = None if self.json_schema is None else self.json_schema.schema_
+            if schema is None:
+                param = "response_format.json_schema" + (".schema" if self.json_schema is not None else "")
+                raise InvalidRequest(f"'{param}' is missing", param=param)
+            yield Constraint.json(schema, param="response_format.json_schema.schema")
+
+
+class StructuredOutputs(Fields):
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def constraints(self) -> Iterator[Constraint]:
+        if self.json_object:
+            yield Constraint.json(param="structured_outputs.json_object")
+        yield from _constraints("structured_outputs.", self.json_, self.regex, self.choice, self.grammar)
+
+
+class ConstraintFields(Fields):
+    """The fields of a body of which at most one may ask for something."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def constraint(self) -> Constraint | None:
+        """Raises `InvalidRequest` for more than one, and for one that says nothing."""
+        found = list(self._constraints())
+        if len(found) > 1:
+            raise InvalidRequest(f"'{found[0].param}' and '{found[1].param}' exclude each other", param=found[1].param)
+        return found[0] if found else None
+
+    def _constraints(self) -> Iterator[Constraint]:
+        if self.response_format is not None:
+            yield from self.response_format.constraints()
+        if self.structured_outputs is not None:
+            yield from self.structured_outputs.constraints()
+        yield from _constraints("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+
+
+def _constraints(
+    prefix: str, schema: dict[str, Any] | str | None, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> Iterator[Constraint]:
+    if schema is not None:
+        yield Constraint.json(schema, param=f"{prefix}json")
+    if regex is not None:
+        yield Constraint.regex(regex, param=f"{prefix}regex")
+    if choice is not None:
+        yield Constraint.choice(choice, param=f"{prefix}choice")
+    if grammar is not None:
+        yield Constraint.grammar(grammar, param=f"{prefix}grammar")
+
+
+def constraint_body(constraint: Constraint | None) -> Mapping[str, Any]:
+    """The fields that ask for it; the JSON kinds in OpenAI's spelling, which every server knows."""
+    if constraint is None:
+        return {}
+    if constraint.kind == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    if constraint.kind == "json_schema":
+        schema = {"name": "answer", "schema": _decoded(constraint), "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    value = _decoded(constraint) if constraint.kind == "choice" else constraint.text
+    return {"structured_outputs": {constraint.kind: value}}
+
+
+def _decoded(constraint: Constraint) -> Any:
+    try:
+        return msgspec.json.decode(constraint.text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"'{constraint.param}' is not JSON: {error}", param=constraint.param) from error
