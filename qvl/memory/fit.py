@@ -241,7 +241,7 @@ class _Fitting:
         """System messages, then the `keep` newest of the older exchanges and the newest, the summary before them."""
         kept = self._uncovered()[len(self._uncovered()) - keep :]
         indices = [*(index for exchange in kept for index in exchange), *self.shape.newest]
-        if not summary or self.running is None:
+        if not summary or self.running is None or not indices:
             return self._messages(indices)
         first = next((index for index in indices if self.messages[index].role == "user"), indices[0])
         return self._messages(indices, first, self.running.text)

@@ -18,15 +18,21 @@ from qvl.errors import BadMedia, InvalidRequest, PromptTooLong, RequestFailed, T
 from qvl.memory import AsyncServerCounter, AsyncUsageCounter, LocalCounter, ServerCounter, UsageCounter
 from qvl.memory.steps import Messages
 from qvl.tokenizer import Tokenizer
-from qvl.types import ChatRequest, Completion, MediaPart, Message, PixelLimits, SamplingParams, TextPart
+from qvl.types import ChatRequest, Completion, MediaPart, Message, PixelLimits, SamplingParams
 from tests.memory.scripted import completion, picture, said, user
 
+CLIP = Path(__file__).resolve().parents[2] / "samples" / "words.mp4"
 FACTS = DeviceFacts("cpu", (0, 0), 8 << 30, "float32", 1)
 
 
 @pytest.fixture(scope="module")
 def intake(checkpoint: Path) -> Intake:
-    options = {"model": str(checkpoint), "max_model_len": 4096, "allow_any_local_path": True}
+    options = {
+        "model": str(checkpoint),
+        "max_model_len": 4096,
+        "limit_mm_per_prompt": "image=4,video=2",
+        "allow_any_local_path": True,
+    }
     config = resolve(EngineOptions.from_dict(options), FACTS)
     return Intake(config, Tokenizer.from_folder(config.spec.folder, config.spec.ids))
 
@@ -84,6 +90,7 @@ def talks(tmp_path: Path) -> list[Messages]:
         (user(MediaPart("image", png), "what?"),),
         (user("a", MediaPart("image", png, small), "b", MediaPart("image", pixels, large)), said("x"), user("c")),
         (user(MediaPart("image", png, exact), MediaPart("image", png.read_bytes())), said("yes"), user("ok")),
+        (user(MediaPart("video", CLIP, PixelLimits(fps=1.0)), "read"), said("words"), user(MediaPart("video", CLIP))),
         (user(video, "and?"), said("moving"), user(MediaPart("image", Image.fromarray(pixels)))),
     ]
 
@@ -187,7 +194,3 @@ def test_model_and_key_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         counter((user("x"),))
     assert [request.headers["authorization"] for request in seen] == ["Bearer k", "Bearer from-env"]
     assert [json.loads(request.content).get("model") for request in seen] == ["big", None]
-
-
-def test_text_parts_are_texts() -> None:
-    assert user("x").parts == (TextPart("x"),)

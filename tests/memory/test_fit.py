@@ -55,8 +55,8 @@ talks = st.lists(turn, max_size=24).map(lambda turns: [*turns, user("newest ques
 
 
 def uneven(shift: int) -> Callable[[Messages], int]:
-    """A counter whose whole is not the sum of its parts: every border between messages gives or takes tokens."""
-    return lambda messages: max(1, words_counted(messages) + shift * (len(messages) - 1))
+    """A counter whose whole is not the sum of its parts: the more messages, the more each of them gives or takes."""
+    return lambda messages: max(1, words_counted(messages) + shift * len(messages) ** 2 // 10)
 
 
 def summariser(behaviour: str) -> Callable[[Messages], Completion | Exception]:
@@ -140,6 +140,14 @@ def _check_accounts(talk: list[Message], fitted: Fitted, strategy: Strategy) -> 
 
 
 # Examples
+
+
+@pytest.mark.parametrize("strategy", ["summary", "window"])
+def test_a_whole_above_the_sum_of_its_parts_is_seen(strategy: Strategy) -> None:
+    talk, count = long_talk(40, 2), uneven(2)
+    fitted = run(talk, Budget.of(1000), Model(1000, count), strategy=strategy)
+    assert count(fitted.messages) == fitted.num_tokens <= Budget.of(1000).room
+    assert len(fitted.messages) > 20
 
 
 def test_everything_goes_verbatim_while_it_fits() -> None:
@@ -365,6 +373,12 @@ def test_none_sends_all_or_refuses() -> None:
     assert run(talk, Budget.of(2000), Model(2000), strategy="none").messages == tuple(talk)
     with pytest.raises(PromptTooLong, match="strategy summary or window"):
         run(talk, Budget(300, 60, 64), Model(300), strategy="none")
+
+
+def test_system_messages_alone_are_a_request() -> None:
+    talk = [said("a", "system"), said("b", "system")]
+    fitted = run(talk, Budget.of(1000), Model(1000), running=Running("Old.", 1, 5))
+    assert fitted.messages == tuple(talk)
 
 
 def test_nothing_to_fit() -> None:
