@@ -98,18 +98,20 @@ class Store:
             db.execute("INSERT OR IGNORE INTO conversations VALUES (?, ?, ?)", (conversation_id, name, now))
             parts = write_parts(message, lambda source: _keep(db, source, self.keep))
             stored = replace(message, parts=read_parts(parts))
+            rows = "SELECT coalesce(max(number) + 1, 0) FROM turns WHERE conversation_id = ?"
+            (number,) = db.execute(rows, (conversation_id,)).fetchone()
+            tokens = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) if usage else (None,) * 3
             cursor = db.execute(
                 "INSERT INTO turns (conversation_id, number, role, parts, created, model, finish_reason,"
-                " prompt_tokens, completion_tokens, cached_tokens, plain)"
-                " SELECT ?, coalesce(max(number) + 1, 0), ?, ?, ?, ?, ?, ?, ?, ?, ?"
-                " FROM turns WHERE conversation_id = ? RETURNING id, number",
+                " prompt_tokens, completion_tokens, cached_tokens, plain) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    *(conversation_id, message.role, parts, now, model, finish_reason),
-                    *((usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) if usage else (None,) * 3),
-                    *(plain_text(message), conversation_id),
+                    *(conversation_id, number, message.role, parts, now, model, finish_reason),
+                    *tokens,
+                    plain_text(message),
                 ),
             )
-            turn_id, number = cursor.fetchone()
+            turn_id = cursor.lastrowid
+            assert turn_id is not None
             links = {(turn_id, digest) for digest in digests_of(stored)}
             db.executemany("INSERT INTO turn_media VALUES (?, ?)", sorted(links))
         return Turn(turn_id, number, stored, now, model, finish_reason, usage)
