@@ -40,6 +40,13 @@ class Reply:
         """The error that this stands for."""
         return wire.read_error(self.status, self.body)
 
+    def code(self) -> str:
+        """The server's own word for its refusal, else the status."""
+        try:
+            return _read_refusal(self.body).error.code or str(self.status)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return str(self.status)
+
 
 class Asker(Protocol):
     """Answers requests on one asyncio loop.
@@ -72,6 +79,17 @@ class AnswerFields(msgspec.Struct):
     id: str | None = None
 
 
+class ErrorFields(msgspec.Struct):
+    code: str | None = None
+
+
+class RefusalFields(msgspec.Struct):
+    """What the report wants to know of a refusal."""
+
+    error: ErrorFields
+
+
+_read_refusal = msgspec.json.Decoder(RefusalFields).decode
 _read_answer = msgspec.json.Decoder(AnswerFields).decode
 
 

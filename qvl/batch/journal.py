@@ -93,11 +93,7 @@ class Journal:
 
     def open(self, ledger: Ledger, *, overwrite: bool = False, retry_failed: bool = False) -> Recovered:
         """Takes up what is there and notes it in `ledger`. Raises `ConfigError` when it belongs to other input."""
-        self._file = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process is writing {self.part}") from error
+        self._file = _open_alone(self.part)
         if overwrite:
             os.ftruncate(self._file, 0)
             self.path.unlink(missing_ok=True)
@@ -145,14 +141,17 @@ class Journal:
             self.sync()
             if self._end == 0:
                 self.part.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = -1
+            self._forget()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _forget(self) -> None:
+        os.close(self._file)
+        self._file = -1
 
     def _write(self, row: bytes) -> None:
         done = 0
@@ -166,6 +165,9 @@ class Journal:
         The last row of a line counts. A torn row is left alone, one at the end is cut off.
         """
         rows = _Rows.read(self.part, _line_of)
+        if rows.end == 0 and not _may_be_ours(self.part):
+            self._forget()
+            raise ConfigError(f"{self.part} was not written by qvl batch: --overwrite begins anew")
         os.ftruncate(self._file, rows.end)
         self._end = self._synced = rows.end
         lines = self._lines_of(ledger, rows, self.part)
@@ -215,6 +217,27 @@ def _line_of(row: bytes) -> bytes | None:
     """The output line of a row without its checksum; None when it is not whole."""
     line = row[:-_TAIL_BYTES] + b"}"
     return line if row.startswith(ID_PREFIX) and row.endswith(_TAIL % zlib.crc32(line)) else None
+
+
+def _open_alone(path: Path) -> int:
+    """The file, for this process only. Raises `ConfigError` when another one has it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The other one may have finished and removed it just now: then this is a file without a name.
+        if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
+            return file
+    except OSError:
+        pass
+    os.close(file)
+    raise ConfigError(f"another process is writing {path}")
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file without one whole row can be what a crash has left: nothing, zeros, or the beginning of a row."""
+    with open(path, "rb") as file:
+        start = file.read(len(ID_PREFIX)).rstrip(b"\0")
+    return ID_PREFIX.startswith(start)
 
 
 def _sync_folder(folder: Path) -> None:

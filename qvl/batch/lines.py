@@ -138,7 +138,7 @@ def answer_line(mark: bytes, custom_id: str, reply: Reply) -> bytes:
         "request_id": reply.request_id or (answered.id if answered is not None else None) or "",
         "body": _one_line(reply.body) if answered is not None or told is None else wire.error_body(told),
     }
-    error = None if told is None else {"code": str(told.code or reply.status), "message": told.message}
+    error = None if told is None else {"code": reply.code(), "message": told.message}
     return _line(mark, custom_id, response, error)
 
 

@@ -9,10 +9,11 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-GAIN = 1.05  # more requests under way are kept up when they bring 5 % more answers a second
+GAIN = 0.5  # a step up is kept when it brings half of what it would bring a server with room to spare
 ROUND_SECONDS = 0.25  # a rate over less time says little
-PATIENCE = 3  # rounds without gain before growth ends: answers differ in length, so rates are noisy
-REST = 10  # rounds before growth is tried again
+SURE = 32  # answers that make a rate worth comparing when the question is a fine one
+TRIES = 2  # rounds that a step gets: in the first one many answers were still sent before it
+REST = 10  # rounds between steps once growth has ended
 START = 8
 LONGEST_PAUSE = 30.0
 
@@ -21,23 +22,23 @@ LONGEST_PAUSE = 30.0
 class Limit:
     """Grows while throughput grows, doubling at first, and halves when the server is busy (AIMD).
 
-    One that is `fixed` starts at its `ceiling` and only gives way to a busy server, coming back step by step. Growth
-    that brought nothing is kept, not undone: what waits in a server's queue costs nobody anything.
+    A step up that brings too little is undone, and tried again later. One that is `fixed` starts at its `ceiling`, only
+    gives way to a busy server, and comes back step by step.
     """
 
     ceiling: int
     fixed: bool = False
-    value: int = 0
-    _doubling: bool = field(init=False)
-    _best: float = 0.0
-    _idle_rounds: int = 0
+    value: int = field(init=False)
+    _kept: int = field(init=False)  # the value to go back to when a step brings nothing
+    _best: float = 0.0  # answers a second there
+    _doubling: bool = True
+    _rounds: int = REST
     _answers: int = 0
     _since: float | None = None
     _cut_at: float = float("-inf")
 
     def __post_init__(self) -> None:
-        self.value = self.ceiling if self.fixed else min(START, self.ceiling)
-        self._doubling = not self.fixed
+        self.value = self._kept = self.ceiling if self.fixed else min(START, self.ceiling)
 
     def answered(self, now: float) -> None:
         """An answer has come."""
@@ -46,7 +47,8 @@ class Limit:
             return
         self._answers += 1
         seconds = now - self._since
-        if self._answers >= self.value and seconds >= ROUND_SECONDS:
+        wanted = self.value if self._doubling else max(SURE, 2 * self.value)
+        if self._answers >= wanted and seconds >= ROUND_SECONDS:
             self._end_round(self._answers / seconds)
             self._since, self._answers = now, 0
 
@@ -54,22 +56,29 @@ class Limit:
         """A request that was sent at `sent` was turned away. What was sent before the last cut says nothing new."""
         if sent < self._cut_at:
             return
-        self.value = max(1, self.value // 2)
+        self.value = self._kept = max(1, self.value // 2)
         self._cut_at, self._since = now, None
-        self._doubling, self._best, self._idle_rounds = False, 0.0, 0
+        self._doubling, self._best, self._rounds = False, 0.0, REST
 
     def _end_round(self, rate: float) -> None:
-        if self.value >= self.ceiling:
-            return
-        gained = rate > GAIN * self._best
-        self._best = max(self._best, rate)
-        self._idle_rounds = 0 if gained else self._idle_rounds + 1
-        if self.fixed or gained or self._idle_rounds >= REST:
-            step = self.value if self._doubling else max(1, self.value // 8)
-            self.value = min(self.ceiling, self.value + step)
-            self._idle_rounds %= REST
-        elif self._idle_rounds >= PATIENCE:
+        self._rounds += 1
+        if self.fixed:
+            self.value = min(self.ceiling, self.value + max(1, self.value // 8))
+        elif self.value == self._kept:
+            self._best = rate if self._best == 0 else 0.8 * self._best + 0.2 * rate
+            if self._rounds > REST:
+                self._step()
+        elif rate > self._best * (1 + GAIN * (self.value / self._kept - 1)):
+            self._kept, self._best = self.value, rate
+            self._step()
+        elif self._rounds >= TRIES:
+            self.value, self._rounds = self._kept, REST if self._doubling else 0
             self._doubling = False
+
+    def _step(self) -> None:
+        step = self.value if self._doubling else max(1, self.value // 4)
+        self.value = min(self.ceiling, self.value + step)
+        self._rounds = 0
 
 
 class Gate:

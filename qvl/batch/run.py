@@ -181,7 +181,7 @@ class _Run:
     def _count(self, reply: Reply, seconds: float, number: int, custom_id: str) -> None:
         answer = read_answer(reply.body) if reply.status < 300 else None
         if answer is None:
-            self._report.add_failure(reply.error().code or str(reply.status))
+            self._report.add_failure(reply.code())
             return
         tokens = (answer.usage.prompt_tokens, answer.usage.completion_tokens or 0) if answer.usage else (0, 0)
         self._report.add_answer(seconds, number, custom_id, tokens)

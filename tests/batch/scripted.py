@@ -112,9 +112,18 @@ def scripted(script: Script = echo) -> Iterator[Scripted]:
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(listening.close)
+        listening.close()
+        asyncio.run_coroutine_threadsafe(_end_all(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        loop.close()
+
+
+async def _end_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def main(port: int, seconds: float, log: str) -> None:
