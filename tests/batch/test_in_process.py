@@ -18,12 +18,12 @@ from qvl.batch.source import Source
 from qvl.errors import Overloaded
 
 
-def batch(source: Source, output: Path, backend: EchoBackend, options: BatchOptions = BatchOptions()) -> Report:
+def batch(source: Source, output: Path, backend: EchoBackend, options: BatchOptions | None = None) -> Report:
     async def open_asker() -> Asker:
         await backend.start()
         return BackendAsker(backend, "echo in process")
 
-    return asyncio.run(run_batch(source, output, open_asker, options))
+    return asyncio.run(run_batch(source, output, open_asker, options or BatchOptions()))
 
 
 def test_every_kind_of_line(tmp_path: Path) -> None:

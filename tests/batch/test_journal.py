@@ -118,7 +118,7 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
         put(journal, ledger, 3)
     with pytest.raises(ConfigError, match="line 4 of the input has changed"):
         reopened(tmp_path, write_input(tmp_path, word="other"))
-    with pytest.raises(ConfigError, match="1 answers .* belong to no line"):
+    with pytest.raises(ConfigError, match=r"1 answers .* belong to no line"):
         reopened(tmp_path, write_input(tmp_path, count=3))
     assert reopened(tmp_path, write_input(tmp_path, count=50))[0].answered == 1  # more lines at the end are welcome
 
@@ -240,8 +240,7 @@ def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path: Path, monkeypa
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "pwrite", full)
-        with pytest.raises(QvlError, match="No space left.*--resume"):
-            for index in (1, 2):
-                put(journal, ledger, index, "y" * 40)
+        with pytest.raises(QvlError, match=r"No space left.*--resume"):
+            put(journal, ledger, 1, "y" * 40)
         monkeypatch.undo()
-    assert reopened(tmp_path, source)[0].answered in (1, 2)
+    assert reopened(tmp_path, source)[0] == Recovered(answered=1, torn=1)

@@ -19,9 +19,9 @@ MARK = b"0123456789abcdef" * 2
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
-def read(line: Any, defaults: Defaults = Defaults(), base: Path | None = None) -> tuple[str, dict[str, Any]]:
+def read(line: Any, defaults: Defaults | None = None, base: Path | None = None) -> tuple[str, dict[str, Any]]:
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
-    request = read_request(data, defaults, media.as_data_urls(base) if base is not None else None)
+    request = read_request(data, defaults or Defaults(), media.as_data_urls(base) if base is not None else None)
     return request.url, json.loads(request.body)
 
 

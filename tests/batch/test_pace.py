@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import random
 from collections.abc import Callable
 
@@ -127,7 +128,7 @@ async def test_pauses_grow_until_an_answer_comes() -> None:
 
     grown = [pause() for _ in range(10)]
     assert grown[0] == pytest.approx(0.5, abs=0.05)
-    assert all(later >= earlier - 0.01 for earlier, later in zip(grown, grown[1:], strict=False))
+    assert all(later >= earlier - 0.01 for earlier, later in itertools.pairwise(grown))
     assert grown[-1] == pytest.approx(30, abs=0.1)
     gate.answered()
     assert pause() < 1
