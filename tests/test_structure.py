@@ -55,6 +55,8 @@ TORCH = {
     "qvl.engine.detokenizer": False,
     "qvl.engine.intake": False,
     "qvl.engine.encoder_cache": False,
+    "qvl.engine.grammar": False,
+    "qvl.engine.grammar_worker": False,
     "qvl.engine.hub": False,
     "qvl.engine.locate": False,
     "qvl.engine.messages": False,

@@ -22,6 +22,7 @@ import msgspec
 from qvl.backends.answers import LiveRequest
 from qvl.backends.base import BackendInfo, Observer
 from qvl.backends.engines import WORKER, Engine, OwnEngine
+from qvl.backends.grammar_check import GrammarCheck
 from qvl.backends.scratch import PixelStore
 from qvl.backends.submit import Submission, submission
 from qvl.engine.config import EngineConfig
@@ -67,6 +68,7 @@ class LocalBackend:
         self._first: asyncio.Future[None] | None = None
         self._tokenizer: Tokenizer | None = None
         self._intake: Intake | None = None
+        self._grammars: GrammarCheck | None = None
         self._engine_info: EngineInfo | None = None
         self._stats = EngineStats()
         self._reason: str | None = "the engine is not started"
@@ -125,6 +127,8 @@ class LocalBackend:
             await asyncio.gather(self._serving, return_exceptions=True)
             self._serving = None
         self._fail_all(Unavailable("the server is shutting down"))
+        if self._grammars is not None:
+            await self._grammars.close()
         for pool in (self._text_pool, self._media_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -156,6 +160,9 @@ class LocalBackend:
 
     async def _answer(self, request: Request, request_id: str) -> AsyncGenerator[Delta, None]:
         """Prepare in a thread, hand to the engine, yield what comes back; whatever ends this aborts what still runs."""
+        constraint = request.sampling.constraint
+        if constraint is not None and self._grammars is not None:
+            await self._grammars.check(constraint)
         ready = await self._in_thread(request, lambda: self._submit(request, request_id))
         live = LiveRequest(ready.prepared, self._ready_tokenizer(), self._prefix(request))
         try:
@@ -237,7 +244,9 @@ class LocalBackend:
         """Heard from the engine, as are the next two."""
         assert self._tokenizer is not None
         self._engine_info = ready.info
-        self._intake = Intake(EngineConfig.from_json(ready.config), self._tokenizer)
+        config = EngineConfig.from_json(ready.config)
+        self._intake = Intake(config, self._tokenizer)
+        self._grammars = self._grammars or GrammarCheck(config.spec.folder)
         self._reason = None
         if self._first is not None and not self._first.done():
             self._first.set_result(None)

@@ -9,8 +9,9 @@ thousand references overflows a usual one, and the process dies of it. Does not 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -33,6 +34,8 @@ JSON_BLANKS = r"( |\n {0,32}|\n\t{0,8})"
 STACK_BYTES = 256 * 1024 * 1024  # of address space: what is not touched costs nothing
 KEPT_GRAMMARS = 64
 KEPT_CHARS = 1024 * 1024
+REHEARSED_STEPS = 12
+SLOW_SECONDS = 0.2  # everybody in the batch waits; usual grammars take a thousandth of it
 MOST_SAID = 300  # characters of a complaint
 
 _LIMITS = llguidance.LLParserLimits(
@@ -63,10 +66,13 @@ class Matcher:
         """Write which tokens may come next: bit i of int32 `words` [ceil(vocab_size / 32)] is token i."""
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
 
-    @property
-    def accepts(self) -> bool:
-        """Whether the answer may end here."""
-        return bool(self._matcher.is_accepting())
+    def fill_checked(self, words: Words, end_words: Words) -> str | None:
+        """`fill`, with the bits of `end_words` only where the answer may end. What went wrong, None if nothing did."""
+        self.fill(words)
+        if not self._matcher.is_accepting():
+            # A grammar that names the end token itself, in its middle, does not end there.
+            np.bitwise_and(words, ~end_words, out=words)
+        return self.error
 
     @property
     def error(self) -> str | None:
@@ -102,12 +108,7 @@ class AnswerGrammar:
         refusal = self._matcher.exception()
         if refusal is not None:
             return str(refusal)
-        matcher = self._matcher.result()
-        matcher.fill(words)
-        if not matcher.accepts:
-            # A grammar that names the end token itself, in its middle, does not end there.
-            np.bitwise_and(words, ~end_words, out=words)
-        return matcher.error
+        return self._matcher.result().fill_checked(words, end_words)
 
 
 class Grammars:
@@ -140,9 +141,9 @@ class Grammars:
         return AnswerGrammar(done)
 
     def check(self, constraint: Constraint) -> None:
-        """Raises `InvalidRequest` naming the field when no answer can be held to this. May take seconds."""
+        """Raises `InvalidRequest` naming the field when no answer can be held to this. May take seconds, or minutes."""
         if self._find(constraint) is None:
-            in_deep_thread(lambda: self._compile(constraint)).result()
+            in_deep_thread(lambda: self._compile(constraint, rehearsed=True)).result()
 
     def _find(self, constraint: Constraint) -> Matcher | None:
         with self._lock:
@@ -151,8 +152,10 @@ class Grammars:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _compile(self, constraint: Constraint) -> Matcher:
+    def _compile(self, constraint: Constraint, *, rehearsed: bool = False) -> Matcher:
         matcher = compile_constraint(constraint, self.prepare())
+        if rehearsed and (reason := rehearse(matcher.copy(), self._spec)) is not None:
+            raise _refusal(constraint, reason)
         with self._lock:
             key = (constraint.kind, constraint.text)
             if key not in self._kept:
@@ -201,6 +204,36 @@ def compile_constraint(constraint: Constraint, vocabulary: llguidance.LLTokenize
     if trial.error is not None or not words.any():
         raise _refusal(constraint, trial.error or "nothing matches it")
     return matcher
+
+
+def rehearse(matcher: Matcher, spec: ModelSpec) -> str | None:
+    """Go the first steps of some answer; what stopped it, None when nothing did."""
+    num_words = -(-spec.text.vocab_size // 32)
+    words, ends = np.zeros(num_words, dtype=np.int32), token_words(spec.ids.eos, num_words)
+    allowed = ~token_words(spec.ids.never_sampled, num_words)
+    choice = np.random.default_rng(0)
+    for _ in range(REHEARSED_STEPS):
+        started = time.thread_time()
+        error = matcher.fill_checked(words, ends)
+        if time.thread_time() - started > SLOW_SECONDS:
+            return "every token of an answer would take too long"
+        if error is not None:
+            return error
+        np.bitwise_and(words, allowed, out=words)
+        if not words.any():
+            return "it leads to where no token may follow"
+        going_on = np.flatnonzero(np.unpackbits((words & ~ends).view(np.uint8), bitorder="little"))
+        if not len(going_on):
+            return None
+        matcher.accept(int(choice.choice(going_on)))
+    return None
+
+
+def token_words(token_ids: Iterable[int], num_words: int) -> Words:
+    """int32 [num_words] with the bits of these tokens set."""
+    bits = np.zeros(num_words * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _refusal(constraint: Constraint, reason: str) -> InvalidRequest:

@@ -13,14 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from qvl.engine.batch import ScheduledSeq
+from qvl.engine.grammar import Words, token_words
 from qvl.engine.sampler import TokenMask
 
-Words = npt.NDArray[np.int32]
-
-MOST_SECONDS = 2.0  # for all rows of a step, after the scores are there; usually it is less than a millisecond
+MOST_SECONDS = 1.0  # for all rows of a step, after the scores are there; usually it is less than a millisecond
 TOO_SLOW = "the constraint on this answer has become too complex to compute in time"
 DEAD_END = "the constraint on this answer leaves no token that may be generated"
 
@@ -36,10 +34,7 @@ class Masks:
         self._pool: ThreadPoolExecutor | None = None
 
     def words_of(self, token_ids: Iterable[int]) -> Words:
-        """int32 [ceil(vocab / 32)] with these bits set."""
-        bits = np.zeros(self._num_words * 32, dtype=np.uint8)
-        bits[list(token_ids)] = 1
-        return np.packbits(bits, bitorder="little").view(np.int32)
+        return token_words(token_ids, self._num_words)
 
     def start(self, sampling: Sequence[ScheduledSeq]) -> Masking | None:
         """Begin; `sampling` are the step's rows in their order. None when none of them is constrained."""
@@ -58,9 +53,12 @@ class Masks:
             futures.append(self._pool.submit(grammar.fill, line, self.ends))
         return Masking(self, [sampling[row] for row in rows], rows, words, futures)
 
-    def forget_buffer(self) -> None:
-        """A thread is late and will write into it yet."""
+    def abandon(self) -> None:
+        """A thread is late: it will write into the buffer yet, and nobody shall wait behind it."""
         self._buffer = np.zeros((0, self._num_words), dtype=np.int32)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._pool = None
 
 
 @dataclass(slots=True)
@@ -76,17 +74,24 @@ class Masking:
 
     def gather(self) -> TokenMask:
         """Waits for the threads. A row that failed has every bit set: what it chooses is thrown away."""
-        late = wait(self.futures, MOST_SECONDS).not_done
+        late = {future for future in wait(self.futures, MOST_SECONDS).not_done if not future.cancel()}
         words = self.words
         if late:
-            self.masks.forget_buffer()
+            self.masks.abandon()
             words = words.copy()
         for entry, line, future in zip(self.entries, words, self.futures, strict=True):
-            error = TOO_SLOW if future in late else future.result() or self._finish(entry, line)
+            error = TOO_SLOW if future in late else self._fill(entry, line, future) or self._finish(entry, line)
             if error is not None:
                 self.errors[entry.seq.request_id] = error
                 line.fill(-1)
         return TokenMask(self.rows, words)
+
+    def _fill(self, entry: ScheduledSeq, line: Words, future: Future[str | None]) -> str | None:
+        """What the thread found; a row that only stood behind a late one is computed here."""
+        if not future.cancelled():
+            return future.result()
+        assert entry.seq.grammar is not None
+        return entry.seq.grammar.fill(line, self.masks.ends)
 
     def _finish(self, entry: ScheduledSeq, line: Words) -> str | None:
         """Take out what the model never says, and what must not come yet while anything else may."""

@@ -18,6 +18,7 @@ from qvl.errors import QvlError
 from qvl.types import FinishReason, Grid, MediaKind, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+GRAMMARS_READY = b"ready\n"  # the first line that `qvl.engine.grammar_worker` says
 _LENGTH = struct.Struct(">I")
 
 
@@ -58,7 +59,7 @@ class MediaInput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Serve this prompt. `sampling` is resolved: no None but in `logprobs`, `seed`, `constraint`; `n` is ignored (one answer)."""
+    """Serve this prompt. Resolved `sampling`, None only in `logprobs`, `seed`, `constraint`. Its `n` is ignored."""
 
     request_id: str
     token_ids: list[int]

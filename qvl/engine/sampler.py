@@ -182,8 +182,7 @@ class Sampler:
             bits = np.unpackbits(mask.words.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
             outside = torch.from_numpy(bits) == 0
         else:
-            bit = torch.arange(32, dtype=torch.int32, device=self.device)
-            outside = ((self._put(mask.words)[:, :, None] >> bit) & 1 == 0).flatten(1)[:, : self.vocab_size]
+            outside = ~unpack_bits(self._put(mask.words), self.vocab_size)
         if len(mask.rows) == len(logits):
             logits.masked_fill_(outside, -torch.inf)
         else:
@@ -195,6 +194,12 @@ class Sampler:
 
     def _put(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def unpack_bits(words: Tensor, count: int) -> Tensor:
+    """The first `count` bits of every line, on whatever device. int32 [k, n] -> bool [k, count]"""
+    bit = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> bit) & 1).flatten(1)[:, :count].to(torch.bool)
 
 
 def is_greedy(sampling: SamplingParams) -> bool:

@@ -36,8 +36,8 @@ class Status(enum.Enum):
 class SamplingState:
     """How one sequence chooses tokens and which of them end it.
 
-    `params` is resolved (only `logprobs`, `seed` and `constraint` may be None); `seed` is always from 0 to 2^63 - 1. Noise is a
-    function of (`seed`, number of output tokens so far) and of nothing else, so that an answer does not depend on the
+    `params` is resolved (only `logprobs`, `seed` and `constraint` may be None); `seed` is from 0 to 2^63 - 1. Noise is
+    a function of (`seed`, number of output tokens so far) and of nothing else, so that an answer does not depend on the
     batch. `stop_ids`: the end tokens (unless `ignore_eos`) and `stop_token_ids`. `masked_ids` may not be sampled
     while the answer is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`. `final_ids`: the
     end tokens of a constrained answer, which `min_tokens` and `ignore_eos` only put off while anything else may follow.
