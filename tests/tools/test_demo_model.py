@@ -181,3 +181,28 @@ def test_markdown_of_a_table() -> None:
     cells = [[Line(text, [-1] * len(text), (0, 0, 0, 0)) for text in row] for row in (["a", "b"], ["1", "2"])]
     text = vocab.decode([token for token, _ in tasks.markdown(cells)])
     assert text == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_scorer_sees_what_transformers_sees() -> None:
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from tools.demo_model.score import patches
+
+    processor = transformers.Qwen2VLImageProcessor(min_pixels=checkpoint.MIN_PIXELS, max_pixels=checkpoint.MAX_PIXELS)
+    for size in ((123, 77), (420, 300), (900, 500)):
+        noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        expected = processor(images=[image], return_tensors="pt")
+        pixels, grid = patches([image], checkpoint.MIN_PIXELS, checkpoint.MAX_PIXELS)
+        assert [list(grid)] == expected["image_grid_thw"].tolist()
+        assert float((pixels - expected["pixel_values"]).abs().max()) < 1e-4
+
+
+def test_the_bundled_checkpoint_keeps_its_promises() -> None:
+    folder = ROOT / "qvl" / "demo"
+    config = json.loads((folder / "config.json").read_text())
+    assert checkpoint.hf_config(checkpoint.shape_of(folder), vocab.SPECIAL) == config
+    assert sum(parameter.numel() for parameter in checkpoint.load_checkpoint(folder).parameters()) <= 12_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 24_000_000
+    assert json.loads((folder / "tokenizer.json").read_text()) == vocab.tokenizer_json()

@@ -5,6 +5,7 @@ Turns uint8 pages into normalised patches, and marked points into "which vision 
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class Warp:
 
 
 @functools.lru_cache(maxsize=512)
-def constant(values: tuple, device: torch.device) -> Tensor:
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """A small tensor made once, so that a captured step copies nothing from the host."""
     return torch.tensor(values, device=device)
 

@@ -5,8 +5,10 @@ Knows fonts, colours and geometry. Does not know questions, tokens or batches.
 
 import functools
 import random
+import weakref
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tools.demo_model import words
@@ -51,29 +53,30 @@ class Page:
     ) -> Line:
         """Print one line with its left end at x; every character's centre becomes a point."""
         self.draw.text((x, baseline), text, fill=ink or self.ink, font=font, anchor="ls")
-        advances = [advance(font, character) for character in text]
-        natural = sum(advances) or 1.0
-        scale = font.getlength(text) / natural
         middle = baseline - cap_height(font) / 2
         refs, left = [], x
-        for character, width in zip(text, advances, strict=True):
-            kind = CLASS_OF.get(character)
-            refs.append(-1 if kind is None else self.mark(left + width * scale / 2, middle, kind))
-            left += width * scale
+        for character in text:
+            kind, width = CLASS_OF.get(character), advance(font, character)
+            refs.append(-1 if kind is None else self.mark(left + width / 2, middle, kind))
+            left += width
         a, b, c, d = font.getbbox(text, anchor="ls")
         return Line(text, refs, (x + a, baseline + b, x + c, baseline + d))
 
 
-_ADVANCES: dict[tuple[int, str], float] = {}
+_ADVANCES: weakref.WeakKeyDictionary[ImageFont.FreeTypeFont, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
 def advance(font: ImageFont.FreeTypeFont, character: str) -> float:
-    key = (id(font), character)
-    if key not in _ADVANCES:
-        if len(_ADVANCES) > 400_000:
-            _ADVANCES.clear()
-        _ADVANCES[key] = font.getlength(character)
-    return _ADVANCES[key]
+    """Width of one character, remembered as long as the font object lives."""
+    known = _ADVANCES.setdefault(font, {})
+    if character not in known:
+        known[character] = font.getlength(character)
+    return known[character]
+
+
+def length(font: ImageFont.FreeTypeFont, text: str) -> float:
+    """Width of a line; kerning, a pixel or two, is left out for speed."""
+    return sum(advance(font, character) for character in text)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,6 +92,11 @@ def _em_per_cap(path: str) -> float:
 def font_of_height(path: str, height: float) -> ImageFont.FreeTypeFont:
     """The font at the size that makes capitals `height` pixels high."""
     return load(path, round(height * _em_per_cap(path)))
+
+
+def color_at(image: Image.Image, x: int, y: int) -> Color:
+    r, g, b = np.asarray(image)[y, x].tolist()
+    return r, g, b
 
 
 def luminance(color: Color) -> float:
@@ -145,8 +153,8 @@ def odd_height(rng: random.Random, low: float, high: float) -> int:
 
 
 def clip(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    while len(text) > 1 and font.getlength(text) > room:
-        text = text[: min(len(text) - 1, int(len(text) * room / font.getlength(text)))].rstrip() or text[0]
+    while len(text) > 1 and length(font, text) > room:
+        text = text[: min(len(text) - 1, int(len(text) * room / length(font, text)))].rstrip() or text[0]
     return text
 
 
@@ -184,7 +192,7 @@ def text_page(
         if mixed:
             font = font_of_height(book.pick(rng, script == "chinese"), cap)
         text = line_text(rng, font, room, cap, script)
-        free = room - font.getlength(text)
+        free = room - length(font, text)
         x = margin + max(0.0, free) * (rng.random() if align < 0 else align)
         printed.append(page.text(x, baseline, text, font))
         baseline += step
@@ -206,19 +214,20 @@ def table_page(
     cap = odd_height(rng, 19, min(28, high * 0.55))
     path = book.pick(rng)
     font, bold = font_of_height(path, cap), font_of_height(book.pick(rng) if rng.random() < 0.3 else path, cap)
-    paper, rule = page.image.getpixel((1, 1)), rng.choice(["all", "all", "rows", "head", "none"])
+    paper, rule = color_at(page.image, 1, 1), rng.choice(["all", "all", "rows", "head", "none"])
     shade = tuple(int(0.85 * a + 0.15 * b) for a, b in zip(paper, page.ink, strict=True))
     if rng.random() < 0.4:
         page.draw.rectangle((left, top, edges[-1], top + high), fill=shade)
     _rules(page, rule, edges, top, high, rows, rng.randint(1, 2))
-    align, cells = rng.choice([0.0, 0.0, 0.5]), []
+    align = rng.choice([0.0, 0.0, 0.5])
+    cells: list[list[Line]] = []
     for row in range(rows):
         cells.append([])
         for column in range(columns):
             room = edges[column + 1] - edges[column] - 12
             face = bold if row == 0 else font
             text = clip(words.short(rng, max(1, int(room / (0.68 * cap)))), face, room)
-            x = edges[column] + 6 + align * max(0.0, room - face.getlength(text))
+            x = edges[column] + 6 + align * max(0.0, room - length(face, text))
             cells[-1].append(page.text(x, top + row * high + (high + cap) / 2, text, face))
     return page, cells
 

@@ -3,6 +3,7 @@
 Knows buffers and queues. Batches that arrive more slowly than training asks are used again (with fresh noise).
 """
 
+import contextlib
 import multiprocessing as mp
 import multiprocessing.sharedctypes
 import os
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tools.demo_model import pack
 from tools.demo_model.fonts import FontBook
+from tools.demo_model.tasks import Grid
 
 BUFFER = 64 * 2**20
 ARRAYS = ("ids", "positions", "refs", "vision", "points", "steady", "rows", "row_labels")
@@ -49,13 +51,16 @@ def _draw_forever(
     memory: list[Any],
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    book, index = FontBook(fonts, "train"), worker
+    book, index, parent = FontBook(fonts, "train"), worker, os.getppid()
     while True:
         arrays, samples = pack.make_batch(seed, index, book, progress.value, budget)
         size = pack.pixel_bytes(arrays["recipe"])
-        slot = free.get()
-        if slot is None:
-            return
+        slot = None
+        while slot is None:
+            with contextlib.suppress(queue.Empty):
+                slot = free.get(timeout=2)
+            if os.getppid() != parent:
+                return
         pack.fill_pixels(samples, arrays["recipe"], np.frombuffer(memory[slot], np.uint8)[:size])
         ready.put((slot, arrays))
         index += workers
@@ -69,7 +74,7 @@ class Feed:
         buffers = buffers or 2 * workers + 4
         self.memory = [multiprocessing.sharedctypes.RawArray("B", BUFFER) for _ in range(buffers)]
         self.free, self.ready = context.Queue(), context.Queue()
-        self.progress = context.Value("d", start)
+        self.progress = context.Value("d", start, lock=False)
         for slot in range(buffers):
             self.free.put(slot)
         arguments = (workers, seed, fonts, budget, self.free, self.ready, self.progress, self.memory)
@@ -87,9 +92,9 @@ class Feed:
         return self.ready.get()
 
 
-def groups(grids: tuple[pack.Grid, ...]) -> list[tuple[pack.Grid, int]]:
+def groups(grids: tuple[Grid, ...]) -> list[tuple[Grid, int]]:
     """Runs of equal grids: (grid, slots)."""
-    runs: list[tuple[pack.Grid, int]] = []
+    runs: list[tuple[Grid, int]] = []
     for grid in grids:
         if runs and runs[-1][0] == grid:
             runs[-1] = (grid, runs[-1][1] + 1)

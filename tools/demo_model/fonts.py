@@ -6,6 +6,7 @@ characters that the demo model reads (a few kilobytes each) and sorts them into 
 
 import argparse
 import functools
+import io
 import random
 import re
 from collections import defaultdict
@@ -109,9 +110,15 @@ class FontBook:
         return rng.choice(rng.choice(self.chinese if chinese else self.latin))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
+def _data(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+@functools.lru_cache(maxsize=3000)
 def load(path: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    """From memory: Pillow keeps one open file per font object otherwise."""
+    return ImageFont.truetype(io.BytesIO(_data(path)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def main() -> None:

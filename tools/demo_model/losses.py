@@ -54,8 +54,8 @@ def prepare(batch: Batch, dtype: torch.dtype, strength: float | Tensor) -> Prepa
         pixels = raw.permute(0, 1, 2, 5, 3, 4).float().flatten(0, 2)  # [b * slots * frames, 3, h, w]
         warp = augment.random_warp(b * slots, steady.repeat_interleave(slots), strength, raw.device)
         if video:  # the camera does not jump
-            warp = augment.Warp(*(part.view(b, slots, *part.shape[1:])[:, :1].expand(-1, slots, *part.shape[1:]).flatten(0, 1)
-                                  for part in (warp.matrix, warp.shift)))  # fmt: skip
+            first_of = torch.arange(b * slots, device=raw.device) // slots * slots
+            warp = augment.Warp(warp.matrix[first_of], warp.shift[first_of])
         every = augment.Warp(warp.matrix.repeat_interleave(frames, 0), warp.shift.repeat_interleave(frames, 0))
         pixels = augment.spoil(augment.warp_pixels(pixels, every), strength)
         parts = augment.patchify(pixels.view(b * slots, frames, 3, height, width), dtype)
@@ -110,7 +110,9 @@ def text_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)).float(), target)
 
 
-def step_losses(model: DemoModel, heads: Heads, batch: Batch, dtype: torch.dtype, strength: float | Tensor) -> dict[str, Tensor]:
+def step_losses(
+    model: DemoModel, heads: Heads, batch: Batch, dtype: torch.dtype, strength: float | Tensor
+) -> dict[str, Tensor]:
     """All losses of one batch, freshly spoiled."""
     with torch.no_grad():
         ready = prepare(batch, dtype, strength)

@@ -249,7 +249,7 @@ class DemoModel(nn.Module):
         cos, sin = self.rope(positions, x.dtype)
         scores = None
         for n, layer in enumerate(self.model.layers):
-            if n == watch:
+            if n == watch and isinstance(layer, Layer):
                 scores = layer.self_attn.first_head_scores(layer.input_layernorm(x), cos, sin)
             x = layer(x, cos, sin)
         return self.model.norm(x), scores

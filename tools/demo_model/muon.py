@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in shapes.items():
                 self._step_shape(group, shape, parameters)
 
-    def _step_shape(self, group: dict, shape: tuple[int, ...], parameters: list[nn.Parameter]) -> None:
+    def _step_shape(self, group: dict[str, Any], shape: tuple[int, ...], parameters: list[nn.Parameter]) -> None:
         gradients = torch.stack([parameter.grad for parameter in parameters])  # type: ignore[misc]
         state = self.state[parameters[0]]
         if "momentum" not in state:
@@ -50,9 +51,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(list(parameters), list(new.unbind(0)))
 
 
-def make_optimizers(model: nn.Module, extra: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, extra: nn.Module, muon_lr: Tensor, adam_lr: Tensor
+) -> list[torch.optim.Optimizer]:
     """Matrices inside blocks, layers and the merger to Muon; embeddings, norms, biases and training heads to AdamW."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = any(part in name for part in (".blocks.", ".layers.", ".merger."))
         (matrices if parameter.ndim == 2 and inner else rest).append(parameter)

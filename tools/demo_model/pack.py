@@ -23,7 +23,8 @@ IMAGE_PAD, VIDEO_PAD = SPECIAL["<|image_pad|>"], SPECIAL["<|video_pad|>"]
 WORD_GRIDS: list[Grid] = [(2, 6), (2, 8), (3, 8)]
 LINE_GRIDS: list[Grid] = [(3, 10), (4, 10), (5, 10), (5, 13)]
 PAGE_GRIDS: list[Grid] = [
-    (4, 16), (5, 13), (6, 11), (8, 8), (3, 22), (6, 14), (8, 10), (8, 12), (6, 18), (9, 12), (8, 16), (12, 12), (10, 14),
+    (4, 16), (5, 13), (6, 11), (8, 8), (3, 22), (6, 14), (8, 10), (8, 12), (6, 18), (9, 12), (8, 16), (12, 12),
+    (10, 14),
 ]  # fmt: skip
 LARGE_GRIDS: list[Grid] = [(14, 10), (12, 16), (16, 16), (10, 20)]
 TURN_GRIDS: list[Grid] = [(5, 13), (8, 12), (9, 12), (6, 16), (8, 8)]
@@ -34,19 +35,20 @@ SEVERAL: list[list[Grid]] = [
 ]  # fmt: skip
 CONVERSATIONS: list[list[Grid]] = [[(5, 13), (8, 8)], [(6, 11)] * 3, [(4, 16), (6, 14)]]
 FILMS: list[list[Grid]] = [
-    [(8, 8)] * 3, [(6, 11)] * 4, [(7, 10)] * 2, [(8, 16)] * 3, [(10, 13)] * 4, [(11, 12)] * 3, [(9, 16)] * 2, [(8, 16)] * 5,
+    [(8, 8)] * 3, [(6, 11)] * 4, [(7, 10)] * 2, [(8, 16)] * 3, [(10, 13)] * 4, [(11, 12)] * 3, [(9, 16)] * 2,
+    [(8, 16)] * 5,
 ]  # fmt: skip
 
 Task = Callable[[Studio, Grid], Sample]
 ONE_PICTURE: list[tuple[float, Task]] = [
-    (0.54, tasks.plain_reading), (0.09, tasks.one_line), (0.15, tasks.shape_box), (0.09, tasks.word_box),
-    (0.04, tasks.describe), (0.09, tasks.chinese_reading),
+    (0.50, tasks.plain_reading), (0.08, tasks.one_line), (0.18, tasks.shape_box), (0.12, tasks.word_box),
+    (0.04, tasks.describe), (0.08, tasks.chinese_reading),
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One batch's fixed shape: the sort of samples, every slot's grid, and room for samples, tokens, answers, points."""
+    """One batch's fixed shape: sort of samples, every slot's grid; room for samples, tokens, answers, points."""
 
     sort: str  # "one", "two" (turns), "table", "several", "conversation", "video", "talk"
     grids: tuple[Grid, ...]
@@ -87,21 +89,25 @@ def _sort_and_grids(rng: random.Random, progress: float) -> tuple[str, list[Grid
         return "one", [rng.choice(WORD_GRIDS)]
     if progress < 0.09:
         return "one", [rng.choice(WORD_GRIDS if rng.random() < 0.2 else LINE_GRIDS)]
-    weights = [0.58, 0.1, 0.13, 0.1, 0.025, 0.055, 0.01]
+    weights = [0.545, 0.1, 0.13, 0.12, 0.025, 0.07, 0.01]
     sort = rng.choices(["one", "two", "table", "several", "conversation", "video", "talk"], weights)[0]
     if sort == "one":
         return sort, [rng.choice(rng.choices([LINE_GRIDS, PAGE_GRIDS, LARGE_GRIDS], [0.08, 0.74, 0.18])[0])]
     if sort in ("two", "table"):
         return sort, [rng.choice(TURN_GRIDS if sort == "two" else TABLE_GRIDS)]
-    several = {"several": SEVERAL, "conversation": CONVERSATIONS, "video": FILMS, "talk": [[]]}
+    several: dict[str, list[list[Grid]]] = {
+        "several": SEVERAL,
+        "conversation": CONVERSATIONS,
+        "video": FILMS,
+        "talk": [[]],
+    }
     return sort, rng.choice(several[sort])
 
 
 def make_sample(studio: Studio, recipe: Recipe, progress: float) -> Sample:
     rng, grids = studio.rng, list(recipe.grids)
     if recipe.sort == "one" and progress < 0.09:
-        task = tasks.plain_reading
-        sample = task(studio, grids[0])
+        sample = tasks.plain_reading(studio, grids[0])
     elif recipe.sort == "one":
         task = rng.choices([maker for _, maker in ONE_PICTURE], [weight for weight, _ in ONE_PICTURE])[0]
         sample = task(studio, grids[0])
@@ -143,25 +149,24 @@ class Writer:
         self.out = Packed([], [], [], [], [])
 
     def tokens(self, ids: list[int]) -> None:
-        for token in ids:
-            self._put(token, (self.next,) * 3)
-            self.next += 1
+        self._put(ids, [(n, n, n) for n in range(self.next, self.next + len(ids))])
+        self.next += len(ids)
 
-    def _put(self, token: int, position: tuple[int, int, int]) -> None:
-        self.out.ids.append(token)
-        self.out.positions.append(position)
-        self.out.labels.append(-100)
-        self.out.refs.append(tasks.NOWHERE)
+    def _put(self, ids: list[int], positions: list[tuple[int, int, int]]) -> None:
+        self.out.ids += ids
+        self.out.positions += positions
+        self.out.labels += [-100] * len(ids)
+        self.out.refs += [tasks.NOWHERE] * len(ids)
 
     def picture(self, picture: Picture) -> None:
         self.tokens([VISION_START])
         rows, columns = self.grids[picture.slots[0]]
-        start = self.next
-        for step in range(len(picture.slots)):
-            for n in range(rows * columns):
-                self.out.vision.append(len(self.out.ids))
-                place = (start + step, start + n // columns, start + n % columns)
-                self._put(VIDEO_PAD if picture.video else IMAGE_PAD, place)
+        start, first = self.next, len(self.out.ids)
+        pad = [VIDEO_PAD if picture.video else IMAGE_PAD] * (rows * columns)
+        across = range(start, start + columns)
+        for step in range(start, start + len(picture.slots)):
+            self._put(pad, [(step, row, column) for row in range(start, start + rows) for column in across])
+        self.out.vision += range(first, len(self.out.ids))
         steps = 1 if self.loose_video else len(picture.slots)
         self.next = start + max(steps, rows, columns)
         self.tokens([VISION_END])
@@ -194,7 +199,7 @@ def write(sample: Sample, grids: tuple[Grid, ...], loose_video: bool = False) ->
 
 
 def pack_batch(packed: list[Packed], samples: list[Sample], recipe: Recipe) -> dict[str, Any]:
-    """Everything but pixels, in the recipe's fixed shapes; `rows` are the flat positions that predict an answer token."""
+    """Everything but pixels, in the recipe's fixed shapes; `rows`: flat positions that predict an answer token."""
     count = len(samples)
     ids = np.full((count, recipe.length), PAD, np.int16)
     labels = np.full((count, recipe.length), -100, np.int16)

@@ -4,7 +4,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from tools.demo_model.draw import Box, Color, Page, blank
+from tools.demo_model.draw import Box, Color, Page, blank, color_at
 
 COLORS: dict[str, Color] = {
     "red": (220, 30, 35), "green": (30, 160, 60), "blue": (35, 75, 220), "yellow": (245, 215, 30),
@@ -102,8 +102,9 @@ def shapes_page(
         if rng.random() < 0.5:
             tone = rng.randint(225, 255)
             page.image.paste((tone, tone, tone), (0, 0, width, height))
-    paper = page.image.getpixel((2, 2))
-    boxes, shapes = list(taken or []), []
+    paper = color_at(page.image, 2, 2)
+    boxes: list[Box] = list(taken or [])
+    shapes: list[Shape] = []
     for _ in range(count * 8):
         if len(shapes) == count:
             break

@@ -3,7 +3,9 @@
 Knows how a step is executed; what it computes is in losses.py.
 """
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,18 +42,22 @@ class Stepper:
         self.model, self.device = model, next(model.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.heads = Heads(model.shape.hidden_size).to(self.device)
-        self.full = {"muon": muon_lr, "adam": adam_lr}
-        names = ("muon", "adam", "strength", "help")
-        self.controls = {name: torch.tensor(0.0, device=self.device) for name in names}
-        self.optimizers = make_optimizers(model, self.heads, self.controls["muon"], self.controls["adam"])
-        self.graphs, self.pool = graphs, None
+        self.full = (muon_lr, adam_lr)
+        self.controls = {name: torch.tensor(0.0, device=self.device) for name in ("strength", "help")}
+        rates = [torch.tensor(value, device=self.device) for value in self.full]
+        self.optimizers = make_optimizers(model, self.heads, *rates)
+        self.graphs = graphs
+        self.pool: Any = None
+        self.stream = torch.cuda.Stream() if graphs else None  # one stream: graphs then share their memory
         self.captured: dict[Recipe, Captured] = {}
+        self.running: deque[tuple[torch.cuda.Event, Batch]] = deque()
 
     def set(self, rate: float, strength: float, help_weight: float) -> None:
-        values = {"strength": strength, "help": help_weight}
-        values |= {name: full * rate for name, full in self.full.items()}
-        for name, value in values.items():
-            self.controls[name].fill_(value)
+        self.controls["strength"].fill_(strength)
+        self.controls["help"].fill_(help_weight)
+        for optimizer, full in zip(self.optimizers, self.full, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"].fill_(full * rate)
 
     def eager(self, batch: Batch) -> dict[str, Tensor]:
         found = step_losses(self.model, self.heads, batch, self.dtype, self.controls["strength"])
@@ -72,13 +78,23 @@ class Stepper:
         for mine, theirs in zip(held.batch.tensors(), batch.tensors(), strict=True):
             mine.copy_(theirs)
         held.graph.replay()
+        self._pace(batch)
         return held.found
+
+    def _pace(self, batch: Batch) -> None:
+        """Let the host run at most three steps ahead, and keep the batches of those steps alive."""
+        event = torch.cuda.Event()
+        event.record()
+        self.running.append((event, batch))
+        if len(self.running) > 3:
+            self.running.popleft()[0].synchronize()
 
     def _capture(self, batch: Batch, loader: Loader) -> dict[str, Tensor]:
         """One eager step to warm up (it trains like any other), then record the next."""
         pixels = [part.clone(memory_format=torch.contiguous_format) for part in batch.pixels]
         own = Batch(batch.recipe, pixels, {name: value.clone() for name, value in batch.arrays.items()})
-        stream = torch.cuda.Stream()
+        stream = self.stream
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             first = self.eager(own)

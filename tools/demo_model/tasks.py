@@ -5,14 +5,24 @@ training can show the network where to look. Does not know batches or tensors.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tools.demo_model import phrases as ask
 from tools.demo_model import words
-from tools.demo_model.draw import Box, Line, Page, table_page, text_page
+from tools.demo_model.draw import (
+    Box,
+    Line,
+    Page,
+    blank,
+    font_of_height,
+    length,
+    odd_height,
+    table_page,
+    text_page,
+)
 from tools.demo_model.fonts import FontBook
 from tools.demo_model.shapes import CHINESE_COLORS, CHINESE_KINDS, Shape, shapes_page
-from tools.demo_model.vocab import SPECIAL, encode
+from tools.demo_model.vocab import SPECIAL, TOKEN_OF, encode
 
 TOKEN = 28  # pixels per side that one vision token covers
 Grid = tuple[int, int]  # rows, columns of vision tokens
@@ -51,7 +61,6 @@ class Studio:
     rng: random.Random
     book: FontBook
     level: float = 1.0
-    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
@@ -69,9 +78,8 @@ def say(text: str) -> Answer:
 def read(line: Line, slot: int = 0) -> Answer:
     """The line's characters; one token each, each pointing at its centre."""
     return [
-        (token, (slot, ref) if ref >= 0 else NOWHERE)
+        (TOKEN_OF[character], (slot, ref) if ref >= 0 else NOWHERE)
         for character, ref in zip(line.text, line.refs, strict=True)
-        for token in encode(character)
     ]
 
 
@@ -310,19 +318,17 @@ class _WordFilm:
         self.plain, self.still = studio.plain, studio.rng.random() < 0.5
 
     def shot(self, text: str) -> tuple[Page, Line]:
-        from tools.demo_model.draw import blank, font_of_height, odd_height
-
         look = random.Random(self.seed)
         width, height = self.grid[1] * TOKEN, self.grid[0] * TOKEN
         page = blank(look, width, height, self.plain)
         path = self.studio.book.pick(look)
         cap = odd_height(look, 22, min(70, height * 0.3))
         font = font_of_height(path, cap)
-        while font.getlength(text) > width - 16 and cap > 18:
+        while length(font, text) > width - 16 and cap > 18:
             cap -= 2
             font = font_of_height(path, cap)
         spot = look if self.still else self.studio.rng
-        x = 8 + max(0.0, width - 16 - font.getlength(text)) * (0.5 if self.still else spot.random())
+        x = 8 + max(0.0, width - 16 - length(font, text)) * (0.5 if self.still else spot.random())
         y = cap + 8 + (height - 2 * cap - 16) * (spot.uniform(0.3, 0.7) if self.still else spot.random())
         return page, page.text(x, y, text, font)
 

@@ -106,6 +106,9 @@ def encode(text: str) -> list[int]:
     return ids
 
 
+TOKEN_OF = {character: encode(character)[0] for character in [" ", "\n", *READABLE]}
+
+
 def decode(ids: list[int]) -> str:
     """Text of ids, special tokens written out."""
     names = {n: token for token, n in _IDS.items()}
