@@ -25,11 +25,8 @@ class LiveAnswers:
     ) -> None:
         self._num_prompt_tokens = num_prompt_tokens
         self._answers = [_LiveAnswer(sampling, tokenizer, prefix) for _ in range(sampling.n)]
-
-    @property
-    def num_open(self) -> int:
-        """Answers that have not ended."""
-        return sum(not answer.ended for answer in self._answers)
+        self._generated = 0
+        self.num_open = sampling.n  # answers that have not ended
 
     def take(self, index: int, outputs: Sequence[TokenOutput]) -> Delta | None:
         """What these outputs add to answer `index`; None while there is nothing to show for them.
@@ -39,7 +36,12 @@ class LiveAnswers:
         answer = self._answers[index]
         if answer.ended:
             return None
-        piece = answer.take(outputs)
+        before = answer.num_tokens
+        try:
+            piece = answer.take(outputs)
+        finally:
+            self.num_open -= answer.ended
+        self._generated += answer.num_tokens - before
         if not piece.text and piece.finish_reason is None:
             answer.keep(piece)
             return None
@@ -54,8 +56,7 @@ class LiveAnswers:
     @property
     def usage(self) -> Usage:
         """Exact counts so far, of all answers together."""
-        generated = sum(answer.num_tokens for answer in self._answers)
-        return Usage(self._num_prompt_tokens, generated, self._answers[0].num_cached_tokens)
+        return Usage(self._num_prompt_tokens, self._generated, self._answers[0].num_cached_tokens)
 
 
 @dataclass(slots=True)
@@ -68,6 +69,13 @@ class _Piece:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    def follow(self, kept: _Piece) -> None:
+        """Put what was kept back in front."""
+        self.text = kept.text + self.text
+        self.token_ids = kept.token_ids + self.token_ids
+        if self.logprobs is not None:
+            self.logprobs = (kept.logprobs or []) + self.logprobs
+
 
 class _LiveAnswer:
     """One answer. Ids that have no text of their own yet (half a character) wait for the next text."""
@@ -75,36 +83,36 @@ class _LiveAnswer:
     def __init__(self, sampling: SamplingParams, tokenizer: TokenBytes, prefix: str) -> None:
         self._detokenizer = Detokenizer(tokenizer, sampling)
         self._wants_logprobs = sampling.logprobs is not None
-        self._kept = _Piece(prefix, [], [] if self._wants_logprobs else None)
+        self._kept: _Piece | None = _Piece(prefix, [], [] if self._wants_logprobs else None)
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.ended = False
         self.stopped_by_text = False
 
     def take(self, outputs: Sequence[TokenOutput]) -> _Piece:
+        """Hot: once per token and answer."""
         last = outputs[-1]
         if last.finish_reason == "error":
             self.ended = True
             raise RequestFailed(last.error or "the engine gave this request up")
-        token_ids = [token_id for output in outputs for token_id in output.token_ids]
-        spelt = self._detokenizer.feed(token_ids, last.finish_reason)
-        count = spelt.num_tokens
-        logprobs = [entry for output in outputs for entry in output.logprobs or ()][:count]
+        if len(outputs) == 1:
+            token_ids = last.token_ids
+        else:
+            token_ids = [token_id for output in outputs for token_id in output.token_ids]
+        text, count, stop = self._detokenizer.feed(token_ids, last.finish_reason)
         self.num_tokens += count
         self.num_cached_tokens = max(self.num_cached_tokens, last.num_cached_tokens)
-        kept = self._kept
-        piece = _Piece(
-            kept.text + spelt.text,
-            kept.token_ids + token_ids[:count],
-            None if kept.logprobs is None else kept.logprobs + logprobs,
-            last.finish_reason,
-            last.stop_reason,
-        )
-        if spelt.stop is not None:
-            piece.finish_reason, piece.stop_reason = "stop", spelt.stop
+        logprobs = None
+        if self._wants_logprobs:
+            logprobs = [entry for output in outputs for entry in output.logprobs or ()][:count]
+        piece = _Piece(text, token_ids[:count], logprobs, last.finish_reason, last.stop_reason)
+        if stop is not None:
+            piece.finish_reason, piece.stop_reason = "stop", stop
             self.stopped_by_text = last.finish_reason is None
         self.ended = piece.finish_reason is not None
-        self._kept = _Piece("", [], [] if self._wants_logprobs else None)
+        if self._kept is not None:
+            piece.follow(self._kept)
+            self._kept = None
         return piece
 
     def keep(self, piece: _Piece) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from qvl.types import FinishReason, SamplingParams
 
@@ -23,8 +22,7 @@ class TokenBytes(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Text gained. `stop`: the stop string that ended the answer, with the first `num_tokens` of the ids fed."""
 
     text: str
@@ -72,7 +70,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._skipped = tokenizer.special_ids if sampling.skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = b""  # the beginning of a character
         self._matchers = [StopMatcher(stop) for stop in dict.fromkeys(sampling.stop)]
         self._held = ""
         self._num_tokens = 0
@@ -85,6 +83,9 @@ class Detokenizer:
         `stop_token_ids`: it is no part of the text, unless `include_stop_str_in_output` asks for it.
         """
         assert not self._done, "fed after the end"
+        if finish_reason is None and not self._matchers and len(token_ids) == 1:  # hot: nearly every call
+            self._num_tokens += 1
+            return Piece("" if token_ids[0] in self._skipped else self._decode(token_ids[0]), 1)
         self._done = finish_reason is not None
         num_spelt = len(token_ids)
         if finish_reason == "stop" and not self._sampling.include_stop_str_in_output:
@@ -92,20 +93,27 @@ class Detokenizer:
         text = ""
         for number, token_id in enumerate(token_ids[:num_spelt]):
             self._num_tokens += 1
-            data = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
-            gained, stop = self._release(self._decoder.decode(data))
+            gained, stop = self._release("" if token_id in self._skipped else self._decode(token_id))
             text += gained
             if stop is not None:
                 self._done = True
                 return Piece(text, number + 1, stop)
         if finish_reason is not None:
-            gained, stop = self._release(self._decoder.decode(b"", final=True))
+            gained, stop = self._release(self._rest.decode("utf-8", "replace"))
+            self._rest = b""
             text += gained
             if stop is not None:
                 return Piece(text, num_spelt, stop)
             text += self._held
             self._held = ""
         return Piece(text, len(token_ids))
+
+    def _decode(self, token_id: int) -> str:
+        """The whole characters that this token completes."""
+        data = self._rest + self._tokenizer.token_bytes(token_id)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[used:]
+        return text
 
     def _release(self, new: str) -> tuple[str, str | None]:
         """What may be said after `new` characters, and the stop string that they complete."""

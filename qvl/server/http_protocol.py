@@ -1,6 +1,6 @@
 """The socket's side of the server: uvicorn's httptools protocol with a cap and a time limit on headers.
 
-Knows bytes of a request's head. Everything after the head is uvicorn's and the app's.
+Knows bytes of a request's head, and a short way for streamed bodies. All else is uvicorn's and the app's.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from qvl.server.options import ServerOptions
 
@@ -19,10 +19,36 @@ class _HeadTooLarge(Exception):
     """Stops the parser in the middle of its work; it becomes a 431."""
 
 
+class DirectBody:
+    """The body of one answer without the layers between app and socket, for answers of very many small pieces.
+
+    The answer's start has gone through the layers, its end will; in between pieces are framed and handed to the
+    transport, which writes them when the loop comes round.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
+        self._cycle = cycle
+        self._transport = transport
+
+    @property
+    def clogged(self) -> bool:
+        """Whether so much is unsent that the client should read first: see `drain`."""
+        return self._cycle.flow.write_paused
+
+    async def drain(self) -> None:
+        await self._cycle.flow.drain()
+
+    def write(self, piece: bytes) -> None:
+        """One chunk; nothing where the client has gone."""
+        if not self._cycle.disconnected:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+
 class CappedProtocol(HttpToolsProtocol):
     """431 when a request's line and headers exceed `max_header_bytes`, 408 when they take longer than `header_seconds`.
 
-    Subclasses made by `http_protocol` fill in the two limits. The app finds `transport.abort` as extension "qvl.abort".
+    Subclasses made by `http_protocol` fill in the two limits. The app finds `transport.abort` as extension "qvl.abort"
+    and a `DirectBody` as extension "qvl.body".
     """
 
     max_header_bytes: int
@@ -71,6 +97,8 @@ class CappedProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self.max_header_bytes:
             raise _HeadTooLarge
         super().on_headers_complete()
+        # The app's task has been made for this very cycle, and does not run before the loop comes round.
+        self.scope["extensions"]["qvl.body"] = {"body": DirectBody(self.cycle, self.transport)}
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this when the parser gave up, also on our own `_HeadTooLarge`."""

@@ -6,6 +6,7 @@ dictionaries through msgspec, no models.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,11 +14,12 @@ from typing import Any, TypeAlias
 import msgspec
 
 from qvl.errors import QvlError
-from qvl.types import Answer, Completion, Delta, TokenLogprob, Usage
+from qvl.types import Answer, Completion, Delta, PictureRule, TokenLogprob, Usage
 
 TokenBytes: TypeAlias = Callable[[int], bytes]
 
 _encode = msgspec.json.Encoder().encode
+_MARK = "\ue000the text of a chunk\ue000"
 _LOWEST = -9999.0  # what OpenAI writes where a probability is zero: JSON has no infinity
 
 
@@ -44,6 +46,31 @@ class Options:
     tokens_as_ids: bool = False
 
 
+class _Frames:
+    """Chunks that say nothing but text differ in nothing but their text: what stands around it, by answer."""
+
+    def __init__(self) -> None:
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def write(self, delta: Delta) -> bytes | None:
+        """The chunk, None where none of its kind has been written yet."""
+        around = self._around.get(delta.index)
+        return None if around is None else b"%b%b%b" % (around[0], _encode(delta.text), around[1])
+
+    def learn(self, delta: Delta, chunk: Callable[[Delta], Mapping[str, Any]]) -> bytes:
+        """The same from `chunk`, which writes it in full, once."""
+        marked = _encode(chunk(Delta(delta.index, _MARK, usage=delta.usage)))
+        before, _, after = marked.rpartition(_encode(_MARK))
+        self._around[delta.index] = before, after
+        return b"%b%b%b" % (before, _encode(delta.text), after)
+
+
+def _is_plain(delta: Delta, options: Options) -> bool:
+    """Whether its chunk says nothing but text."""
+    says_more = delta.finish_reason is not None or delta.logprobs is not None
+    return not (says_more or options.token_ids or options.continuous_usage)
+
+
 class ChatWriter:
     """Writes the answer to one chat request; keep one per request (it remembers which answers have begun)."""
 
@@ -52,16 +79,21 @@ class ChatWriter:
         self._token_bytes = token_bytes
         self._options = options
         self._begun: set[int] = set()
+        self._frames = _Frames()
 
     def chunk(self, delta: Delta) -> bytes:
         """One `chat.completion.chunk`; the first of every answer carries its role."""
-        message = {"content": delta.text}
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            message = {"role": "assistant", "content": delta.text}
+            return _encode(self._chunk(delta, {"role": "assistant", "content": delta.text}))
+        if _is_plain(delta, self._options):
+            return self._frames.write(delta) or self._frames.learn(delta, self._chunk)
+        return _encode(self._chunk(delta))
+
+    def _chunk(self, delta: Delta, message: dict[str, str] | None = None) -> Mapping[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index,
-            "delta": message,
+            "delta": message or {"content": delta.text},
             "logprobs": self._logprobs(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
@@ -69,7 +101,7 @@ class ChatWriter:
             choice["stop_reason"] = delta.stop_reason
         if self._options.token_ids:
             choice["token_ids"] = delta.token_ids
-        return _encode(_chunk(self._head, "chat.completion.chunk", [choice], self._options, delta.usage))
+        return _chunk(self._head, "chat.completion.chunk", [choice], self._options, delta.usage)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The last chunk of a stream with `include_usage`: no choices, the exact counts."""
@@ -116,14 +148,20 @@ class CompletionWriter:
         self._token_bytes = token_bytes
         self._options = options
         self._lengths: dict[int, int] = {}
+        self._frames = _Frames()
 
     def chunk(self, delta: Delta) -> bytes:
         """One `text_completion` piece."""
+        if _is_plain(delta, self._options):
+            return self._frames.write(delta) or self._frames.learn(delta, self._chunk)
+        return _encode(self._chunk(delta))
+
+    def _chunk(self, delta: Delta) -> Mapping[str, Any]:
         index = delta.index
         choice = self._choice(
             index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
         )
-        return _encode(_chunk(self._head, "text_completion", [choice], self._options, delta.usage))
+        return _chunk(self._head, "text_completion", [choice], self._options, delta.usage)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The last chunk of a stream with `include_usage`: no choices, the exact counts."""
@@ -184,8 +222,11 @@ def add_usage(parts: Sequence[Usage]) -> Usage:
     )
 
 
-def model_list(names: Sequence[str], *, created: int, max_model_len: int) -> dict[str, Any]:
-    """The body of `/v1/models`; `max_model_len` in tokens."""
+def model_list(
+    names: Sequence[str], *, created: int, max_model_len: int, picture: PictureRule | None = None
+) -> dict[str, Any]:
+    """The body of `/v1/models`; `max_model_len` in tokens. `picture` lets clients send no more than the model sees."""
+    sees = {} if picture is None else {"picture": dataclasses.asdict(picture)}
     same = {
         "object": "model",
         "created": created,
@@ -193,7 +234,7 @@ def model_list(names: Sequence[str], *, created: int, max_model_len: int) -> dic
         "root": names[0] if names else None,
         "parent": None,
     }
-    return {"object": "list", "data": [{"id": name, **same, "max_model_len": max_model_len} for name in names]}
+    return {"object": "list", "data": [{"id": name, **same, "max_model_len": max_model_len, **sees} for name in names]}
 
 
 def tokenize_response(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -14,6 +15,7 @@ import pytest
 import requests
 
 from qvl.backends.echo import EchoBackend
+from qvl.server.app import create_app
 from qvl.server.options import ServerOptions
 from tests.server.live import Live, live, wait_until
 
@@ -209,3 +211,57 @@ def test_many_streams_at_once(server: Live) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(one, range(64))) == [f"number {number}" for number in range(64)]
+
+
+def test_events_go_through_without_the_short_way_too() -> None:
+    """Another ASGI server offers no such extension: the same bytes come by its `send`."""
+    sent: list[dict[str, Any]] = []
+
+    async def ask() -> None:
+        app = create_app(backend := EchoBackend(), ServerOptions())
+        await backend.start()
+        body = json.dumps({**HELLO, "stream": True}).encode()
+        waiting = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if sent_body:
+                await waiting.wait()
+            sent_body.append(True)
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        sent_body: list[bool] = []
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+        await app(scope, receive, send)
+
+    asyncio.run(ask())
+    events = b"".join(message.get("body", b"") for message in sent).decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert "".join(json.loads(one[6:])["choices"][0]["delta"]["content"] for one in events[:-2]) == "hello"
+
+
+def test_answers_on_one_connection_one_after_another(server: Live) -> None:
+    """Sent all at once (pipelined), streamed: each answer is complete and framed before the next one begins."""
+    texts = ["first " * 20, "second", "third " * 5]
+    bodies = [{"messages": [{"role": "user", "content": text}], "stream": True} for text in texts]
+    with dial(server) as sock:
+        sock.sendall(b"".join(map(request_bytes, bodies)))
+        data = b""
+        while data.count(b"0\r\n\r\n") < 3:
+            data += sock.recv(65536)
+    answers = data.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert [unchunked(answer) for answer in answers] == texts
+
+
+def unchunked(answer: bytes) -> str:
+    """The text of a streamed answer, its frames followed to the letter."""
+    rest, body = answer.split(b"\r\n\r\n", 1)[1], b""
+    while True:
+        size, rest = rest.split(b"\r\n", 1)
+        if not int(size, 16):
+            break
+        body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    lines = body.decode().split("\n\n")[:-2]
+    return "".join(json.loads(line[6:])["choices"][0]["delta"]["content"] for line in lines)

@@ -160,3 +160,23 @@ def test_token_bodies() -> None:
 def test_error_bodies(error: QvlError, kind: str, code: str) -> None:
     body = wire.error_body(error)["error"]
     assert body == {"message": error.message, "type": kind, "code": code, "param": error.param}
+
+
+@pytest.mark.parametrize("options", [wire.Options(), wire.Options(include_usage=True)])
+def test_the_short_way_to_a_chunk_writes_the_same(options: wire.Options) -> None:
+    """Chunks of nothing but text are put together from bytes; with log-probabilities the long way writes them."""
+    texts = ["plain", 'quo"te\\', "line\nbreak", "日本 🙂", "\ue000", "", "}]}"]
+    for writer_of in (wire.ChatWriter, wire.CompletionWriter):
+        writer = writer_of(wire.Head("id", 'na"me', 7), lambda _: b"x", options)
+        for index in (0, 1, 0):
+            for text in texts:
+                short = json.loads(writer.chunk(Delta(index, text)))
+                long = json.loads(writer.chunk(Delta(index, text, logprobs=())))
+                assert long["choices"][0].pop("logprobs") is not None
+                assert short["choices"][0].pop("logprobs") is None
+                long["choices"][0].get("delta", {}).pop("role", None)
+                short["choices"][0].get("delta", {}).pop("role", None)
+                assert short == long
+                assert (
+                    short["choices"][0].get("text") or short["choices"][0].get("delta", {}).get("content", "")
+                ) == text
