@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qvl.client import Client
+    from qvl.client import AsyncClient, Client
     from qvl.engine.llm import LLM
     from qvl.errors import QvlError
     from qvl.types import (
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Answer",
+    "AsyncClient",
     "ChatRequest",
     "Client",
     "Completion",
@@ -49,7 +50,12 @@ __all__ = [
     "Usage",
 ]
 
-_ELSEWHERE = {"Client": "qvl.client", "LLM": "qvl.engine.llm", "QvlError": "qvl.errors"}
+_ELSEWHERE = {
+    "AsyncClient": "qvl.client",
+    "Client": "qvl.client",
+    "LLM": "qvl.engine.llm",
+    "QvlError": "qvl.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -68,6 +68,15 @@ class PixelLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class PictureRule:
+    """How a model sees pictures: sides are multiples of `factor` pixels, the area is within the limits (pixels)."""
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
 class TextPart:
     """Text of a message. Control tokens typed into it are plain text."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qvl.engine.answers import Collector
-from qvl.types import ChatRequest, Completion, CompletionRequest, Delta
+from qvl.types import ChatRequest, Completion, CompletionRequest, Delta, PictureRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,8 @@ class BackendInfo:
     """What a backend serves; complete once `start` has returned.
 
     `names` are the model's names, the first one is put into answers. `max_model_len` and `kv_tokens` are tokens,
-    `max_num_seqs` answers that are computed at once, `load_seconds` the time from the start to ready.
+    `max_num_seqs` answers that are computed at once, `load_seconds` the time from the start to ready. `picture` is how
+    the model sees a picture about whose size its request says nothing; None where that is not told.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,7 @@ class BackendInfo:
     attention: str = ""
     kv_tokens: int = 0
     load_seconds: float = 0.0
+    picture: PictureRule | None = None
 
 
 class Observer(Protocol):

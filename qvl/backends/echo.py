@@ -20,6 +20,7 @@ from qvl.types import (
     FinishReason,
     MediaPart,
     Message,
+    PictureRule,
     SamplingParams,
     TextPart,
     TokenLogprob,
@@ -33,10 +34,18 @@ class EchoBackend:
     """Repeats what it is told, a character per token, `seconds_per_token` apart (0 still yields to the loop)."""
 
     def __init__(
-        self, name: str = "echo", *, max_model_len: int = 4096, max_num_seqs: int = 256, seconds_per_token: float = 0.0
+        self,
+        name: str = "echo",
+        *,
+        max_model_len: int = 4096,
+        max_num_seqs: int = 256,
+        seconds_per_token: float = 0.0,
+        picture: PictureRule | None = None,
     ) -> None:
         self.observer: Observer | None = None
-        self._info = BackendInfo((name,), max_model_len, max_num_seqs, "none", "none", kv_tokens=max_model_len)
+        self._info = BackendInfo(
+            (name,), max_model_len, max_num_seqs, "none", "none", kv_tokens=max_model_len, picture=picture
+        )
         self._seconds_per_token = seconds_per_token
         self._started = False
         self._running = 0

@@ -34,7 +34,7 @@ from qvl.errors import InvalidRequest, QvlError, Unavailable
 from qvl.media.stages import heard_by
 from qvl.specs import load_spec
 from qvl.tokenizer import Tokenizer
-from qvl.types import ChatRequest, CompletionRequest, Delta, MediaPart
+from qvl.types import ChatRequest, CompletionRequest, Delta, MediaPart, PictureRule, PixelLimits
 
 T = TypeVar("T")
 Request = ChatRequest | CompletionRequest
@@ -70,6 +70,7 @@ class LocalBackend:
         self._intake: Intake | None = None
         self._grammars: GrammarCheck | None = None
         self._engine_info: EngineInfo | None = None
+        self._picture: PictureRule | None = None
         self._stats = EngineStats()
         self._reason: str | None = "the engine is not started"
         self._numbers = itertools.count()
@@ -88,6 +89,7 @@ class LocalBackend:
             attention=engine.attention,
             kv_tokens=engine.kv_tokens,
             load_seconds=engine.load_seconds,
+            picture=self._picture,
         )
 
     @property
@@ -246,6 +248,7 @@ class LocalBackend:
         self._engine_info = ready.info
         config = EngineConfig.from_json(ready.config)
         self._intake = Intake(config, self._tokenizer)
+        self._picture = _picture_rule(config)
         self._grammars = self._grammars or GrammarCheck(config.spec.folder)
         self._reason = None
         if self._first is not None and not self._first.done():
@@ -277,6 +280,14 @@ def _shown_name(model: str) -> str:
     folder = Path(model).expanduser()
     is_path = model.startswith((".", "/", "~")) or folder.is_dir()
     return folder.resolve().name if is_path else model
+
+
+def _picture_rule(config: EngineConfig) -> PictureRule | None:
+    """How pictures are seen whose requests say nothing about it; None where the server's own defaults change that."""
+    if config.limits != PixelLimits():
+        return None
+    spec = config.spec.processor
+    return PictureRule(spec.factor, spec.min_pixels, spec.max_pixels)
 
 
 def _has_media(request: Request) -> bool:

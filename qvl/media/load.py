@@ -24,7 +24,7 @@ from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.media.stages import reported, stage
 from qvl.media.video import FrameStack, check_sampling, decode_video, sample_indices
 from qvl.specs import ProcessorSpec
-from qvl.types import Grid, MediaKind, MediaPart, PixelLimits
+from qvl.types import Grid, MediaKind, MediaPart, PictureRule, PixelLimits
 
 DIGEST_BYTES = 16
 
@@ -84,7 +84,7 @@ def load(
     )
 
 
-def picture_size(height: int, width: int, spec: ProcessorSpec, limits: PixelLimits) -> tuple[int, int]:
+def picture_size(height: int, width: int, spec: ProcessorSpec | PictureRule, limits: PixelLimits) -> tuple[int, int]:
     """Height and width in pixels that a picture of `height` x `width` has for the model."""
     height, width = _wanted_size(height, width, limits)
     low, high = _bounds(limits, spec.min_pixels, spec.max_pixels, spec.max_pixels)

@@ -66,14 +66,16 @@ def _add_monitoring(router: APIRouter, service: Service) -> None:
 def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models", tags=["models"], summary="The models served here")
     async def models() -> Response:
-        length = service.backend.info.max_model_len
-        return _json(wire.model_list(service.names, created=service.created, max_model_len=length))
+        return _json(_model_list(service, service.names))
 
     @router.get("/v1/models/{name:path}", tags=["models"], summary="One model")
     async def model(name: str) -> Response:
-        length = service.backend.info.max_model_len
-        served = check_model(name, service.names)
-        return _json(wire.model_list([served], created=service.created, max_model_len=length)["data"][0])
+        return _json(_model_list(service, [check_model(name, service.names)])["data"][0])
+
+
+def _model_list(service: Service, names: Sequence[str]) -> dict[str, Any]:
+    info = service.backend.info
+    return wire.model_list(names, created=service.created, max_model_len=info.max_model_len, picture=info.picture)
 
 
 def _add_generation(router: APIRouter, service: Service) -> None:

@@ -183,7 +183,7 @@ def test_an_event_that_is_no_json_object(line: bytes) -> None:
 
 
 def client_for(handler: object) -> Client:
-    return Client(model="m", transport=httpx.MockTransport(handler))  # type: ignore[arg-type]
+    return Client(model="m", retries=0, transport=httpx.MockTransport(handler))  # type: ignore[arg-type]
 
 
 def test_a_stream_that_breaks_off_is_no_answer() -> None:

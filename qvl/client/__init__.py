@@ -1,0 +1,17 @@
+"""A small typed client for any OpenAI-compatible vision server, qvl's own first; blocking or awaited.
+
+    with Client() as client:
+        print(client.ask("Read the text.", "photo.jpg"))
+
+`calls` decides (what is sent, what an answer means, what is tried again) and touches no socket; `blocking` and
+`awaited` carry its bytes; `media` turns what a program holds into addresses. Knows no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+from qvl.client.awaited import AsyncClient
+from qvl.client.blocking import Client
+from qvl.client.calls import EventReader, Retries, body_of, collect, question
+from qvl.client.media import media_kind
+
+__all__ = ["AsyncClient", "Client", "EventReader", "Retries", "body_of", "collect", "media_kind", "question"]
