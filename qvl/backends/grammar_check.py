@@ -47,7 +47,7 @@ class GrammarCheck:
             # A caller who leaves must not cut off the conversation with the process.
             asking = asyncio.create_task(self._ask(key, constraint))
             self._asking.add(asking)
-            asking.add_done_callback(self._asking.discard)
+            asking.add_done_callback(self._asked)
             verdict = await asyncio.shield(asking)
         else:
             verdict = self._verdicts[key]
@@ -59,6 +59,11 @@ class GrammarCheck:
         for asking in tuple(self._asking):
             asking.cancel()
         await self._end_process()
+
+    def _asked(self, asking: asyncio.Task[str | None]) -> None:
+        self._asking.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # heard, even when the caller has left
 
     async def _ask(self, key: bytes, constraint: Constraint) -> str | None:
         async with self._lock:
