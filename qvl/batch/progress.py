@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from qvl.batch.report import Report
 
 LINE_SECONDS = 10.0
+TROUBLE_CHARS = 60
 RATE_SECONDS = 30.0  # what was slow an hour ago says little about what is left
 
 Show = Callable[[Report, int], None]  # called now and then, with how many requests are under way
@@ -60,21 +62,23 @@ def progress(*, quiet: bool) -> Iterator[Show]:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Show]:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     pace = Pace()
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
 
         def show(report: Report, running: int) -> None:
-            told = f"{pace.told(report)}, {_state(report, running)}"
+            told = _state(report, running, pace.told(report))
             bar.update(task, total=report.total, completed=report.done, description=told)
 
         yield show
 
 
-def _state(report: Report, running: int) -> str:
+def _state(report: Report, running: int, rate: str) -> str:
     failed = f", {report.failed} failed" if report.failed else ""
-    return f"{running} under way{failed}" + (f", waiting: {report.trouble}" if report.trouble else "")
+    if report.trouble:
+        return f"waiting{failed}: {shorten(report.trouble, TROUBLE_CHARS, placeholder='...')}"
+    return f"{rate}, {running} under way{failed}"
 
 
 def _lines() -> Show:
@@ -83,10 +87,9 @@ def _lines() -> Show:
 
     def show(report: Report, running: int) -> None:
         nonlocal last
-        told = pace.told(report)
+        told = _state(report, running, pace.told(report))
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            told = f"qvl: {report.done}/{report.total}, {told}, {_state(report, running)}"
-            print(told, file=sys.stderr, flush=True)
+            print(f"qvl: {report.done}/{report.total} {told}", file=sys.stderr, flush=True)
 
     return show

@@ -144,7 +144,6 @@ class _Run:
     def _room(self) -> int:
         """Lines that may be in memory: those under way, those that wait to be asked again, and some made ready."""
         limit = self._gate.limit.value
-        self._report.concurrency = max(self._report.concurrency, self._gate.running)
         return limit + max(2, limit // 8) + min(self._sleeping, limit)
 
     async def _one_ended(self) -> None:
@@ -199,6 +198,7 @@ class _Run:
         while True:
             async with self._gate:
                 sent = loop.time()
+                self._report.concurrency = max(self._report.concurrency, self._gate.running)
                 reply, problem, is_sent = None, "", True
                 try:
                     reply = await self._asker.ask(request.url, request.body)

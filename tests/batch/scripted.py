@@ -112,14 +112,14 @@ def scripted(script: Script = echo) -> Iterator[Scripted]:
     try:
         yield server
     finally:
-        listening.close()
-        asyncio.run_coroutine_threadsafe(_end_all(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(_end_all(listening), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
 
 
-async def _end_all() -> None:
+async def _end_all(listening: asyncio.Server) -> None:
+    listening.close()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -79,6 +79,7 @@ def test_every_line_is_answered_once_and_in_order(tmp_path: Path) -> None:
     assert report.completion_tokens == 600
     assert report.prompt_tokens == sum(len(f"t{i}") for i in range(200))
     assert len(report.slowest) == 5
+    assert report.concurrency == server.most
     assert not (tmp_path / "out.jsonl.part").exists()
 
 
