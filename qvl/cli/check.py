@@ -25,6 +25,7 @@ def check(
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     load_format: flags.LoadFormat = "auto",
+    quantization: flags.Quantization = None,
     max_model_len: flags.MaxModelLen = None,
     gpu_memory_utilization: flags.GpuMemoryUtilization = 0.9,
     kv_cache_memory: flags.KvCacheMemory = None,
@@ -37,6 +38,7 @@ def check(
             "device": device,
             "dtype": dtype,
             "load_format": load_format,
+            "quantization": quantization,
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_memory": kv_cache_memory,
@@ -71,7 +73,7 @@ def _network(config: EngineConfig) -> Qwen2VLForConditionalGeneration:
     from qvl.engine.device import DTYPES
     from qvl.models.registry import build_model
 
-    return build_model(config.spec, DTYPES[config.dtype], torch.device(config.device))
+    return build_model(config.spec, DTYPES[config.dtype], torch.device(config.device), config.quantization)
 
 
 def _device_rows(
@@ -85,6 +87,7 @@ def _device_rows(
         ("dtype", f"{config.dtype}: {_dtype_reason(config, facts)}"),
         ("attention", network.attention_reason),
         ("matrices", network.linear_reason),
+        ("weights take", f"{config.weight_bytes / GIB:.2f} GiB in {config.precision}"),
     ]
 
 

@@ -49,6 +49,14 @@ LoadFormat: TypeAlias = Annotated[
         help="auto, safetensors, or dummy: random weights of the checkpoint's shape.", rich_help_panel=MODEL_PANEL
     ),
 ]
+Quantization: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 (weights and activations) or int4 (the decoder's weights in 4 bits, the rest in 8), rounded while "
+        "loading; on a CPU [default: none]",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 Seed: TypeAlias = Annotated[
     int, typer.Option(help="Makes requests without a seed of their own repeatable.", rich_help_panel=MODEL_PANEL)
 ]

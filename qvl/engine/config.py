@@ -25,6 +25,8 @@ from qvl.types import PixelLimits
 __all__ = ["DeviceFacts", "EngineConfig", "EngineOptions", "available_host_memory", "resolve"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bits of a weight with its part of a scale: in the decoder's layers, and in the vision tower and the head.
+QUANTISED_BITS = {"int8": (8.0, 8.0), "int4": (4.125, 8.0)}
 GIB = 1 << 30
 BF16_CAPABILITY = (8, 0)
 # What a GPU step needs beside weights and KV cache; only for the estimate before anything is loaded.
@@ -63,6 +65,7 @@ class EngineConfig:
     served_name: str
     device: Literal["cpu", "cuda"]
     dtype: str
+    quantization: str
     load_format: str
     max_model_len: int
     max_model_len_given: bool
@@ -80,6 +83,19 @@ class EngineConfig:
     num_threads: int
     seed: int
     policy: MediaPolicy
+
+    @property
+    def precision(self) -> str:
+        """What the weights are held in: "bfloat16", or "int8 (rest bfloat16)"."""
+        return self.dtype if self.quantization == "none" else f"{self.quantization} (rest {self.dtype})"
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights once they are loaded."""
+        plain = DTYPE_BYTES[self.dtype]
+        if self.quantization == "none":
+            return self.spec.weight_bytes(plain)
+        return self.spec.quantised_weight_bytes(*QUANTISED_BITS[self.quantization], plain)
 
     @property
     def block_bytes(self) -> int:
@@ -137,6 +153,7 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         served_name=options.served_model_name or _name_of(options.model, spec),
         device=device,
         dtype=dtype,
+        quantization=_resolve_quantization(options.quantization, device),
         load_format=options.load_format,
         max_model_len=_given_length(options, spec),
         max_model_len_given=options.max_model_len is not None,
@@ -178,6 +195,15 @@ def _resolve_dtype(asked: str, facts: DeviceFacts) -> str:
             f"'dtype' bfloat16 needs compute capability 8.0, this GPU has {have}; use --dtype half", param="dtype"
         )
     return asked if asked != "auto" else "bfloat16" if has_bf16 else "float16"
+
+
+def _resolve_quantization(asked: str | None, device: str) -> str:
+    if asked in ("int8", "int4") and device != "cpu":
+        raise ConfigError(
+            f"'quantization' {asked} runs on a CPU only in this version of qvl; leave it out, or use --device cpu",
+            param="quantization",
+        )
+    return asked or "none"
 
 
 def _given_length(options: EngineOptions, spec: ModelSpec) -> int:
@@ -231,16 +257,15 @@ def _cpu_kv_bytes(config: EngineConfig, asked: int | None, available: int) -> in
     """
     if asked is not None:
         return asked
-    weights = config.spec.weight_bytes(DTYPE_BYTES[config.dtype])
     least = config.max_model_len if config.max_model_len_given else min(config.max_model_len, SMALLEST_DEFAULT_LEN)
     one = -(-least // config.block_size) * config.block_bytes
     every = config.max_num_seqs * -(-config.max_model_len // config.block_size) * config.block_bytes
-    return max(one, min(CPU_KV_BYTES, (available - weights) // 4, every))
+    return max(one, min(CPU_KV_BYTES, (available - config.weight_bytes) // 4, every))
 
 
 def _check_gpu(config: EngineConfig, total: int) -> None:
     """Arithmetic before loading: refuse what cannot fit; the runner measures the rest."""
-    weights = config.spec.weight_bytes(DTYPE_BYTES[config.dtype])
+    weights = config.weight_bytes
     usable = int(total * config.gpu_memory_utilization)
     if weights + config.block_bytes > usable:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.cpu_linear import choose_cpu_linear
+from qvl.kernels.cpu_quantised import kernels
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,6 +25,9 @@ def compute_dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def describe_linear(dtype: torch.dtype, device: torch.device) -> str:
+def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str = "none") -> str:
     """How products are computed there, in words; on a CPU this makes the choice (and builds the kernel) if need be."""
-    return choose_cpu_linear(dtype).reason if device.type == "cpu" else f"torch {dtype}"
+    if device.type != "cpu":
+        return f"torch {dtype}"
+    plain = choose_cpu_linear(dtype).reason
+    return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"

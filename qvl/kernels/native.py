@@ -26,8 +26,9 @@ class NativeUnavailable(Exception):
     """Why there is no compiled library; the caller has a slower way and says so."""
 
 
-def load_native(source: Path) -> ctypes.CDLL:
+def load_native(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library compiled from `source`, from the cache when the source, the compiler and the processor are the same.
+    `flags` go to the compiler after the usual ones.
 
     torch must be imported before: the library uses the OpenMP runtime that torch has loaded, because two of them in one
     process would fight for the cores. Raises NativeUnavailable.
@@ -36,9 +37,9 @@ def load_native(source: Path) -> ctypes.CDLL:
         raise NativeUnavailable(f"{SWITCH}=0")
     compiler = find_compiler()
     folder = cache_folder()
-    library = folder / f"{source.stem}-{fingerprint(source, compiler)}.so"
+    library = folder / f"{source.stem}-{fingerprint(source, [*compiler, *flags])}.so"
     if not library.exists():
-        build(source, compiler, library)
+        build(source, compiler, library, flags)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -91,14 +92,14 @@ def processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def build(source: Path, compiler: list[str], library: Path) -> None:
+def build(source: Path, compiler: list[str], library: Path, flags: tuple[str, ...] = ()) -> None:
     """Compile beside the target and rename, so that processes that start together never load half a file.
 
     The second step leaves -fopenmp out on purpose: its functions are then looked up in the process, where torch's are.
     """
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = Path(scratch) / "code.o", Path(scratch) / "code.so"
-        run([*compiler, *FLAGS, "-c", str(source), "-o", str(compiled)])
+        run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(compiled)])
         run([*compiler, "-shared", str(compiled), "-o", str(linked)])
         os.replace(linked, library)
 

@@ -1,7 +1,7 @@
 """Linear layers whose rows may be several projections of the checkpoint stored as one matrix.
 
-Knows its weight, its bias and how many rows each part has. Does not know how the product is computed on a device:
-that is `qvl.kernels`.
+Knows its weight (numbers, or codes of few bits), its bias and how many rows each part has. Does not know how the
+product is computed on a device: that is `qvl.kernels`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.linear import linear
 
 
@@ -18,7 +20,8 @@ class Linear(nn.Module):
     """y = x W^T + b with W [sum(parts), in_features].
 
     `parts` are the row counts of the merged projections in order (q, k, v or gate, up); an ordinary layer has one.
-    The matrix has `dtype`, the bias the dtype of the activations.
+    The matrix has `dtype`, the bias the dtype of the activations. After `quantise` there is no `weight`: `matrix` holds
+    codes, and `codes` and `scales` are its tensors as parameters.
     """
 
     def __init__(
@@ -32,11 +35,31 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = (parts,) if isinstance(parts, int) else tuple(parts)
+        self.in_features = in_features
         rows = sum(self.parts)
-        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device="meta"), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(rows, dtype=compute_dtype, device="meta"), requires_grad=False) if bias else None
-        )
+        self.weight: nn.Parameter | None = _constant(torch.empty(rows, in_features, dtype=dtype, device="meta"))
+        self.bias = _constant(torch.empty(rows, dtype=compute_dtype, device="meta")) if bias else None
+        self.matrix: QuantisedMatrix | None = None
+
+    def quantise(self, bits: int) -> None:
+        """Hold codes of `bits` bits from now on, all zero; the matrix is given up."""
+        self.weight = None
+        self.matrix = QuantisedMatrix.empty(bits, sum(self.parts), self.in_features)
+        self.codes, self.scales = _constant(self.matrix.codes), _constant(self.matrix.scales)
 
     def forward(self, x: Tensor) -> Tensor:  # [n, in_features] -> [n, sum(parts)]
+        if self.matrix is not None:
+            return self.matrix.product(x, self.bias)
+        assert self.weight is not None
         return linear(x, self.weight, self.bias)
+
+    def rows(self, ids: Tensor) -> Tensor:  # int [n] -> [n, in_features]
+        """Single rows of the matrix: what an embedding is."""
+        if self.matrix is not None:
+            return self.matrix.read(ids)
+        assert self.weight is not None
+        return F.embedding(ids, self.weight)
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

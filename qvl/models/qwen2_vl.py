@@ -11,12 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvl.kernels.attention import capability_of, choose_attention
 from qvl.kernels.fused import rotate, silu_and_mul
-from qvl.kernels.linear import compute_dtype_for, describe_linear, linear
+from qvl.kernels.linear import compute_dtype_for, describe_linear
 from qvl.layers.attention import AttentionMetadata, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
@@ -121,16 +120,29 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     )
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> None:
+    # What `quantization` rounds, by the beginnings of names, and to how many bits. The patch embedding is small and
+    # stays as it is. The tower is computed once per picture and the head decides between words: both keep 8 bits.
+    QUANTISED: Mapping[str, Mapping[str, int]] = MappingProxyType(
+        {
+            "none": {},
+            "int8": {"model.layers.": 8, "lm_head": 8, "visual.blocks.": 8, "visual.merger.": 8},
+            "int4": {"model.layers.": 4, "lm_head": 8, "visual.blocks.": 8, "visual.merger.": 8},
+        }
+    )
+
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, quantization: str = "none"
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.quantization = quantization
         self.dtype = dtype
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype_for(dtype, self.device)
         self.attention, self.attention_reason = choose_attention(
             self.device, self.compute_dtype, spec.text.head_dim, capability_of(self.device)
         )
-        self.linear_reason = describe_linear(dtype, self.device)
+        self.linear_reason = describe_linear(dtype, self.device, quantization)
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)
         self.model = Decoder(text, dtype, self.compute_dtype)
@@ -142,13 +154,20 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
         self.checkpoint_shapes = {"visual.patch_embed.proj.weight": (vision.embed_dim, *patch)}
 
+    def bits_of(self, path: str) -> int | None:
+        """Bits of the codes that stand for the matrix of the layer called `path`; None: it keeps its numbers."""
+        tied = self.spec.text.tie_word_embeddings
+        name = "lm_head" if tied and path == "model.embed_tokens" else path
+        rules = self.QUANTISED[self.quantization].items()
+        return next((bits for start, bits in rules if name.startswith(start)), None)
+
     def encode_media(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patches [sum of patches, patch_dim] of all pictures and videos of a step: [sum of tokens, hidden]."""
         return self.visual(pixel_values, grids)
 
     def embed(self, token_ids: Tensor) -> Tensor:  # int [n] -> [n, hidden]
         """Token embeddings in the dtype of the activations; the caller overwrites rows of pictures."""
-        return F.embedding(token_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
+        return self.model.embed_tokens.rows(token_ids).to(self.compute_dtype)
 
     def forward(
         self, hidden_states: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
@@ -165,4 +184,4 @@ class Qwen2VLForConditionalGeneration(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> fp32 [m, vocab]
         """Scores over the vocabulary; the caller passes the rows that need them."""
         head = self.model.embed_tokens if self.spec.text.tie_word_embeddings else self.lm_head
-        return linear(hidden_states, head.weight).float()
+        return head(hidden_states).float()

@@ -31,6 +31,8 @@ def model_class(architecture: str) -> type[Qwen2VLForConditionalGeneration]:
     return found
 
 
-def build_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> Qwen2VLForConditionalGeneration:
+def build_model(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, quantization: str = "none"
+) -> Qwen2VLForConditionalGeneration:
     """The network of a checkpoint, without weights yet."""
-    return model_class(spec.architecture)(spec, dtype, device)
+    return model_class(spec.architecture)(spec, dtype, device, quantization)

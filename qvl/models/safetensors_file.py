@@ -86,11 +86,16 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path.name} is truncated: {ends}; download it again")
         return entry
 
-    def pieces(self, entry: Entry) -> Iterator[tuple[int, Tensor]]:
-        """(index of the first number, flat piece) over a tensor; a piece is valid until the next one is asked for."""
+    def pieces(self, entry: Entry, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(index of the first number, flat piece) over a tensor; a piece is valid until the next one is asked for.
+
+        The length of a piece is a multiple of `multiple` numbers: whole rows, where a reader needs them.
+        """
         dtype = DTYPES[entry.dtype]
-        for start in range(entry.start, entry.stop, PIECE):
-            stop = min(start + PIECE, entry.stop)
+        unit = multiple * dtype.itemsize
+        size = max(1, PIECE // unit) * unit
+        for start in range(entry.start, entry.stop, size):
+            stop = min(start + size, entry.stop)
             count = (stop - start) // dtype.itemsize
             yield (
                 (start - entry.start) // dtype.itemsize,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl.errors import CheckpointError
+from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.layers.linear import Linear
 from qvl.layers.norm import LayerNorm, RMSNorm
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -61,7 +62,8 @@ def load_weights(
     dtype: torch.dtype,
     load_format: LoadFormat = "auto",
 ) -> None:
-    """Give every parameter of `model` its value from the safetensors files in `folder`, cast to the parameter's dtype.
+    """Give every parameter of `model` its value from the safetensors files in `folder`, cast to the parameter's dtype
+    or rounded to the codes that `model.quantization` asks for.
 
     "dummy" reads no file: fixed-seed small random numbers. CheckpointError names what is missing, unexpected,
     misshapen, truncated or quantised, before anything is allocated. The host's peak is the weights plus a few tens of
@@ -77,9 +79,9 @@ def load_weights(
         slots = expected_slots(model)
         sources = match(slots, rename(files, model.RENAMES), tied=model.spec.text.tie_word_embeddings)
         materialise(model, device)
-        parameters = dict(model.named_parameters())
         for name, slot in slots.items():
-            copy(sources[name], parameters[slot.parameter], slot)
+            path, _, leaf = slot.parameter.rpartition(".")
+            copy(sources[name], model.get_submodule(path), leaf, slot)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -210,37 +212,70 @@ def check_tied(embedding: Source | None, head: Source) -> None:
         )
 
 
-def materialise(model: nn.Module, device: torch.device | str) -> None:
+def materialise(model: Qwen2VLForConditionalGeneration, device: torch.device | str) -> None:
     """Memory for every parameter (`Module.to_empty` would import 30 MB of tracing machinery for it)."""
-    for module in model.modules():
+    for path, module in model.named_modules():
+        bits = model.bits_of(path) if isinstance(module, Linear) else None
+        if bits is not None:
+            assert isinstance(module, Linear)
+            module.quantise(bits)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, leaf, nn.Parameter(empty, requires_grad=False))
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, leaf, nn.Parameter(empty, requires_grad=False))
 
 
-def copy(source: Source, parameter: Tensor, slot: Slot) -> None:
-    """One tensor into its rows of a parameter, piece by piece, cast on the way."""
+def copy(source: Source, module: nn.Module, leaf: str, slot: Slot) -> None:
+    """One tensor into its rows of a parameter, piece by piece, cast or rounded on the way."""
+    matrix = quantised_matrix(module, leaf)
+    if matrix is not None:
+        for start, piece in source.file.pieces(source.entry, matrix.width):
+            matrix.write(slot.start + start // matrix.width, piece.view(-1, matrix.width))
+        return
+    parameter = module.get_parameter(leaf)
     target = parameter.data.narrow(0, slot.start, slot.rows).view(-1)
     assert target.numel() == math.prod(slot.shape), slot
     for start, piece in source.file.pieces(source.entry):
         target[start : start + piece.numel()].copy_(piece)
 
 
+def quantised_matrix(module: nn.Module, leaf: str) -> QuantisedMatrix | None:
+    """The codes that stand for this parameter."""
+    return module.matrix if isinstance(module, Linear) and leaf == "weight" else None
+
+
 def fill_randomly(model: nn.Module) -> None:
-    """The same small random numbers for the same network every time; norms get weight one.
+    """The same small random numbers for the same network every time, rounded where weights are; norms get weight one.
 
     One block is drawn and repeated, because drawing billions of numbers takes minutes.
     """
     block = torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_STD
     for module in model.modules():
+        matrix = quantised_matrix(module, "weight")
+        if matrix is not None:
+            write_repeated(matrix, block)
         for leaf, parameter in module.named_parameters(recurse=False):
             if isinstance(module, RMSNorm | LayerNorm):
                 parameter.data.fill_(1.0 if leaf == "weight" else 0.0)
-                continue
-            flat, values = parameter.data.view(-1), block.to(parameter.device, parameter.dtype)
-            for start in range(0, flat.numel(), DUMMY_BLOCK):
-                target = flat[start : start + DUMMY_BLOCK]
-                target.copy_(values[: target.numel()])
+            elif matrix is None or leaf == "bias":
+                fill_repeated(parameter.data.view(-1), block.to(parameter.device, parameter.dtype))
+
+
+def fill_repeated(flat: Tensor, block: Tensor) -> None:
+    """`block` over and over."""
+    for start in range(0, flat.numel(), len(block)):
+        target = flat[start : start + len(block)]
+        target.copy_(block[: target.numel()])
+
+
+def write_repeated(matrix: QuantisedMatrix, block: Tensor) -> None:
+    """The rows that `fill_repeated` would give an ordinary matrix."""
+    count = max(1, len(block) // matrix.width)
+    twice = block.repeat(2 + count * matrix.width // len(block))
+    for row in range(0, matrix.rows, count):
+        numbers = min(count, matrix.rows - row) * matrix.width
+        start = row * matrix.width % len(block)
+        matrix.write(row, twice[start : start + numbers].view(-1, matrix.width))
 
 
 def listed(names: list[str], limit: int = NAMED_IN_ERRORS) -> str:

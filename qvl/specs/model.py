@@ -173,6 +173,15 @@ class ModelSpec:
     def weight_bytes(self, bytes_per_param: float = 2.0) -> int:
         return int(self.num_parameters * bytes_per_param)
 
+    def quantised_weight_bytes(self, decoder_bits: float, other_bits: float, bytes_per_param: float = 2.0) -> int:
+        """The decoder's layers at `decoder_bits` a weight, tower and head at `other_bits`, the rest as it is."""
+        text, vision = self.text, self.vision
+        decoder = text.num_layers * text.layer_matrix_parameters
+        others = vision.depth * vision.block_matrix_parameters + vision.merger_matrix_parameters
+        others += text.vocab_size * text.hidden_size
+        rest = self.num_parameters - decoder - others
+        return int(decoder * decoder_bits / 8 + others * other_bits / 8 + rest * bytes_per_param)
+
     def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
         """Keys and values of one token in all layers."""
         return int(2 * self.text.num_layers * self.text.num_kv_heads * self.text.head_dim * bytes_per_value)

@@ -1,0 +1,410 @@
+/* y = x W^T + b on a CPU with weights of 8 or 4 bits and activations rounded to 8 bits as they come.
+ *
+ * Knows caches and threads. Does not know Python.
+ *
+ * x: every SPAN numbers of a row share a scale, so that one large number spoils no more than its own span. W, 8 bits: one
+ * scale per row, codes -127..127. W, 4 bits: one fp16 step per row and BLOCK4 numbers, codes 0..15 stand for -8..7. What a
+ * scale covers is summed in whole numbers, exactly; above that stand fp32 sums in one order, so an answer does not depend
+ * on its company in a batch.
+ *
+ * W lies in tiles of ROWS rows, block after block along k: 64 bytes of each row, then the next block. A tile is read
+ * from its first byte to its last. With 4 bits a block is BLOCK4 numbers: byte i holds number i below, 64 + i above.
+ */
+#include "cpu_vectors.h"
+#include <math.h>
+
+#define ROWS 4
+#define BLOCK8 64
+#define BLOCK4 128
+#define SPAN 512
+#define K_CHUNK 2048
+#define AHEAD 2048               /* bytes of W that are fetched before they are needed */
+#define BLOCK_BYTES (192 * 1024) /* a block of W stays in the second-level cache while all of x passes */
+
+/* How bytes are multiplied. `BYTES` is the width of a vector; the portable way is also what tests run to check the
+ * logic of instructions that their machine lacks (-DQVL_PORTABLE=64). */
+#if defined(QVL_PORTABLE)
+#define BYTES QVL_PORTABLE
+#define PATH "portable"
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define BYTES 64
+#define VNNI 1
+#define PATH "AVX-512 VNNI"
+#elif defined(__AVXVNNI__)
+#define BYTES 32
+#define VNNI 1
+#define PATH "AVX-VNNI"
+#elif defined(__AVX2__)
+#define BYTES 32
+#define PATH "AVX2"
+#else
+#define BYTES 16
+#define PATH "portable"
+#endif
+#if BYTES == 64
+#define COLUMNS8 6
+#else
+#define COLUMNS8 3 /* 4 x 3 sums and what they need fill sixteen registers */
+#endif
+#define COLUMNS4 6
+
+typedef int8_t vb __attribute__((vector_size(BYTES)));
+typedef uint8_t vu __attribute__((vector_size(BYTES)));
+typedef uint16_t vh __attribute__((vector_size(BYTES)));
+typedef int16_t vw __attribute__((vector_size(BYTES)));
+typedef uint32_t vu32 __attribute__((vector_size(BYTES)));
+typedef int32_t vd __attribute__((vector_size(BYTES)));
+typedef float vs32 __attribute__((vector_size(BYTES)));
+typedef int8_t vc_u __attribute__((vector_size(LANES), aligned(1))); /* LANES codes */
+typedef vb vb_u __attribute__((aligned(1)));
+typedef vs32 vs32_u __attribute__((aligned(4)));
+#define LOAD(p) (*(const vb_u *)(p))
+#define UNROLL _Pragma("GCC unroll 8")
+
+INLINE vs32 scaled_add(vs32 sum, vd dot, float scale) { /* sum + dot * scale, rounded once where the processor can */
+    vs32 a = __builtin_convertvector(dot, vs32), b = (vs32){0} + scale;
+#if !defined(QVL_PORTABLE) && BYTES == 64
+    return (vs32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif !defined(QVL_PORTABLE) && BYTES == 32 && defined(__FMA__)
+    return (vs32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+INLINE float total(vs32 v) {
+    float s = 0;
+    for (int i = 0; i < BYTES / 4; i++) s += v[i];
+    return s;
+}
+
+/* sum + four products of unsigned u and signed x in every lane. Saturation: none in VNNI's form, nor in C. */
+#if defined(VNNI) && BYTES == 64
+INLINE vd dot_us(vd sum, vu u, vb x) { return (vd)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)x); }
+#elif defined(VNNI)
+INLINE vd dot_us(vd sum, vu u, vb x) { return (vd)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)x); }
+#elif !defined(QVL_PORTABLE) && defined(__AVX2__)
+/* AVX2 adds pairs in 16 bits that saturate: 2 * 127 * 127 fits, so u must not pass 127. */
+INLINE vd dot_us(vd sum, vu u, vb x) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)x);
+    return sum + (vd)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+INLINE vd dot_us(vd sum, vu u, vb x) { /* 255 * 127 fits into 16 bits; even and odd bytes apart */
+    vd even = (vd)((vw)((vh)u & 255) * ((vw)((vh)x << 8) >> 8)), odd = (vd)((vw)((vh)u >> 8) * ((vw)x >> 8));
+    return sum + ((vd)((vu32)even << 16) >> 16) + (even >> 16) + ((vd)((vu32)odd << 16) >> 16) + (odd >> 16);
+}
+#endif
+
+/* Weights as the unsigned factor: by their size, the sign moved to x (AVX2); or 128 more, taken off by adding START8 times
+ * the sum of x. */
+#if !defined(VNNI) && !defined(QVL_PORTABLE) && defined(__AVX2__)
+#define START8 0
+INLINE vu unsigned8(vb w) { return (vu)_mm256_abs_epi8((__m256i)w); }
+INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w)); }
+#else
+#define START8 (-128)
+INLINE vu unsigned8(vb w) { return (vu)w ^ 128; }
+INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, x); }
+#endif
+#define START4 (-8)
+
+/* A block of 4-bit weights against BLOCK4 numbers of x. */
+#if !defined(VNNI) && !defined(QVL_PORTABLE) && defined(__AVX2__)
+INLINE vd dot4(const vu *u, const int8_t *x) { /* eight products of at most 15 * 127 fit into 16 bits */
+    vw sum = (vw)_mm256_maddubs_epi16((__m256i)u[0], (__m256i)LOAD(x));
+    UNROLL for (int j = 1; j < BLOCK4 / BYTES; j++)
+        sum += (vw)_mm256_maddubs_epi16((__m256i)u[j], (__m256i)LOAD(x + j * BYTES));
+    return (vd)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
+}
+#else
+INLINE vd dot4(const vu *u, const int8_t *x) {
+    vd sum = {0};
+    UNROLL for (int j = 0; j < BLOCK4 / BYTES; j++) sum = dot_us(sum, u[j], LOAD(x + j * BYTES));
+    return sum;
+}
+#endif
+
+typedef float vf4 __attribute__((vector_size(4 * ROWS)));
+typedef int32_t vd4 __attribute__((vector_size(4 * ROWS)));
+typedef vf4 vf4_u __attribute__((aligned(4)));
+
+INLINE vf4 steps_of(const uint16_t *from) { /* of ROWS rows */
+#if defined(__F16C__)
+    return (vf4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)from));
+#else
+    vf4 out;
+    for (int i = 0; i < ROWS; i++) {
+        _Float16 h;
+        memcpy(&h, from + i, 2);
+        out[i] = (float)h;
+    }
+    return out;
+#endif
+}
+
+/* Rows of x: codes [m, k], scales [m, spans], and of every BLOCK4 codes the sum times START8 or START4. */
+typedef struct {
+    const int8_t *codes;
+    const float *scales, *starts;
+    long k, spans;
+} rows;
+#define PER_SPAN (SPAN / BLOCK4)
+
+INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffffu); }
+INLINE vf rounded(vf v) { return v + 12582912.0f - 12582912.0f; } /* to whole numbers, below 2^22 */
+INLINE void store_codes(int8_t *to, vf v) { *(vc_u *)to = __builtin_convertvector(__builtin_convertvector(v, vs), vc_u); }
+
+/* The largest of n numbers (a multiple of LANES) without their signs; not a number when one of them is none or infinite. */
+INLINE float largest(const float *v, long n) {
+    vf most = {0}, odd = {0};
+    for (long i = 0; i < n; i += LANES) {
+        vf size = magnitude(f32_low(v + i));
+        most = choose(size > most, size, most);
+        odd += size * 0;
+    }
+    float out = 0;
+    for (int i = 0; i < LANES; i++) out = most[i] > out ? most[i] : out;
+    return out + sum(odd);
+}
+
+/* n numbers to codes, zero-filled to k, with scales and starts. A scale that is not a number makes every result so. */
+static void round_row(const float *x, long n, long k, int start, int8_t *codes, float *scales, float *starts) {
+    for (long i = 0; i < k; i += SPAN, x += SPAN, n -= SPAN, codes += SPAN, starts += PER_SPAN) {
+        long length = k - i < SPAN ? k - i : SPAN;
+        float part[SPAN];
+        const float *in = x;
+        if (n < length) {
+            memset(part, 0, sizeof part);
+            if (n > 0) memcpy(part, x, n * sizeof(float));
+            in = part;
+        }
+        float most = largest(in, length), back = most > 1e-30f ? 127 / most : 0;
+        for (long j = 0; j < length; j += LANES) store_codes(codes + j, rounded(f32_low(in + j) * back));
+        *scales++ = most / 127;
+        memset(starts, 0, PER_SPAN * sizeof(float));
+        for (long j = 0; j < length; j += BLOCK8) {
+            int32_t sum = 0;
+            for (int b = 0; b < BLOCK8; b++) sum += codes[j + b];
+            starts[j / BLOCK4] += (float)(start * sum);
+        }
+    }
+}
+
+/* ROWS rows of 8-bit W against `columns` rows of x over one span of `length` numbers, added to sum [columns]. */
+INLINE void span8(const int columns, const int8_t *w, rows x, long at, long length, vs32 (*sum)[ROWS]) {
+    vd acc[COLUMNS8][ROWS] = {0};
+    if (START8)
+        UNROLL for (int c = 0; c < columns; c++) {
+            vd4 start = __builtin_convertvector(*(const vf4_u *)(x.starts + (c * x.spans + at / SPAN) * PER_SPAN), vd4);
+            vd first = {0};
+            memcpy(&first, &start, sizeof start);
+            UNROLL for (int r = 0; r < ROWS; r++) acc[c][r] = first;
+        }
+    for (long j = 0; j < length; j += BYTES) {
+        const int8_t *block = w + j / BLOCK8 * (ROWS * BLOCK8) + j % BLOCK8;
+        UNROLL for (int f = 0; f < ROWS * BYTES; f += 64) __builtin_prefetch(w + j * ROWS + AHEAD + f, 0, 2);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            vb wv = LOAD(block + r * BLOCK8);
+            vu u = unsigned8(wv);
+            UNROLL for (int c = 0; c < columns; c++) acc[c][r] = dot8(acc[c][r], wv, u, LOAD(x.codes + c * x.k + at + j));
+        }
+    }
+    UNROLL for (int c = 0; c < columns; c++)
+        UNROLL for (int r = 0; r < ROWS; r++)
+            sum[c][r] = scaled_add(sum[c][r], acc[c][r], x.scales[c * x.spans + at / SPAN]);
+}
+
+/* One row's block of 4-bit W against `columns` rows of x. */
+INLINE void add4(const int columns, const int8_t *block, float step, const int8_t *codes, long k, vs32 *acc) { /* [columns] */
+    vu u[BLOCK4 / BYTES];
+    __builtin_prefetch(block + AHEAD, 0, 2);
+    UNROLL for (int j = 0; j < BLOCK4 / BYTES / 2; j++) {
+        vu both = (vu)LOAD(block + j * BYTES);
+        u[j] = both & 15;
+        u[BLOCK4 / BYTES / 2 + j] = (vu)((vh)both >> 4) & 15;
+    }
+    UNROLL for (int c = 0; c < columns; c++) acc[c] = scaled_add(acc[c], dot4(u, codes + c * k), step);
+}
+
+/* The same with 4-bit W: in the order of memory for few rows of x, else row by row, so that what is unpacked serves as
+ * many rows of x as there are registers. */
+INLINE void span4(const int columns, const int8_t *w, const uint16_t *steps, rows x, long at, long length,
+                  vs32 (*sum)[ROWS], vf4 *shift) {
+    const long bytes = BLOCK4 / 2;
+    const int8_t *codes = x.codes + at;
+    vf4 step[PER_SPAN];
+    vs32 acc[ROWS][COLUMNS4] = {0};
+    int blocks = (int)(length / BLOCK4);
+    for (int b = 0; b < blocks; b++) step[b] = steps_of(steps + b * ROWS);
+    if (columns <= 2)
+        for (int b = 0; b < blocks; b++)
+            UNROLL for (int r = 0; r < ROWS; r++)
+                add4(columns, w + (b * ROWS + r) * bytes, step[b][r], codes + b * BLOCK4, x.k, acc[r]);
+    else
+        UNROLL for (int r = 0; r < ROWS; r++)
+            for (int b = 0; b < blocks; b++)
+                add4(columns, w + (b * ROWS + r) * bytes, step[b][r], codes + b * BLOCK4, x.k, acc[r]);
+    UNROLL for (int c = 0; c < columns; c++)
+        UNROLL for (int r = 0; r < ROWS; r++) sum[c][r] += acc[r][c] * x.scales[c * x.spans + at / SPAN];
+    for (int c = 0; c < columns; c++) {
+        const float *start = x.starts + (c * x.spans + at / SPAN) * PER_SPAN;
+        vf4 own = {0};
+        for (int b = 0; b < blocks; b++) own += step[b] * start[b];
+        shift[c] += own * x.scales[c * x.spans + at / SPAN];
+    }
+}
+
+/* What one call computes; `scales` of rows beside 8-bit codes, `steps` of blocks beside 4-bit ones. */
+typedef struct {
+    const int8_t *w;
+    const uint16_t *steps;
+    const float *scales, *bias;
+    float *y;
+    long n, k;
+} product;
+
+INLINE void finish(const product *p, float *y, long r, float sum, int first, int last) {
+    if (!first) sum += y[r];
+    if (last && p->scales) sum *= p->scales[r];
+    if (last && p->bias) sum += p->bias[r];
+    y[r] = sum;
+}
+
+INLINE rows later(rows x, long count) {
+    return (rows){x.codes + count * x.k, x.scales + count * x.spans, x.starts + count * x.spans * PER_SPAN, x.k, x.spans};
+}
+
+/* Tiles [first, last) over [from, stop) of k for `columns` rows of x, added to y; the last part of k finishes y. */
+INLINE void strip(const int bits, const int columns, const product *p, rows x, float *y, long first, long last, long from,
+                  long stop) {
+    for (long t = first; t < last; t++) {
+        vs32 sum[COLUMNS4][ROWS] = {0};
+        vf4 shift[COLUMNS4] = {0};
+        for (long i = from; i < stop; i += SPAN) {
+            const int8_t *w = p->w + (t * p->k + i) * ROWS * bits / 8;
+            long length = stop - i < SPAN ? stop - i : SPAN;
+            if (bits == 8)
+                span8(columns, w, x, i, length, sum);
+            else
+                span4(columns, w, p->steps + (t * p->k + i) / BLOCK4 * ROWS, x, i, length, sum, shift);
+        }
+        for (int r = 0; r < ROWS && t * ROWS + r < p->n; r++)
+            for (int c = 0; c < columns; c++)
+                finish(p, y + c * p->n, t * ROWS + r, total(sum[c][r]) + shift[c][r], from == 0, stop == p->k);
+    }
+}
+
+#define DEFINE(BITS)                                                                                                   \
+    static void block##BITS(const product *p, rows x, long m, long first, long last, long from, long stop) {           \
+        const int most = COLUMNS##BITS;                                                                                \
+        float *y = p->y;                                                                                               \
+        for (; m >= most; m -= most, x = later(x, most), y += most * p->n)                                             \
+            strip(BITS, most, p, x, y, first, last, from, stop);                                                       \
+        switch (m) {                                                                                                   \
+        case 1: strip(BITS, 1, p, x, y, first, last, from, stop); break;                                               \
+        case 2: strip(BITS, 2, p, x, y, first, last, from, stop); break;                                               \
+        case 3: strip(BITS, most > 3 ? 3 : 1, p, x, y, first, last, from, stop); break;                                \
+        case 4: strip(BITS, most > 4 ? 4 : 1, p, x, y, first, last, from, stop); break;                                \
+        case 5: strip(BITS, most > 5 ? 5 : 1, p, x, y, first, last, from, stop); break;                                \
+        }                                                                                                              \
+    }
+
+DEFINE(8)
+DEFINE(4)
+
+/* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
+void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
+                          const float *scales, const float *bias, float *y, char *scratch, long m, long n, long width,
+                          long k, int threads) {
+    long spans = (k + SPAN - 1) / SPAN;
+    float *x_scales = (float *)scratch, *starts = x_scales + m * spans;
+    int8_t *codes = (int8_t *)(starts + m * spans * PER_SPAN);
+#pragma omp parallel for num_threads(threads) if (m * k > 65536)
+    for (long i = 0; i < m; i++)
+        round_row(x + i * ldx, width, k, bits == 8 ? START8 : START4, codes + i * k, x_scales + i * spans,
+                  starts + i * spans * PER_SPAN);
+    const product p = {w, steps, scales, bias, y, n, k};
+    const rows q = {codes, x_scales, starts, k, spans};
+    long tiles = (n + ROWS - 1) / ROWS, chunk = k < K_CHUNK ? k : K_CHUNK;
+    long step = BLOCK_BYTES * 8 / bits / (chunk * ROWS), fair = tiles / (4 * threads);
+    if (step > fair) step = fair;
+    if (step < 1) step = 1;
+    long inner = m > COLUMNS8 ? step : 1; /* few rows of x: W is read once, in the order of memory */
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long t = 0; t < tiles; t += step) {
+        long stop = t + step < tiles ? t + step : tiles;
+        for (long i = t; i < stop; i += inner)
+            for (long from = 0; from < k; from += chunk)
+                (bits == 8 ? block8 : block4)(&p, q, m, i, i + inner < stop ? i + inner : stop, from,
+                                              k - from < chunk ? k : from + chunk);
+    }
+}
+
+long qvl_quantised_scratch(long m, long k) { return m * (k + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
+
+/* Rows x [count, width] of a matrix to codes and scales at its rows first, first + 1, ... */
+void qvl_quantise8(const float *x, int8_t *w, float *scales, long first, long count, long width, long k, int threads) {
+#pragma omp parallel for num_threads(threads) if (count * width > 65536)
+    for (long row = first; row < first + count; row++) {
+        const float *in = x + (row - first) * width;
+        int8_t *to = w + row / ROWS * ROWS * k + row % ROWS * BLOCK8;
+        long whole = width - width % BLOCK8;
+        float rest[BLOCK8] = {0};
+        memcpy(rest, in + whole, (width - whole) * sizeof(float));
+        float most = largest(in, whole), other = largest(rest, BLOCK8);
+        most = other > most ? other : most;
+        float back = most > 1e-30f ? 127 / most : 0;
+        scales[row] = most / 127;
+        for (long i = 0; i < k; i += BLOCK8, to += ROWS * BLOCK8)
+            for (long j = 0; j < BLOCK8; j += LANES)
+                store_codes(to + j, rounded(f32_low(i < whole ? in + i + j : rest + j) * back));
+    }
+}
+
+INLINE vf code4(vf v) { /* the nearest of -8..7 */
+    const vf low = (vf){0} - 8, high = (vf){0} + 7;
+    v = choose(v < low, low, choose(v > high, high, v));
+    return rounded(v);
+}
+
+/* The step for BLOCK4 numbers: of some around the one that reaches the largest number, the one of least square error. A
+ * step may be negative: the code -8 belongs to the larger side. */
+static float best_step(const float *v) {
+    float low = 0, high = 0, best = 0, least = INFINITY;
+    for (int i = 0; i < BLOCK4; i++) {
+        low = v[i] < low ? v[i] : low;
+        high = v[i] > high ? v[i] : high;
+    }
+    float reach = (-low > high ? -low : -high) / 8;
+    for (int part = 11; part >= 6; part--) {
+        float step = (float)(_Float16)(reach * part / 10);
+        if (step == 0) continue;
+        vf error = {0};
+        for (int i = 0; i < BLOCK4; i += LANES) {
+            vf own = f32_low(v + i), off = own - code4(own / step) * step;
+            error += off * off;
+        }
+        if (sum(error) < least) least = sum(error), best = step;
+    }
+    return best;
+}
+
+void qvl_quantise4(const float *x, uint8_t *w, uint16_t *steps, long first, long count, long width, long k,
+                   int threads) {
+#pragma omp parallel for num_threads(threads) if (count * width > 65536)
+    for (long row = first; row < first + count; row++)
+        for (long g = 0; g * BLOCK4 < k; g++) {
+            float part[BLOCK4] = {0};
+            long place = (row / ROWS * (k / BLOCK4) + g) * ROWS + row % ROWS, own = width - g * BLOCK4;
+            memcpy(part, x + (row - first) * width + g * BLOCK4, (own < BLOCK4 ? own : BLOCK4) * sizeof(float));
+            float step = best_step(part), back = step != 0 ? 1 / step : 0;
+            _Float16 half = (_Float16)step;
+            memcpy(steps + place, &half, 2);
+            for (int j = 0; j < BLOCK4; j += LANES) *(vf_u *)(part + j) = code4(f32_low(part + j) * back) + 8;
+            uint8_t *to = w + place * (BLOCK4 / 2);
+            for (int j = 0; j < BLOCK4 / 2; j++) to[j] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
+        }
+}
+
+const char *qvl_quantised_path(void) { return PATH; }
