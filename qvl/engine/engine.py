@@ -45,7 +45,7 @@ class Engine:
         blocks = BlockManager(self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, blocks, self.runner.encoder_cache)
         self.info = engine_info(self.config, self.runner, time.monotonic() - started)
-        self.grammars = grammars or Grammars(config.spec)
+        self.grammars = grammars or Grammars(config.spec, rehearsed=False)
         self._seeds = random.Random(self.config.seed)
 
     def add(self, request: AddRequest, pixels: Items[Pixels | None] = ()) -> None:

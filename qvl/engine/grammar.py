@@ -82,88 +82,91 @@ class Matcher:
 
 
 class AnswerGrammar:
-    """The matcher of one answer, which may still be under way. Lives with its sequence."""
+    """How far one answer has come, in a grammar that may still be under way. Lives with its sequence."""
 
-    def __init__(self, matcher: Future[Matcher]) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: Future[Matcher]) -> None:
+        self._compiled = compiled
+        self._own: Matcher | None = None
 
     @property
     def is_ready(self) -> bool:
-        return self._matcher.done()
+        return self._compiled.done()
 
     def wait(self, seconds: float) -> None:
         """Until it is ready, or for so long."""
-        wait((self._matcher,), seconds)
+        wait((self._compiled,), seconds)
 
     def accept(self, token_id: int) -> None:
         """The answer went on by this token: to be told exactly once, however often the answer is recomputed."""
-        if self._matcher.exception() is None:
-            self._matcher.result().accept(token_id)
+        if self._own is not None:
+            self._own.accept(token_id)
 
     def fill(self, words: Words, end_words: Words) -> str | None:
         """What may come next, as bits of `words`; bits of `end_words` only where the answer may end.
 
         Returns what went wrong, None when nothing did.
         """
-        refusal = self._matcher.exception()
+        refusal = self._compiled.exception()
         if refusal is not None:
             return str(refusal)
-        return self._matcher.result().fill_checked(words, end_words)
+        if self._own is None:
+            self._own = self._compiled.result().copy()
+        return self._own.fill_checked(words, end_words)
 
 
 class Grammars:
     """Compiles constraints for one checkpoint and keeps the latest; safe to use from several threads."""
 
-    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer | None = None) -> None:
-        """The tokenizer is read from the checkpoint's folder, and its vocabulary prepared, when first needed."""
+    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer | None = None, *, rehearsed: bool = True) -> None:
+        """The tokenizer is read from the checkpoint's folder, and its vocabulary prepared, when first needed.
+
+        `rehearsed` goes the first steps of an answer before a constraint counts as compiled: not needed where another
+        process has done so.
+        """
         self._spec = spec
         self._tokenizer = tokenizer
+        self._rehearsed = rehearsed
         self._vocabulary: llguidance.LLTokenizer | None = None
+        self._preparing = threading.Lock()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], Matcher] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], Future[Matcher]] = OrderedDict()
         self._num_chars = 0
 
     def prepare(self) -> llguidance.LLTokenizer:
         """The vocabulary as llguidance wants it; the first call takes a second for 150,000 tokens."""
-        with self._lock:
+        with self._preparing:
             if self._vocabulary is None:
                 tokenizer = self._tokenizer or Tokenizer.from_folder(self._spec.folder, self._spec.ids)
                 self._vocabulary = read_vocabulary(tokenizer, self._spec)
             return self._vocabulary
 
     def start(self, constraint: Constraint) -> AnswerGrammar:
-        """A matcher of its own for one answer: at once when the grammar is known, else from a thread."""
-        known = self._find(constraint)
-        if known is None:
-            return AnswerGrammar(in_deep_thread(lambda: self._compile(constraint).copy()))
-        done: Future[Matcher] = Future()
-        done.set_result(known.copy())
-        return AnswerGrammar(done)
+        """For one answer; does not wait. Equal constraints are compiled once."""
+        return AnswerGrammar(self._compiled(constraint))
 
     def check(self, constraint: Constraint) -> None:
         """Raises `InvalidRequest` naming the field when no answer can be held to this. May take seconds, or minutes."""
-        if self._find(constraint) is None:
-            in_deep_thread(lambda: self._compile(constraint, rehearsed=True)).result()
+        self._compiled(constraint).result()
 
-    def _find(self, constraint: Constraint) -> Matcher | None:
+    def _compiled(self, constraint: Constraint) -> Future[Matcher]:
+        key = (constraint.kind, constraint.text)
         with self._lock:
-            key = (constraint.kind, constraint.text)
-            if key in self._kept:
+            known = self._kept.get(key)
+            if known is not None and not (known.done() and known.exception() is not None):
                 self._kept.move_to_end(key)
-            return self._kept.get(key)
-
-    def _compile(self, constraint: Constraint, *, rehearsed: bool = False) -> Matcher:
-        matcher = compile_constraint(constraint, self.prepare())
-        if rehearsed and (reason := rehearse(matcher.copy(), self._spec)) is not None:
-            raise _refusal(constraint, reason)
-        with self._lock:
-            key = (constraint.kind, constraint.text)
-            if key not in self._kept:
+                return known
+            if known is None:
                 self._num_chars += len(constraint.text)
-            self._kept[key] = matcher
+            self._kept[key] = new = in_deep_thread(lambda: self._compile(constraint))
             while len(self._kept) > KEPT_GRAMMARS or self._num_chars > KEPT_CHARS:
                 (_, text), _ = self._kept.popitem(last=False)
                 self._num_chars -= len(text)
+            return new
+
+    def _compile(self, constraint: Constraint) -> Matcher:
+        matcher = compile_constraint(constraint, self.prepare())
+        if self._rehearsed and (reason := rehearse(matcher.copy(), self._spec)) is not None:
+            raise _refusal(constraint, reason)
         return matcher
 
 

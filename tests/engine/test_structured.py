@@ -6,7 +6,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -364,7 +363,7 @@ def test_a_grammar_that_takes_too_long_fails_alone(llm: LLM, monkeypatch: pytest
 
     def slow_start(constraint: Constraint) -> AnswerGrammar:
         answer = start(constraint)
-        return Slow(answer._matcher) if constraint.text == "slow" else answer
+        return Slow(answer._compiled) if constraint.text == "slow" else answer
 
     monkeypatch.setattr(llm.engine.grammars, "start", slow_start)
     with pytest.raises(RequestFailed, match="too complex"):
@@ -390,7 +389,7 @@ def test_others_go_on_while_a_grammar_is_compiled(llm: LLM, monkeypatch: pytest.
     list(early)
     assert not pieces
     ready.wait(30)
-    waiting.set_result(ready._matcher.result())
+    waiting.set_result(ready._compiled.result())
     thread.join(30)
     assert "".join(pieces) == "late"
 
@@ -401,5 +400,16 @@ def test_what_was_compiled_is_kept_within_bounds(checkpoint: Path) -> None:
         grammars.check(Constraint.choice([f"text {number}"]))
     assert 0 < len(grammars._kept) <= 64
     assert grammars._num_chars == sum(len(text) for _, text in grammars._kept)
-    again: Sequence[AnswerGrammar] = [grammars.start(Constraint.choice(["text 79"])) for _ in range(2)]
-    assert all(answer.is_ready for answer in again)
+    assert grammars.start(Constraint.choice(["text 79"])).is_ready
+
+
+def test_equal_grammars_are_compiled_once(checkpoint: Path) -> None:
+    """n answers of one request arrive at once."""
+    grammars = Grammars(load_spec(checkpoint))
+    answers = [grammars.start(Constraint.json(PERSON)) for _ in range(64)]
+    assert len({id(answer._compiled) for answer in answers}) == 1
+    fields = (Constraint.regex("(", param="guided_regex"), Constraint.regex("(", param="structured_outputs.regex"))
+    for constraint in fields:
+        with pytest.raises(InvalidRequest) as caught:
+            grammars.check(constraint)
+        assert caught.value.param == constraint.param
