@@ -91,7 +91,7 @@ def _choose(
     if base_url is not None:
         client = Client(base_url, model=model, api_key=api_key)
         return f"{client.model} at {client.base_url}", client.stream(messages, sampling)
-    local = _local_server(model, api_key)
+    local = local_server(model, api_key)
     if local is not None:
         return f"{local.model} at {local.base_url}", local.stream(messages, sampling)
     name = model or "demo"
@@ -101,9 +101,9 @@ def _choose(
     return f"{name} in process", LLM(name).stream(messages, sampling)
 
 
-def _local_server(model: str | None, api_key: str | None) -> Client | None:
+def local_server(model: str | None, api_key: str | None) -> Client | None:
     """The server on this machine's default port, when it is ready and serves `model`."""
-    probe = Client(DEFAULT_URL, api_key=api_key, timeout=PROBE_SECONDS)
+    probe = Client(DEFAULT_URL, api_key=api_key, timeout=PROBE_SECONDS, retries=0)
     try:
         names = probe.models() if probe.ready() else []
     except QvlError:

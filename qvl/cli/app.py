@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from qvl.cli import ask, batch, bench, check, serve, version
+from qvl.cli import ask, batch, bench, chat, check, serve, version
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
 app.command("batch")(batch.batch)
 app.command("check")(check.check)
 app.add_typer(bench.app, name="bench")

@@ -16,6 +16,7 @@ from qvl.client.calls import (
     Server,
     body_of,
     chat_request,
+    context_of,
     question,
     read_count,
     read_models,
@@ -96,6 +97,13 @@ class AsyncClient:
         """The names that the server serves, its main one first."""
         self._served = read_models(await self._whole("GET", "/v1/models"))
         return [model["id"] for model in self._served]
+
+    async def context(self) -> int | None:
+        """The most tokens of a request with its answer; None where the server does not say."""
+        model = await self.model()
+        if self._served is None:
+            await self.models()
+        return context_of(self._served or (), model)
 
     async def ready(self) -> bool:
         """Whether a chat request would be answered now. False too when nothing answers. Asks once."""

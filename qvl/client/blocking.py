@@ -17,6 +17,7 @@ from qvl.client.calls import (
     body_of,
     chat_request,
     collect,
+    context_of,
     question,
     read_count,
     read_models,
@@ -90,6 +91,13 @@ class Client:
         """The names that the server serves, its main one first."""
         self._served = read_models(self._whole("GET", "/v1/models"))
         return [model["id"] for model in self._served]
+
+    def context(self) -> int | None:
+        """The most tokens of a request with its answer; None where the server does not say."""
+        model = self.model
+        if self._served is None:
+            self.models()
+        return context_of(self._served or (), model)
 
     def ready(self) -> bool:
         """Whether a chat request would be answered now. False too when nothing answers. Asks once."""

@@ -194,6 +194,12 @@ def rule_of(models: Sequence[Mapping[str, Any]], name: str) -> PictureRule | Non
         return None
 
 
+def context_of(models: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    """The most tokens of a request to the model `name`, where its server says so (qvl's and vLLM's do)."""
+    told = next((model.get("max_model_len") for model in models if model["id"] == name), None)
+    return told if isinstance(told, int) and told > 0 else None
+
+
 def collect(deltas: Iterable[Delta]) -> Completion:
     """All answers of a stream, joined; one that never ended has the finish_reason "abort"."""
     collector = Collector()

@@ -236,7 +236,7 @@ class Conversation(_Talk):
                 for delta in pieces:
                     deltas.append(delta)
                     yield delta
-        except GeneratorExit:
+        except (GeneratorExit, KeyboardInterrupt):
             self._record_stopped(prepared, deltas)
             raise
         self._record(prepared, collect(deltas))
