@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
 
 HISTORY_LINES = 1000
+SECONDS_PER_DRAWING = 1 / 12
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
 # A model's answer may hold anything; what steers a terminal stays out of it. Line feeds and tabs are text.
 _STEERING = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -94,21 +96,31 @@ class Terminal:
         self._console.print(text.translate(_STEERING), style="red", markup=False)
 
     def show(self, texts: Iterable[str]) -> None:
-        """Whole blocks are printed for good; only the block that still grows is drawn again."""
-        rest = ""
-        shown = False
-        with _no_echo(), Live(console=self._console, transient=True, refresh_per_second=12) as growing:
+        """Whole blocks are printed for good; only the block that still grows is drawn again.
+
+        Drawn from this thread alone: rich's own refreshing thread now and then erases lines above when it is late.
+        """
+        rest, shown, drawn = "", False, 0.0
+        with _no_echo(), Live(console=self._console, transient=True, auto_refresh=False) as growing:
             try:
                 for text in texts:
                     done, rest = split_blocks(rest + text.translate(_STEERING))
                     if done.strip():
-                        growing.console.print(*([""] if shown else []), as_markdown(done), sep="\n")
+                        growing.update("")
+                        self._print_block(done, shown)
                         shown = True
-                    growing.update(as_markdown(rest))
+                    if time.monotonic() - drawn > SECONDS_PER_DRAWING:
+                        growing.update(as_markdown(rest), refresh=True)
+                        drawn = time.monotonic()
             finally:
-                growing.update("")
+                growing.update("", refresh=True)
                 if rest.strip():
-                    growing.console.print(*([""] if shown else []), as_markdown(rest), sep="\n")
+                    self._print_block(rest, shown)
+
+    def _print_block(self, text: str, follows: bool) -> None:
+        if follows:
+            self._console.print()
+        self._console.print(as_markdown(text))
 
     def _keep_history(self) -> None:
         if self._readline is not None:
