@@ -58,6 +58,7 @@ TORCH = {
     "qvl.engine.grammar": False,
     "qvl.engine.grammar_worker": False,
     "qvl.engine.hub": False,
+    "qvl.engine.loading": False,
     "qvl.engine.locate": False,
     "qvl.engine.messages": False,
     "qvl.engine.options": False,

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import os
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
@@ -27,10 +28,12 @@ from qvl.backends.scratch import PixelStore
 from qvl.backends.submit import Submission, submission
 from qvl.engine.config import EngineConfig
 from qvl.engine.intake import Intake, Prepared
+from qvl.engine.loading import Loading
 from qvl.engine.locate import find_model
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import AbortRequest, EngineInfo, EngineStats, Outputs, Ready
 from qvl.errors import InvalidRequest, QvlError, Unavailable
+from qvl.media.given_up import given_up_by
 from qvl.media.stages import heard_by
 from qvl.specs import load_spec
 from qvl.tokenizer import Tokenizer
@@ -42,6 +45,8 @@ Request = ChatRequest | CompletionRequest
 logger = logging.getLogger("qvl.backend")
 
 TEXT_THREADS = 2
+# Requests whose pictures are being prepared; most of the threads wait for the network (see `engine.loading`).
+MEDIA_THREADS = 64
 GAUGES = frozenset(("running", "waiting", "kv_used_fraction", "encoder_cache_bytes"))
 
 
@@ -49,10 +54,16 @@ class LocalBackend:
     """Serves `options.model` on this machine.
 
     `command` starts the engine process (another one in tests). `engine`: one that is there already, instead.
+    `media_cores`: how many cores pictures may use at a time, by default all.
     """
 
     def __init__(
-        self, options: EngineOptions, *, command: Sequence[str] = WORKER, engine: Engine | None = None
+        self,
+        options: EngineOptions,
+        *,
+        command: Sequence[str] = WORKER,
+        engine: Engine | None = None,
+        media_cores: int | None = None,
     ) -> None:
         self.observer: Observer | None = None
         self._options = options
@@ -60,7 +71,8 @@ class LocalBackend:
         self._name = options.served_model_name or _shown_name(options.model)
         # Text does not wait behind pictures: a slow download holds a thread for as long as its time-out.
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, "qvl-text")
-        self._media_pool = ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1) + 4), "qvl-media")
+        self._media_pool = ThreadPoolExecutor(MEDIA_THREADS, "qvl-media")
+        self._loading = Loading(media_cores)
         self._store = PixelStore([])
         self._launched = False
         self._live: dict[str, tuple[LiveRequest, int]] = {}
@@ -133,6 +145,7 @@ class LocalBackend:
             await self._grammars.close()
         for pool in (self._text_pool, self._media_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._loading.close()
 
     def chat(self, request: ChatRequest, request_id: str) -> AsyncGenerator[Delta, None]:
         return self._answer(request, request_id)
@@ -188,13 +201,20 @@ class LocalBackend:
             self._engine.send(AbortRequest(request_id))
 
     async def _in_thread(self, request: Request, work: Callable[[], T]) -> T:
-        """`work` in a thread. When this task is cancelled first, what the thread still makes is thrown away."""
+        """`work` in a thread. When this task is cancelled first, the thread is told, and what it makes thrown away."""
         if self._reason is not None:
             raise Unavailable(self._reason)
-        future = (self._media_pool if _has_media(request) else self._text_pool).submit(work)
+        left = threading.Event()
+
+        def wanted_work() -> T:
+            with given_up_by(left):
+                return work()
+
+        future = (self._media_pool if _has_media(request) else self._text_pool).submit(wanted_work)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
+            left.set()
             future.add_done_callback(self._throw_away)
             raise
 
@@ -247,7 +267,7 @@ class LocalBackend:
         assert self._tokenizer is not None
         self._engine_info = ready.info
         config = EngineConfig.from_json(ready.config)
-        self._intake = Intake(config, self._tokenizer)
+        self._intake = Intake(config, self._tokenizer, loading=self._loading)
         self._picture = _picture_rule(config)
         self._grammars = self._grammars or GrammarCheck(config.spec.folder)
         self._reason = None

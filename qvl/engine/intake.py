@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qvl.engine.config import EngineConfig
+from qvl.engine.loading import Loading
 from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
 from qvl.media.load import LoadedMedia, frame_size, load, picture_size
@@ -70,9 +71,14 @@ class Intake:
     """
 
     def __init__(
-        self, config: EngineConfig, tokenizer: Tokenizer, check: Callable[[Constraint], None] | None = None
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        check: Callable[[Constraint], None] | None = None,
+        loading: Loading | None = None,
     ) -> None:
         self._check = check
+        self._loading = loading or Loading()
         self.config = config
         self.tokenizer = tokenizer
         self.spec = config.spec
@@ -154,17 +160,19 @@ class Intake:
     def _load(self, parts: Sequence[MediaPart], limits: PixelLimits) -> tuple[LoadedMedia, ...]:
         """Pictures have their final size on a CPU engine; a GPU resizes them itself."""
         resize_here = self.config.device == "cpu"
-        loaded: list[LoadedMedia] = []
-        for name, part in zip(_names(parts), parts, strict=True):
+        processor, policy, gate = self.spec.processor, self.config.policy, self._loading.gate
+
+        def load_one(named: tuple[str, MediaPart]) -> LoadedMedia:
+            name, part = named
             try:
-                one = load(part, self.spec.processor, self.config.policy, limits, resize_here=resize_here)
+                return load(part, processor, policy, limits, resize_here=resize_here, gate=gate)
             except InvalidRequest as error:
                 error.message = f"{name}: {error.message}"
                 error.args = (error.message,)
                 error.param = error.param or "messages"
                 raise
-            loaded.append(one)
-        return tuple(loaded)
+
+        return tuple(self._loading.in_order(load_one, list(zip(_names(parts), parts, strict=True))))
 
     def _prepared(
         self, prompt: Prompt, media: tuple[LoadedMedia, ...], sampling: SamplingParams, salt: str, param: str

@@ -81,6 +81,12 @@ def read(
     return _read_path(source, policy)
 
 
+def is_remote(source: object) -> bool:
+    """Whether `source` is an address on the network."""
+    match = _SCHEME.match(source) if isinstance(source, str) else None
+    return match is not None and match[1].lower() in ("http", "https")
+
+
 def is_frame_list(source: object) -> bool:
     """Whether `source` is a video written as `data:video/jpeg;base64,FRAME,FRAME,...`."""
     return isinstance(source, str) and source[: len(_FRAME_LIST)].lower() == _FRAME_LIST

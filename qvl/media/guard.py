@@ -17,6 +17,7 @@ from typing import Any
 import httpcore
 
 from qvl.errors import BadMedia, MediaRefused
+from qvl.media.given_up import LOOK_EVERY_SECONDS, check_wanted
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -51,7 +52,11 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def clip(self, seconds: float | None) -> float:
-        """`seconds`, or what is left where that is less. Raises BadMedia when nothing is left."""
+        """`seconds`, or what is left where that is less.
+
+        Raises BadMedia when nothing is left, or when nobody waits for the fetch any more.
+        """
+        check_wanted()
         left = self._end - time.monotonic()
         if left <= 0:
             raise BadMedia("fetching took too long")
@@ -123,7 +128,16 @@ class _TimedStream(httpcore.NetworkStream):
         self._deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._deadline.clip(timeout))
+        """In short waits: a server that says nothing must not hold the thread of a request that was given up."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if end is None else max(end - time.monotonic(), 0.001)
+            wait = self._deadline.clip(left)
+            try:
+                return self._stream.read(max_bytes, min(wait, LOOK_EVERY_SECONDS))
+            except httpcore.ReadTimeout:
+                if end is not None and time.monotonic() >= end:
+                    raise
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._stream.write(buffer, self._deadline.clip(timeout))

@@ -6,9 +6,10 @@ Knows how the sizes a request asks for combine with the checkpoint's. Does not k
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from PIL import Image
 from qvl.errors import BadMedia, InvalidRequest
 from qvl.media import fetch
 from qvl.media.fetch import MediaPolicy
+from qvl.media.given_up import turn
 from qvl.media.image import decode_image
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.media.stages import reported, stage
@@ -52,9 +54,17 @@ class LoadedMedia:
 
 @reported
 def load(
-    part: MediaPart, spec: ProcessorSpec, policy: MediaPolicy, limits: PixelLimits, *, resize_here: bool
+    part: MediaPart,
+    spec: ProcessorSpec,
+    policy: MediaPolicy,
+    limits: PixelLimits,
+    *,
+    resize_here: bool,
+    gate: threading.Semaphore | None = None,
 ) -> LoadedMedia:
     """Read, decode, size and digest one part. `limits` fill what the part's own limits leave open.
+
+    Where a `gate` is given, everything but waiting for the network happens within it.
 
     No request goes above the checkpoint's `max_pixels` (a larger wish is served with the checkpoint's). With
     `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
@@ -62,6 +72,25 @@ def load(
     """
     limits = part.limits.over(limits)
     _check(limits, spec)
+    if part.kind == "video":
+        check_sampling(limits, spec)
+    if fetch.is_remote(part.source):
+        data = fetch.read(part.source, policy, expect=part.kind)
+        part = replace(part, source=data)
+    if gate is None or _has_remote_frames(part):
+        return _load(part, spec, policy, limits, resize_here)
+    with turn(gate):
+        return _load(part, spec, policy, limits, resize_here)
+
+
+def _has_remote_frames(part: MediaPart) -> bool:
+    """Whether a list of frames is still to be fetched, one by one: that is mostly waiting."""
+    return isinstance(part.source, (list, tuple)) and any(fetch.is_remote(frame) for frame in part.source)
+
+
+def _load(
+    part: MediaPart, spec: ProcessorSpec, policy: MediaPolicy, limits: PixelLimits, resize_here: bool
+) -> LoadedMedia:
     if part.kind == "video":
         pixels, size = _load_video(part.source, spec, policy, limits, resize_here)
         height, width = frame_size(len(pixels), *size, spec, limits)
@@ -152,7 +181,6 @@ def _load_video(
     def fit(num_frames: int, height: int, width: int) -> tuple[int, int]:
         return frame_size(num_frames, height, width, spec, limits)
 
-    check_sampling(limits, spec)
     if fetch.is_frame_list(source):
         source = fetch.read_frame_list(source, policy, max_frames=spec.max_frames)
     if isinstance(source, (list, tuple, np.ndarray)):

@@ -53,7 +53,8 @@ def serve(setup: Setup) -> int:
     options = setup.options
     counts = Counts(open_table(Path(setup.table)), setup.row)
     engine = SharedEngine(setup.socket, [Path(folder) for folder in setup.folders], lambda: counts.engine_restarts)
-    backend = LocalBackend(EngineOptions.from_dict(setup.engine), engine=engine)
+    cores = max(1, (os.cpu_count() or 1) // setup.processes)
+    backend = LocalBackend(EngineOptions.from_dict(setup.engine), engine=engine, media_cores=cores)
     listener = bind(options, shared=True)
     listener.listen(BACKLOG)
 

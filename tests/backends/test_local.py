@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -253,3 +254,21 @@ async def test_stop_ends_the_process_the_requests_and_the_folders(backend_of: St
 
 def leftovers(backend: LocalBackend) -> list[Path]:
     return [path for folder in backend._engine.folders for path in folder.glob("*.rgb*")]
+
+
+async def test_a_fetch_that_was_left_gives_its_thread_back(backend_of: Start) -> None:
+    """The host accepts and says nothing; its time-out is long."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/never.jpg"
+        request = ChatRequest((Message("user", (MediaPart("image", url),)),))
+        async with backend_of(allow_private_hosts=True) as backend:
+            task = asyncio.ensure_future(collect(backend.chat(request, "r")))
+            await until(lambda: backend._media_pool._work_queue.empty() and bool(backend._media_pool._threads), "idle")
+            await asyncio.sleep(0.1)
+            assert backend._media_pool._idle_semaphore._value == 0, "its thread is busy"
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(lambda: backend._media_pool._idle_semaphore._value == 1, "the thread is still held")
