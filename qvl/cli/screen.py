@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from markdown_it import MarkdownIt
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.segment import Segment
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
@@ -110,7 +111,7 @@ class Terminal:
                         self._print_block(done, shown)
                         shown = True
                     if time.monotonic() - drawn > SECONDS_PER_DRAWING:
-                        growing.update(as_markdown(rest), refresh=True)
+                        growing.update(Page(rest), refresh=True)
                         drawn = time.monotonic()
             finally:
                 growing.update("", refresh=True)
@@ -120,7 +121,7 @@ class Terminal:
     def _print_block(self, text: str, follows: bool) -> None:
         if follows:
             self._console.print()
-        self._console.print(as_markdown(text))
+        self._console.print(Page(text))
 
     def _keep_history(self) -> None:
         if self._readline is not None:
@@ -166,13 +167,25 @@ def _inside_code(text: str) -> bool:
     return bool(fence)
 
 
-def as_markdown(text: str) -> Markdown:
-    """Markdown for the terminal: lines stay lines (what was read off a picture has them), tags stay text."""
-    page = Markdown("", code_theme="ansi_dark")
-    page.parsed = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).parse(text)
-    for token in page.parsed:
-        _keep_lines(token)
-    return page
+class Page:
+    """Markdown for the terminal: lines stay lines (what was read off a picture has them), tags stay text.
+
+    Without the empty lines that rich puts around tables and code: those between blocks are set when they are printed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._page = Markdown("", code_theme="ansi_dark")
+        parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+        self._page.parsed = parser.parse(text)
+        for token in self._page.parsed:
+            _keep_lines(token)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        lines = console.render_lines(self._page, options, pad=False)
+        full = [number for number, line in enumerate(lines) if any(part.text.strip() for part in line)]
+        for line in lines[full[0] : full[-1] + 1] if full else []:
+            yield from line
+            yield Segment.line()
 
 
 def _keep_lines(token: Token) -> None:

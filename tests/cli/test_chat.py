@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from qvl.backends.echo import EchoBackend
-from qvl.cli.screen import as_markdown, split_blocks
+from qvl.cli.screen import Page, split_blocks
 from qvl.cli.spoken import Order, Words, read_line
 from qvl.errors import InvalidRequest
 from qvl.memory import Store
@@ -171,9 +171,11 @@ def test_typed_into_a_terminal(server: Live, home: Path, picture: Path) -> None:
         someone.type("/help\r")
         someone.sees("/resume ")
         someone.type("hello\r")
-        someone.sees("hello\r\n.*hello")
+        someone.sees("hello\r\n(.|\n)*hello")
+        someone.sees("> $")
         someone.type("\x03")
         someone.sees("Ctrl-D or /quit leaves")
+        someone.sees("> $")
         assert someone.leaves() == 0
     assert len(turns(home)) == 2
     history = home / "chat_history"
@@ -257,7 +259,8 @@ def test_blocks_that_are_finished(text: str, rest: str) -> None:
 def test_markdown_keeps_lines_and_tags() -> None:
     console = Console(width=40, force_terminal=True, color_system="truecolor")
     with console.capture() as captured:
-        console.print(as_markdown("ROOM 204\nsecond floor <b>x</b>\n\n```python\nimport os\n```"))
+        console.print(Page("ROOM 204\nsecond floor <b>x</b>\n\n```python\nimport os\n```"))
     lines = [line.rstrip() for line in CSI.sub("", captured.get()).splitlines()]
     assert lines[:2] == ["ROOM 204", "second floor <b>x</b>"]
+    assert lines[-1] == " import os", "no empty lines around the whole"
     assert re.search("\x1b\\[[0-9;]+m.*import", captured.get())
