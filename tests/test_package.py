@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-MODULES = {"pillow": "PIL"}  # distributions whose module has another name
+MODULES = {"pillow": "PIL", "markdown-it-py": "markdown_it"}  # distributions whose module has another name
 
 
 def listed(section: str) -> list[str]:
