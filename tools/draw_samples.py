@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 FOLDER = Path(__file__).resolve().parent.parent / "samples"
 INK, PAPER = (25, 25, 30), (250, 248, 243)
 NOTE = ("Meeting at 10:30", "Room 204, second floor", "Bring the blue folder")
-TABLE = (("Item", "Price", "Count"), ("Apples", "2.40", "6"), ("Bread", "3.15", "1"), ("Milk", "1.29", "2"))
-WORDS = ("ready", "steady", "go")
+TABLE = (("Item", "Price", "Count"), ("Apples", "240", "6"), ("Bread", "315", "1"), ("Milk", "129", "2"))
+WORDS = ("North", "East", "South")
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
