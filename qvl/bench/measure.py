@@ -10,7 +10,7 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,24 +35,38 @@ class Subject(Protocol):
         """Seconds from the start to each of exactly `num_tokens` tokens, preprocessing included."""
 
 
+@runtime_checkable
+class Crowd(Protocol):
+    """A subject that can answer several prompts at once."""
+
+    def generate_together(self, prompts: Sequence[Prompt], num_tokens: int) -> list[float]:
+        """Seconds of each step in which every prompt gained one token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is measured: a text prompt, and a picture of (height, width) with a short text, each `repeats` times."""
+    """What is measured: a text prompt, a picture of (height, width) with a short text, and `streams` text prompts at
+    once where that is above 1, each `repeats` times.
+    """
 
     prompt_tokens: int = 96
     output_tokens: int = 32
     picture: tuple[int, int] | None = (448, 448)
     repeats: int = 3
     seed: int = 0
+    streams: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Medians in seconds; `picture_ttft` is None where no picture was shown."""
+    """Medians in seconds; `picture_ttft` is None where no picture was shown, `step_together` (one step of all streams)
+    where there was one stream.
+    """
 
     prefill: float
     time_per_token: float
     picture_ttft: float | None
+    step_together: float | None = None
 
 
 def measure(
@@ -65,8 +79,10 @@ def measure(
     first: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     later: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     shown: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+    together: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     for turn in range(workload.repeats + 1):
         text, picture = _prompts(workload, usable_ids, rng)
+        crowd = [_prompts(workload, usable_ids, rng)[0] for _ in range(workload.streams)]
         for subject in subjects:
             tell(f"{'warm-up' if turn == 0 else f'round {turn} of {workload.repeats}'}: {subject.name}")
             times = subject.generate(text, workload.output_tokens)
@@ -75,21 +91,31 @@ def measure(
                 first[subject.name].append(times[0])
                 later[subject.name] += [after - before for before, after in itertools.pairwise(times)]
                 shown[subject.name] += seen
-    return {s.name: _figures(first[s.name], later[s.name], shown[s.name]) for s in subjects}
+            if workload.streams > 1 and turn > 0 and isinstance(subject, Crowd):
+                together[subject.name] += subject.generate_together(crowd, workload.output_tokens)
+    return {s.name: _figures(first[s.name], later[s.name], shown[s.name], together[s.name]) for s in subjects}
 
 
 def ratios(ours: Figures, theirs: Figures) -> Mapping[str, float | None]:
     """Our time as a part of theirs, figure by figure: below 1 is faster."""
-    both_shown = ours.picture_ttft is not None and theirs.picture_ttft is not None
     return {
         "prefill": ours.prefill / theirs.prefill,
         "time_per_token": ours.time_per_token / theirs.time_per_token,
-        "picture_ttft": ours.picture_ttft / theirs.picture_ttft if both_shown else None,  # type: ignore[operator]
+        "picture_ttft": _ratio(ours.picture_ttft, theirs.picture_ttft),
+        "step_together": _ratio(ours.step_together, theirs.step_together),
     }
 
 
-def _figures(first: list[float], later: list[float], shown: list[float]) -> Figures:
-    return Figures(statistics.median(first), statistics.median(later), statistics.median(shown) if shown else None)
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def _figures(first: list[float], later: list[float], shown: list[float], together: list[float]) -> Figures:
+    return Figures(statistics.median(first), statistics.median(later), _median(shown), _median(together))
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _prompts(workload: Workload, usable_ids: Sequence[int], rng: random.Random) -> tuple[Prompt, Prompt | None]:

@@ -21,11 +21,10 @@ from qvl.types import MediaPart, PixelLimits, SamplingParams
 
 
 class QvlSubject:
-    """The engine of `config`, one request at a time."""
+    """The engine of `config`."""
 
-    name = "qvl"
-
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, name: str = "qvl") -> None:
+        self.name = name
         self.engine = Engine(config)
         self._config = config
         self._ids = itertools.count()
@@ -35,10 +34,7 @@ class QvlSubject:
     def generate(self, prompt: Prompt, num_tokens: int) -> list[float]:
         """As `Subject.generate`: decoding and resizing the picture counts, as it does for a user."""
         start = time.perf_counter()
-        token_ids, media, pixels = self._place_picture(prompt)
-        greedy = SamplingParams(max_tokens=num_tokens, temperature=0.0, repetition_penalty=1.0, ignore_eos=True)
-        sampling = self._generation.fill(greedy, num_tokens)
-        self.engine.add(AddRequest(f"bench-{next(self._ids)}", token_ids, media, sampling), pixels)
+        self._add(prompt, num_tokens)
         times: list[float] = []
         self.last_tokens = []
         while self.engine.has_work:
@@ -48,6 +44,29 @@ class QvlSubject:
                 self.last_tokens += output.token_ids
                 times += [time.perf_counter() - start] * len(output.token_ids)
         return times
+
+    def generate_together(self, prompts: Sequence[Prompt], num_tokens: int) -> list[float]:
+        """As `Crowd.generate_together`; steps that still compute prompts do not count."""
+        for prompt in prompts:
+            self._add(prompt, num_tokens)
+        times: list[float] = []
+        started = False
+        while self.engine.has_work:
+            start = time.perf_counter()
+            outputs = self.engine.step()
+            if any(output.error is not None for output in outputs):
+                raise RequestFailed(next(output.error for output in outputs if output.error is not None))
+            complete = len(outputs) == len(prompts)
+            if complete and started:
+                times.append(time.perf_counter() - start)
+            started = complete
+        return times
+
+    def _add(self, prompt: Prompt, num_tokens: int) -> None:
+        token_ids, media, pixels = self._place_picture(prompt)
+        greedy = SamplingParams(max_tokens=num_tokens, temperature=0.0, repetition_penalty=1.0, ignore_eos=True)
+        sampling = self._generation.fill(greedy, num_tokens)
+        self.engine.add(AddRequest(f"bench-{next(self._ids)}", token_ids, media, sampling), pixels)
 
     def _place_picture(self, prompt: Prompt) -> tuple[list[int], list[MediaInput], Sequence[Pixels]]:
         if prompt.picture is None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qvl.bench.measure import Figures, Subject, Workload
     from qvl.engine.config import EngineConfig
 
-PEERS = ("transformers",)
+PEERS = ("transformers", "unquantised")
 MILLI = 1000.0
 
 app = typer.Typer(help="Measure this machine, or a server.")
@@ -45,16 +45,21 @@ def shape(
 def engine(
     model: flags.Model = "demo",
     against: Annotated[
-        str | None, typer.Option(help="Measure this beside qvl, in the same process: transformers.")
+        str | None,
+        typer.Option(
+            help="Measure this beside qvl, in the same process: transformers, or unquantised (qvl in 16 bits)."
+        ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the text prompt.")] = 96,
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,
     picture: Annotated[str, typer.Option(metavar="WxH", help="Size of the picture, or none.")] = "448x448",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 3,
+    streams: Annotated[int, typer.Option(min=1, help="Measure the steps of so many text prompts at once, too.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores]")] = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     load_format: flags.LoadFormat = "auto",
+    quantization: flags.Quantization = None,
 ) -> None:
     """Measure prefill, time per token and the first token after a picture, without a server.
 
@@ -62,10 +67,13 @@ def engine(
     """
     if against is not None and against not in PEERS:
         raise ConfigError(f"--against knows {', '.join(PEERS)}, not '{against}'")
+    if against == "unquantised" and quantization is None:
+        raise ConfigError("--against unquantised compares with --quantization int8 or int4: name one")
     from qvl.bench.measure import Workload
 
-    workload = Workload(prompt_tokens, output_tokens, _size(picture), repeats)
-    config = _config({"model": model, "device": device, "dtype": dtype, "load_format": load_format}, workload, threads)
+    workload = Workload(prompt_tokens, output_tokens, _size(picture), repeats, streams=streams)
+    given = {"model": model, "device": device, "dtype": dtype, "load_format": load_format, "quantization": quantization}
+    config = _config(given, workload, threads)
     figures = _run(config, workload, against)
     _print_table(figures)
     print(json.dumps(_record(config, workload, figures)))
@@ -82,14 +90,16 @@ def _size(text: str) -> tuple[int, int] | None:
 
 
 def _config(given: dict[str, Any], workload: Workload, threads: int | None) -> EngineConfig:
-    """An engine just large enough for one request of this workload."""
+    """An engine just large enough for this workload."""
     from qvl.engine.config import resolve
     from qvl.engine.device import read_facts
 
     height, width = workload.picture or (0, 0)
     text = workload.prompt_tokens + workload.output_tokens
     longest = max(text, 64 + (height // 14 + 2) * (width // 14 + 2))
-    options = flags.engine_options({**given, "num_threads": threads, "max_num_seqs": 1, "max_model_len": longest})
+    options = flags.engine_options(
+        {**given, "num_threads": threads, "max_num_seqs": workload.streams, "max_model_len": longest}
+    )
     return resolve(options, read_facts(options.device))
 
 
@@ -102,13 +112,13 @@ def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[
     usable = [
         i for i in range(min(tokenizer.vocab_size, config.spec.text.vocab_size)) if i not in tokenizer.special_ids
     ]
-    _tell(f"loading {config.spec.name} ({config.dtype}, {config.device}, {config.num_threads} threads)")
-    ours = QvlSubject(config)
+    _tell(f"loading {config.spec.name} ({config.precision}, {config.device}, {config.num_threads} threads)")
+    ours = QvlSubject(config, "qvl" if config.quantization == "none" else f"qvl {config.quantization}")
     _tell(f"matrices: {ours.engine.runner.model.linear_reason}")
     subjects: list[Subject] = [ours]
     if against is not None:
         _tell(f"loading it with {against}")
-        subjects.append(_peer(config))
+        subjects.append(_peer(config) if against == "transformers" else _unquantised(config))
     return measure(subjects, workload, usable, _tell)
 
 
@@ -127,6 +137,12 @@ def _peer(config: EngineConfig) -> Subject:
     )
 
 
+def _unquantised(config: EngineConfig) -> Subject:
+    from qvl.bench.ours import QvlSubject
+
+    return QvlSubject(dataclasses.replace(config, quantization="none"), f"qvl {config.dtype}")
+
+
 def _print_table(figures: dict[str, Figures]) -> None:
     from qvl.bench.measure import ratios
 
@@ -140,11 +156,17 @@ def _print_table(figures: dict[str, Figures]) -> None:
         ("prefill", "prefill"),
         ("time_per_token", "time per token"),
         ("picture_ttft", "picture TTFT"),
+        ("step_together", "step together"),
     ):
         if rows[names[0]][field] is None:
             continue
-        cells = "".join(f"{rows[name][field] * MILLI:>21.1f} ms" for name in names)
-        print(f"{label:<16}{cells}" + (f"{quotients[field]:>14.2f}" if quotients else ""))
+        cells = "".join(_cell(rows[name][field]) for name in names)
+        quotient = quotients.get(field)
+        print(f"{label:<16}{cells}" + ("" if quotient is None else f"{quotient:>14.2f}"))
+
+
+def _cell(seconds: float | None) -> str:
+    return f"{'-':>24}" if seconds is None else f"{seconds * MILLI:>21.1f} ms"
 
 
 def _record(config: EngineConfig, workload: Workload, figures: dict[str, Figures]) -> dict[str, Any]:
@@ -158,6 +180,7 @@ def _record(config: EngineConfig, workload: Workload, figures: dict[str, Figures
         "load_format": config.load_format,
         "device": config.device,
         "dtype": config.dtype,
+        "quantization": config.quantization,
         "threads": config.num_threads,
         "machine": describe(config.device),
         "versions": {name: installed(name) for name in ("qvl", "torch", "transformers")},

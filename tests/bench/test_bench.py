@@ -33,7 +33,8 @@ def test_medians_leave_the_warm_up_out_and_turns_are_fair() -> None:
     figures = measure([one, other], Workload(8, 5, (28, 56), repeats=3), range(100), lambda _: None)
     assert figures["one"] == Figures(0.5, 0.25, 1.5)
     assert figures["other"] == Figures(1.0, 0.125, 2.0)
-    assert ratios(figures["one"], figures["other"]) == {"prefill": 0.5, "time_per_token": 2.0, "picture_ttft": 0.75}
+    quotients = {"prefill": 0.5, "time_per_token": 2.0, "picture_ttft": 0.75, "step_together": None}
+    assert ratios(figures["one"], figures["other"]) == quotients
     assert [p.token_ids for p in one.asked] == [p.token_ids for p in other.asked]
     assert len({p.token_ids for p in one.asked}) == 8  # 4 rounds of a text and a picture, nothing twice
     assert [p.picture is not None for p in one.asked] == [False, True] * 4
@@ -71,10 +72,25 @@ def test_side_by_side_with_transformers(checkpoint: Path, capsys: pytest.Capture
     record = json.loads(out.splitlines()[-1])
     assert set(record["seconds"]) == {"qvl", "transformers 4.57.6"}
     for figures in record["seconds"].values():
+        assert figures.pop("step_together") is None
         assert all(seconds > 0 for seconds in figures.values())
     assert record["workload"]["picture"] == [56, 112]
     assert record["threads"] == 1
     assert "qvl / peer" in out
+
+
+def test_quantised_beside_unquantised_alone_and_together(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--prompt-tokens", "12", "--output-tokens", "4", "--picture", "56x56", "--repeats", "1", "--threads", "1"]
+    what = ["--dtype", "bfloat16", "--quantization", "int8", "--against", "unquantised", "--streams", "3"]
+    code = run(["bench", "engine", str(checkpoint), *what, *sizes])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert set(record["seconds"]) == {"qvl int8", "qvl bfloat16"}
+    assert all(seconds > 0 for figures in record["seconds"].values() for seconds in figures.values())
+    assert (record["quantization"], record["workload"]["streams"]) == ("int8", 3)
+    assert "step together" in out
+    assert run(["bench", "engine", str(checkpoint), "--against", "unquantised"]) == 2
 
 
 def test_both_subjects_compute_the_same_tokens(checkpoint: Path) -> None:

@@ -66,6 +66,20 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(checkpoint: Path) -> None:
         configure(checkpoint, OLD_GPU, dtype="bfloat16")
 
 
+def test_quantised_weights_leave_more_room(checkpoint: Path) -> None:
+    plain, small = configure(checkpoint), configure(checkpoint, quantization="int4")
+    assert (plain.quantization, plain.precision) == ("none", plain.dtype)
+    assert small.precision == "int4 (rest float32)"
+    assert small.weight_bytes < configure(checkpoint, quantization="int8").weight_bytes < plain.weight_bytes
+    assert configure(checkpoint, quantization="none") == plain
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantization_on_a_gpu_is_refused(checkpoint: Path, quantization: str) -> None:
+    with pytest.raises(ConfigError, match=f"'quantization' {quantization} runs on a CPU only"):
+        configure(checkpoint, H200, quantization=quantization)
+
+
 def test_a_device_that_is_not_there(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="no CUDA GPU was found"):
         configure(checkpoint, CPU, device="cuda")
@@ -151,6 +165,8 @@ def test_the_media_policy_keeps_its_own_defaults(checkpoint: Path) -> None:
         ({"dtype": "int4"}, "'dtype' must be one of auto, half"),
         ({"device": "tpu"}, "'device' must be one of auto, cpu, cuda"),
         ({"load_format": "pt"}, "'load_format' must be one of"),
+        ({"quantization": "int2"}, "'quantization' must be one of none, int8, int4"),
+        ({"quantization": "fp8"}, "fp8 needs a GPU with fp8 instructions and is not in this version"),
         ({"tensor_parallel_size": 2}, "runs a model on one device"),
         ({"pipeline-parallel-size": "4"}, "'pipeline_parallel_size' is 4"),
         ({"gpu_memory_utilization": 1.5}, "'gpu_memory_utilization' must be above 0 and at most 1"),

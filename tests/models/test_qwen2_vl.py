@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qvl.models.registry import build_model
+from qvl.models.weights import load_weights
+from qvl.specs import load_spec
 from tests.models import oracle
 from tests.models.pages import Pages
 
@@ -91,6 +95,63 @@ def test_16_bit_is_at_most_twice_as_far_from_fp32_as_the_reference(
     ours = oracle.our_logits(oracle.load_ours(folder, dtype), case, positions, exact.config, chunk=11)
     assert ours.dtype == torch.float32
     assert oracle.relative_error(ours, truth) <= 2 * theirs
+
+
+def load_rounded(folder: Path, quantization: str) -> Any:
+    model = build_model(load_spec(folder), torch.bfloat16, "cpu", quantization)
+    load_weights(model, folder, device="cpu", dtype=torch.bfloat16)
+    return model
+
+
+def rms_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((ours - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_8_bits_are_not_far_from_16(folder: Path, models: tuple[Any, Any], name: str) -> None:
+    """At most four times as far from fp32 as the reference is in bf16: tiny random networks forgive nothing."""
+    exact, _ = models
+    case = oracle.make_case(exact.config, name)
+    truth, positions = oracle.reference_logits(exact, case), oracle.reference_positions(exact, case)
+    theirs = rms_error(oracle.reference_logits(oracle.load_reference(folder, torch.bfloat16), case), truth)
+    ours = oracle.our_logits(load_rounded(folder, "int8"), case, positions, exact.config, chunk=11)
+    assert rms_error(ours, truth) <= 4 * theirs
+
+
+def usual_four_bits(weight: torch.Tensor) -> torch.Tensor:
+    """16 even steps between the smallest and the largest of 128 numbers, the rest exact."""
+    groups = [
+        ((group - low) / step).round() * step + low
+        for group in weight.split(128, dim=-1)
+        for low in [group.amin(-1, keepdim=True)]
+        for step in [(group.amax(-1, keepdim=True) - low) / 15]
+    ]
+    return torch.cat(groups, dim=-1)
+
+
+@pytest.mark.parametrize("name", oracle.CASES[:3])
+def test_4_bits_lose_what_4_bits_must(folder: Path, models: tuple[Any, Any], name: str) -> None:
+    """Against the reference in fp32 with the same matrices rounded in the usual way."""
+    exact, _ = models
+    case = oracle.make_case(exact.config, name)
+    truth, positions = oracle.reference_logits(exact, case), oracle.reference_positions(exact, case)
+    rough = copy.deepcopy(exact)
+    for path, module in rough.model.language_model.layers.named_modules():
+        if path.endswith("_proj"):
+            module.weight.data = usual_four_bits(module.weight.data)
+    ours = oracle.our_logits(load_rounded(folder, "int4"), case, positions, exact.config, chunk=11)
+    assert rms_error(ours, truth) <= 1.25 * rms_error(oracle.reference_logits(rough, case), truth)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_rounded_rows_do_not_depend_on_their_chunk(folder: Path, models: tuple[Any, Any], quantization: str) -> None:
+    """Up to fp32 noise that tips a code over: far less than the rounding itself."""
+    exact, _ = models
+    case, model = oracle.make_case(exact.config, "picture"), load_rounded(folder, quantization)
+    positions = oracle.reference_positions(exact, case)
+    whole, pieces = (oracle.our_logits(model, case, positions, exact.config, chunk) for chunk in (1000, 5))
+    truth = oracle.reference_logits(exact, case)
+    assert rms_error(pieces, whole) < 0.5 * rms_error(whole, truth)
 
 
 def test_inputs_are_left_alone(models: tuple[Any, Any]) -> None:

@@ -209,6 +209,49 @@ def test_an_unknown_architecture_lists_the_known_ones() -> None:
         model_class("LlamaForCausalLM")
 
 
+def quantised(folder: Path, quantization: str, load_format: Any = "auto") -> Any:
+    model = build_model(load_spec(folder), torch.bfloat16, "cpu", quantization)
+    load_weights(model, folder, device="cpu", dtype=torch.bfloat16, load_format=load_format)
+    return model
+
+
+@pytest.mark.parametrize(("quantization", "bits", "loss"), [("int8", 8, 0.012), ("int4", 4, 0.13)])
+def test_rounded_matrices_hold_their_parts_in_order(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, bits: int, loss: float
+) -> None:
+    monkeypatch.setattr(safetensors_file, "PIECE", 4096 + 8)  # parts come in pieces of whole rows
+    model, theirs = quantised(checkpoint, quantization), load_file(checkpoint / "model.safetensors")
+    layer = "model.layers.1."
+    parts = {
+        f"{layer}self_attn.qkv_proj": [f"{layer}self_attn.{x}_proj" for x in "qkv"],
+        f"{layer}mlp.gate_up_proj": [f"{layer}mlp.{x}_proj" for x in ("gate", "up")],
+        f"{layer}mlp.down_proj": [f"{layer}mlp.down_proj"],
+    }
+    for name, names in parts.items():
+        exact = torch.cat([theirs[f"{part}.weight"] for part in names])
+        matrix = model.get_submodule(name).matrix
+        assert matrix.bits == bits
+        assert (matrix.read(torch.arange(matrix.rows)) - exact).norm() < loss * exact.norm()
+    assert (model.lm_head.matrix.bits, model.visual.blocks[0].attn.qkv.matrix.bits) == (8, 8)
+    assert model.visual.patch_embed.proj.matrix is model.model.embed_tokens.matrix is None
+
+
+def test_a_tied_head_and_its_embedding_share_their_codes(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", variant="tied")
+    model, exact = quantised(folder, "int4"), load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    ids = torch.tensor([3, 600, 3])
+    assert (model.embed(ids) - exact[ids]).norm() < 0.012 * exact[ids].norm()
+    assert model.model.embed_tokens.weight is None
+    assert model.logits(torch.eye(96)[:2]).shape == (2, 640)
+
+
+def test_dummy_weights_are_those_of_the_unquantised_network(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", no_weights=True)
+    exact = load(folder, load_format="dummy")["model.layers.0.mlp.gate_up_proj.weight"]
+    matrix = quantised(folder, "int8", "dummy").model.layers[0].mlp.gate_up_proj.matrix
+    assert (matrix.read(torch.arange(matrix.rows)) - exact).norm() < 0.012 * exact.norm()
+
+
 _MEASURE = """
 import re, sys, torch
 from qvl.models.registry import build_model
@@ -216,21 +259,27 @@ from qvl.models.weights import load_weights
 from qvl.specs import load_spec
 torch.set_num_threads(1)
 torch.randn(64, 64) @ torch.randn(64, 64)
-model = build_model(load_spec(sys.argv[1]), torch.bfloat16, "cpu")
+model = build_model(load_spec(sys.argv[1]), torch.bfloat16, "cpu", sys.argv[2])
 def peak():  # bytes; unlike ru_maxrss it starts anew with the program
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 load_weights(model, sys.argv[1], device="cpu", dtype=torch.bfloat16)
-print(peak() - before)
+print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_the_host_holds_the_weights_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_the_host_holds_the_weights_once(tmp_path: Path, quantization: str) -> None:
     wide = {"hidden_size": 512, "intermediate_size": 16384, "num_attention_heads": 16, "num_key_value_heads": 2}
     text = {**wide, "vocab_size": 40_000, "num_hidden_layers": 3, "mrope_section": [4, 6, 6]}
     folder = write_checkpoint(tmp_path / "model", dtype="bfloat16", text=text)
     weights = (folder / "model.safetensors").stat().st_size
     assert weights > 200e6
-    run = subprocess.run([sys.executable, "-c", _MEASURE, str(folder)], capture_output=True, text=True, check=True)
-    assert 0.9 * weights < int(run.stdout) < 1.2 * weights
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(folder), quantization], capture_output=True, text=True, check=True
+    )
+    peak, held = map(int, run.stdout.split())
+    piece = 0 if quantization == "none" else 64e6  # 16 MB of the file, as fp32, and copied once
+    assert held < weights * {"none": 1.01, "int8": 0.6, "int4": 0.55}[quantization]
+    assert 0.9 * held < peak < 1.2 * held + piece
