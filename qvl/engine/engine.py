@@ -23,7 +23,6 @@ from qvl.engine.runner import ModelRunner
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
 from qvl.errors import InvalidRequest
-from qvl.kernels.linear import describe_linear
 from qvl.specs import ModelSpec
 
 GRAMMAR_WAIT_SECONDS = 0.005  # nothing else to do; but new requests must be heard
@@ -126,9 +125,8 @@ def engine_info(config: EngineConfig, runner: ModelRunner, load_seconds: float) 
     return EngineInfo(
         model=config.served_name,
         device=device_name(runner.device),
-        dtype=config.dtype,
-        # Asking for the reason makes the choice, and builds what must be built, before the first request.
-        attention=f"{runner.model.attention_reason}; products: {describe_linear(runner.model.dtype, runner.device)}",
+        dtype=config.precision,
+        attention=f"{runner.model.attention_reason}; products: {runner.model.linear_reason}",
         num_blocks=config.num_blocks or 0,
         block_size=config.block_size,
         max_model_len=config.max_model_len,
