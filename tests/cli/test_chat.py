@@ -89,6 +89,17 @@ class Person:
         told, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return told
 
+    def interrupts(self, pattern: str) -> None:
+        """Ctrl-C at the prompt, again if need be: CPython loses one that arrives just before it waits for a key."""
+        for _ in range(8):
+            self.type("\x03")
+            try:
+                self.sees(pattern, seconds=5.0)
+            except AssertionError:
+                continue
+            return
+        self.sees(pattern, seconds=0.0)
+
     def leaves(self) -> int:
         self.type("\x04")
         return self.process.wait(30)
@@ -173,8 +184,7 @@ def test_typed_into_a_terminal(server: Live, home: Path, picture: Path) -> None:
         someone.type("hello\r")
         someone.sees("hello\r\n(.|\n)*hello")
         someone.sees("> $")
-        someone.type("\x03")
-        someone.sees("Ctrl-D or /quit leaves")
+        someone.interrupts("Ctrl-D or /quit leaves")
         someone.sees("> $")
         assert someone.leaves() == 0
     assert len(turns(home)) == 2
