@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: many tests share few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+for _name in ("http_proxy", "https_proxy", "all_proxy"):  # every server of these tests stands on the loopback address
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: tests that press it on a
+# process of theirs would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
