@@ -14,6 +14,7 @@
     |-- Overloaded                429 server_overloaded
     |-- Unavailable               503 engine_unavailable
     `-- RequestFailed             500 request_failed            one request went wrong inside the engine
+        `-- BadAnswer             500 bad_answer                a model's answer that is not what a task asked for
 
 Knows how an error is told to others. Does not know HTTP libraries, and never puts addresses, paths of the server,
 prompts or stack traces into a message that goes over the wire.
@@ -69,8 +70,10 @@ class TooManyMedia(InvalidRequest):
     """More pictures or videos than `--limit-mm-per-prompt` allows."""
 
     code = "too_many_media"
+    excess = 1  # how many must go; at least, where only a server's words are known
 
     def __init__(self, kind: str, count: int, limit: int) -> None:
+        self.excess = count - limit
         super().__init__(
             f"the request has {count} {kind}s, the limit is {limit}; start the server with "
             f"--limit-mm-per-prompt {kind}={count} to allow it",
@@ -150,6 +153,12 @@ class RequestFailed(QvlError):
     """One request failed inside the engine (not-a-number logits, for example); the engine lives on."""
 
     code = "request_failed"
+
+
+class BadAnswer(RequestFailed):
+    """What the model said is not what was asked for: no table, no such fields."""
+
+    code = "bad_answer"
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ from qvl.media.given_up import given_up_by
 from qvl.media.stages import heard_by
 from qvl.specs import load_spec
 from qvl.tokenizer import Tokenizer
-from qvl.types import ChatRequest, CompletionRequest, Delta, MediaPart, PictureRule, PixelLimits
+from qvl.types import ChatRequest, CompletionRequest, Delta, MediaPart, PictureRule
 
 T = TypeVar("T")
 Request = ChatRequest | CompletionRequest
@@ -268,7 +268,7 @@ class LocalBackend:
         self._engine_info = ready.info
         config = EngineConfig.from_json(ready.config)
         self._intake = Intake(config, self._tokenizer, loading=self._loading)
-        self._picture = _picture_rule(config)
+        self._picture = config.picture_rule
         self._grammars = self._grammars or GrammarCheck(config.spec.folder)
         self._reason = None
         if self._first is not None and not self._first.done():
@@ -300,14 +300,6 @@ def _shown_name(model: str) -> str:
     folder = Path(model).expanduser()
     is_path = model.startswith((".", "/", "~")) or folder.is_dir()
     return folder.resolve().name if is_path else model
-
-
-def _picture_rule(config: EngineConfig) -> PictureRule | None:
-    """How pictures are seen whose requests say nothing about it; None where the server's own defaults change that."""
-    if config.limits != PixelLimits():
-        return None
-    spec = config.spec.processor
-    return PictureRule(spec.factor, spec.min_pixels, spec.max_pixels)
 
 
 def _has_media(request: Request) -> bool:

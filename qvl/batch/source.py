@@ -15,8 +15,7 @@ import msgspec
 
 from qvl.client import media_kind
 from qvl.errors import InvalidRequest
-
-PICTURE_SUFFIXES = (".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from qvl.media.folder import PICTURE_SUFFIXES, files_below
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ class Pictures:
 
     def scan(self) -> Iterator[RawLine]:
         self._names.clear()
-        for number, name in enumerate(_pictures_below(str(self.base)), 1):
+        for number, name in enumerate(files_below(str(self.base), PICTURE_SUFFIXES), 1):
             offset = len(self._names)
             try:
                 self._names += name.encode() + b"\0"
@@ -116,14 +115,3 @@ class Pictures:
         content = [{"type": kind, kind: {"url": name}}, {"type": "text", "text": self._prompt}]
         body = {**self._fields, "messages": [{"role": "user", "content": content}]}
         return msgspec.json.encode({"custom_id": name, "body": body})
-
-
-def _pictures_below(folder: str) -> Iterator[str]:
-    """Relative names with slashes, folder by folder, sorted: the same order on every machine."""
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(here, folder).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        for name in sorted(files):
-            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
-                yield prefix + name

@@ -13,11 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qvl.client import Client, collect, media_kind, question
-from qvl.errors import InvalidRequest, QvlError
+from qvl.client import Client, collect, local_server, media_kind, question
+from qvl.errors import InvalidRequest
 from qvl.types import DEFAULT_URL, Delta, MediaPart, Message, SamplingParams
-
-PROBE_SECONDS = 2.0
 
 
 def answer(
@@ -91,7 +89,7 @@ def _choose(
     if base_url is not None:
         client = Client(base_url, model=model, api_key=api_key)
         return f"{client.model} at {client.base_url}", client.stream(messages, sampling)
-    local = local_server(model, api_key)
+    local = local_server(DEFAULT_URL, model, api_key)
     if local is not None:
         return f"{local.model} at {local.base_url}", local.stream(messages, sampling)
     name = model or "demo"
@@ -99,20 +97,6 @@ def _choose(
     from qvl.engine.llm import LLM  # torch loads only where no server can answer
 
     return f"{name} in process", LLM(name).stream(messages, sampling)
-
-
-def local_server(model: str | None, api_key: str | None) -> Client | None:
-    """The server on this machine's default port, when it is ready and serves `model`."""
-    probe = Client(DEFAULT_URL, api_key=api_key, timeout=PROBE_SECONDS, retries=0)
-    try:
-        names = probe.models() if probe.ready() else []
-    except QvlError:
-        names = []
-    finally:
-        probe.close()
-    if not names or (model is not None and model not in names):
-        return None
-    return Client(DEFAULT_URL, model=model or names[0], api_key=api_key)
 
 
 def _print_stream(deltas: Iterator[Delta]) -> None:

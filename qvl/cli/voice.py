@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from qvl.cli.answer import local_server
-from qvl.client import Client
+from qvl.client import Client, local_server
 from qvl.errors import QvlError
 from qvl.memory import ServerCounter, TokenCounter, UsageCounter
 from qvl.types import DEFAULT_URL, Completion, Delta, Message, SamplingParams
@@ -33,7 +32,11 @@ class Voice:
 
 def find_voice(base_url: str | None, model: str | None, api_key: str | None) -> Voice:
     """Raises `Unavailable` when a named server does not answer."""
-    client = local_server(model, api_key) if base_url is None else Client(base_url, model=model, api_key=api_key)
+    client = (
+        local_server(DEFAULT_URL, model, api_key)
+        if base_url is None
+        else Client(base_url, model=model, api_key=api_key)
+    )
     if client is not None:
         return _of_server(client, api_key)
     name = model or "demo"

@@ -12,6 +12,17 @@ from __future__ import annotations
 from qvl.client.awaited import AsyncClient
 from qvl.client.blocking import Client
 from qvl.client.calls import EventReader, Retries, body_of, collect, question
+from qvl.client.local import local_server
 from qvl.client.media import media_kind
 
-__all__ = ["AsyncClient", "Client", "EventReader", "Retries", "body_of", "collect", "media_kind", "question"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "EventReader",
+    "Retries",
+    "body_of",
+    "collect",
+    "local_server",
+    "media_kind",
+    "question",
+]

@@ -105,6 +105,15 @@ class AsyncClient:
             await self.models()
         return context_of(self._served or (), model)
 
+    async def picture_rule(self) -> PictureRule | None:
+        """How the server sees pictures, asked once; None where it does not say."""
+        if self._served is None:
+            try:
+                await self.models()
+            except QvlError:
+                self._served = []  # a server without such a list may answer all the same
+        return rule_of(self._served or (), await self.model())
+
     async def ready(self) -> bool:
         """Whether a chat request would be answered now. False too when nothing answers. Asks once."""
         try:
@@ -133,15 +142,7 @@ class AsyncClient:
         await self.close()
 
     async def _rule(self, request: ChatRequest) -> PictureRule | None:
-        """How the server sees pictures, asked once; None where it does not say, or where nothing depends on it."""
-        if not wants_rule(request):
-            return None
-        if self._served is None:
-            try:
-                await self.models()
-            except QvlError:
-                self._served = []  # a server without such a list may answer all the same
-        return rule_of(self._served or (), await self.model())
+        return await self.picture_rule() if wants_rule(request) else None
 
     async def _whole(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         with self._server.errors():

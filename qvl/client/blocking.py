@@ -99,6 +99,15 @@ class Client:
             self.models()
         return context_of(self._served or (), model)
 
+    def picture_rule(self) -> PictureRule | None:
+        """How the server sees pictures, asked once; None where it does not say."""
+        if self._served is None:
+            try:
+                self.models()
+            except QvlError:
+                self._served = []  # a server without such a list may answer all the same
+        return rule_of(self._served or (), self.model)
+
     def ready(self) -> bool:
         """Whether a chat request would be answered now. False too when nothing answers. Asks once."""
         try:
@@ -128,15 +137,7 @@ class Client:
         self.close()
 
     def _rule(self, request: ChatRequest) -> PictureRule | None:
-        """How the server sees pictures, asked once; None where it does not say, or where nothing depends on it."""
-        if not wants_rule(request):
-            return None
-        if self._served is None:
-            try:
-                self.models()
-            except QvlError:
-                self._served = []  # a server without such a list may answer all the same
-        return rule_of(self._served or (), self.model)
+        return self.picture_rule() if wants_rule(request) else None
 
     def _whole(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         with self._server.errors(), closing(self._open(method, path, body)) as response:

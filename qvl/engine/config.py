@@ -20,7 +20,7 @@ from qvl.engine.options import EngineOptions
 from qvl.errors import ConfigError
 from qvl.media.fetch import MediaPolicy
 from qvl.specs import ModelSpec, load_spec
-from qvl.types import PixelLimits
+from qvl.types import PictureRule, PixelLimits
 
 __all__ = ["DeviceFacts", "EngineConfig", "EngineOptions", "available_host_memory", "resolve"]
 
@@ -88,6 +88,14 @@ class EngineConfig:
     def precision(self) -> str:
         """What the weights are held in: "bfloat16", or "int8 (rest bfloat16)"."""
         return self.dtype if self.quantization == "none" else f"{self.quantization} (rest {self.dtype})"
+
+    @property
+    def picture_rule(self) -> PictureRule | None:
+        """How pictures are seen whose requests say nothing about it; None where these options change that."""
+        if self.limits != PixelLimits():
+            return None
+        spec = self.spec.processor
+        return PictureRule(spec.factor, spec.min_pixels, spec.max_pixels)
 
     @property
     def weight_bytes(self) -> int:

@@ -20,7 +20,7 @@ from qvl.engine.messages import Dialogue, RawPrompt, Turn, is_one_dialogue, is_o
 from qvl.engine.options import EngineOptions
 from qvl.errors import InvalidRequest
 from qvl.tokenizer import Tokenizer
-from qvl.types import ChatRequest, Completion, Delta, Message, PixelLimits, SamplingParams
+from qvl.types import ChatRequest, Completion, Delta, Message, PictureRule, PixelLimits, SamplingParams
 from qvl.wire.content import read_limits
 
 if TYPE_CHECKING:
@@ -150,6 +150,14 @@ class LLM:
         Raises `InvalidRequest` at once, `RequestFailed` where the engine gives up.
         """
         return self._driver.deltas(self._chat_reader(messages, _one(sampling_params), how)())
+
+    def picture_rule(self) -> PictureRule | None:
+        """How the model sees pictures; None where the options decide it otherwise for each."""
+        return self.engine.config.picture_rule
+
+    def context(self) -> int:
+        """The most tokens of a request with its answer."""
+        return self.engine.config.max_model_len
 
     def _chat_reader(self, dialogue: Any, sampling: SamplingParams, how: ChatOptions) -> Reader:
         request = _chat_request(read_dialogue(dialogue), sampling, **how)
