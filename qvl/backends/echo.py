@@ -28,6 +28,7 @@ from qvl.types import (
 )
 
 TOKENS_PER_MEDIUM = 4
+MEDIUM = "\ufffc"  # stands for a quarter of a picture or video among the tokens
 
 
 class EchoBackend:
@@ -78,8 +79,12 @@ class EchoBackend:
     async def tokenize(self, request: ChatRequest | CompletionRequest) -> Sequence[int]:
         if isinstance(request, CompletionRequest):
             return [ord(char) for char in _prompt_text(request)]
-        texts = (part.text for message in request.messages for part in message.parts if isinstance(part, TextPart))
-        return [ord(char) for char in "".join(texts)]
+        parts = (part for message in request.messages for part in message.parts)
+        texts = (part.text if isinstance(part, TextPart) else MEDIUM * TOKENS_PER_MEDIUM for part in parts)
+        token_ids = [ord(char) for text in texts for char in text]
+        if len(token_ids) >= self._info.max_model_len:
+            raise PromptTooLong(len(token_ids), self._info.max_model_len)
+        return token_ids
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return _text_of(token_ids)

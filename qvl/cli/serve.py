@@ -7,7 +7,7 @@ and `qvl.server.supervisor` (several).
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,6 +57,21 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="Time that running requests get after SIGTERM.", rich_help_panel=SERVER_PANEL)
     ] = 30.0,
+    overflow: Annotated[
+        Literal["error", "window", "summary"],
+        typer.Option(
+            help="What becomes of a conversation that is too long for the model, where its request does not say: it is "
+            "refused, it loses its oldest turns, or the model sums them up.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = "error",
+    summary_seconds: Annotated[
+        float,
+        typer.Option(
+            help="Time that summing up may take for one answer; above it the oldest turns are left out.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 60.0,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="Web origin whose pages may call this server; repeatable.", rich_help_panel=SERVER_PANEL),
@@ -137,6 +152,8 @@ def serve(
         max_body_bytes=parse_bytes("max_body_size", max_body_size),
         max_queue=max_queue,
         drain_seconds=drain_seconds,
+        overflow=overflow,
+        summary_seconds=summary_seconds,
         cors_origins=tuple(cors_origin or ()),
         root_path=root_path,
         log_level=log_level,

@@ -52,6 +52,21 @@ class LoadedMedia:
     num_tokens: int
 
 
+class Once:
+    """Stands as `MediaPart.source` for another source that is read once, for who loads the same part several times.
+
+    Whoever counts a conversation before it is sent does. The pixels live as long as this does, or until `forget`.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.loaded: LoadedMedia | None = None
+
+    def forget(self) -> None:
+        """Give the pixels back; they are loaded again if they are asked for again."""
+        self.loaded = None
+
+
 @reported
 def load(
     part: MediaPart,
@@ -70,6 +85,13 @@ def load(
     `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
     hashing release the GIL. Raises BadMedia, MediaRefused, PayloadTooLarge, InvalidRequest.
     """
+    once = part.source
+    if isinstance(once, Once):
+        loaded = once.loaded
+        if loaded is None:
+            inner = replace(part, source=once.source)
+            once.loaded = loaded = load(inner, spec, policy, limits, resize_here=resize_here, gate=gate)
+        return loaded
     limits = part.limits.over(limits)
     _check(limits, spec)
     if part.kind == "video":

@@ -98,6 +98,8 @@ def fit(
 ) -> Machine[Fitted]:
     """Messages in, a request out whose prompt has at most `budget.room` tokens, counted exactly.
 
+    Only a newest turn that is longer by itself goes alone, up to `budget.limit`.
+
     `running` is the summary that an earlier call returned. `keys[i]` names `messages[i]` in `measured` (its index when
     not given) and must not be used again for another message. Raises `PromptTooLong` when what must stay does not fit,
     and whatever counting the newest turn raises.
@@ -144,6 +146,8 @@ class _Fitting:
             decide((Cost(total),), Cost(0), self.base, "none")
             return Fitted(self.messages, total)
         newest = yield from self._newest()
+        if newest.tokens > self.base.room:
+            return Fitted(self._request(0, False), newest.tokens, tuple(self._dropped(0, False)), self.running)
         older = yield from self._costs(newest)
         while True:
             decision = self._decide(older, newest)
@@ -162,7 +166,7 @@ class _Fitting:
             fixed = self._messages(self.shape.newest)
             try:
                 tokens = yield Count(fixed)
-                if tokens > self.base.room:
+                if tokens > self.base.limit:
                     raise too_long(tokens, self.base)
             except (PromptTooLong, TooManyMedia):
                 shape = self.shape.split_newest(self.messages)
@@ -225,10 +229,10 @@ class _Fitting:
                 total = newest_tokens if not (keep or summary) else (yield Count(messages))
             except PromptTooLong:
                 total = self.base.room + 1
-            except TooManyMedia:
+            except TooManyMedia as error:
                 if not keep:
                     raise
-                self.measured.max_media = count_media(messages) - 1
+                self.measured.max_media = count_media(messages) - error.excess
                 return None
             if total <= self.base.room:
                 return Fitted(messages, total, (*self.notices, *self._dropped(keep, summary)), self.running)

@@ -26,13 +26,15 @@ class Budget:
 
     `answer` tokens of it are kept free for the answer, `summary` is the most that the running summary may take of the
     rest, `max_media` the most pictures and videos of one request (None: the server says no if there are too many, and
-    that is learnt from). Raises `ConfigError` for numbers that leave no room.
+    that is learnt from). `least`: what is left for the answer at least where the newest turn alone takes so much that
+    it cannot be `answer` (None: such a turn is too long). Raises `ConfigError` for numbers that leave no room.
     """
 
     tokens: int
     answer: int
     summary: int
     max_media: int | None = None
+    least: int | None = None
 
     def __post_init__(self) -> None:
         if self.answer < 1 or self.summary < LEAST_SUMMARY or (self.max_media is not None and self.max_media < 0):
@@ -54,6 +56,11 @@ class Budget:
     def room(self) -> int:
         """The most tokens that a prompt may have."""
         return self.tokens - self.answer
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that what must stay may have."""
+        return self.room if self.least is None else self.tokens - self.least
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,19 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
+        self._overflowed = Counter(
+            "qvl_overflowed_requests", "Conversations that were made to fit", ["strategy"], registry=registry
+        )
+        self._left = Counter(
+            "qvl_overflowed_messages", "Messages that left such a conversation", ["as"], registry=registry
+        )
+        self._summaries = Histogram(
+            "qvl_summary_seconds",
+            "Time of a call for a summary of what left",
+            ["outcome"],
+            buckets=SECONDS,
+            registry=registry,
+        )
         self._registry.register(_Numbers("qvl_", gauges))
         self._registry.register(_Numbers("qvl_engine_", stats))
         if shared:
@@ -78,6 +91,16 @@ class Metrics:
 
     def media_stage(self, kind: str, stage: str, seconds: float) -> None:
         self._stages.labels(kind, stage).observe(seconds)
+
+    def overflowed(self, strategy: str, dropped: int, summarised: int) -> None:
+        self._overflowed.labels(strategy).inc()
+        self._left.labels("dropped").inc(dropped)
+        self._left.labels("summarised").inc(summarised)
+
+    def summary_call(self, seconds: float, usage: Usage | None) -> None:
+        self._summaries.labels("failed" if usage is None else "ok").observe(seconds)
+        if usage is not None:
+            self._count_tokens(usage)
 
     def count_request(self, scope: Scope, status: int) -> None:
         """Routes are counted by their pattern: a path that matches none must not become a series of its own."""
@@ -103,9 +126,7 @@ class Metrics:
 
     def _count_generation(self, since: float, first: float | None, usage: Usage, finished: Iterable[str]) -> None:
         now = time.perf_counter()
-        self._prompt.inc(usage.prompt_tokens)
-        self._cached.inc(usage.cached_tokens)
-        self._generated.inc(usage.completion_tokens)
+        self._count_tokens(usage)
         for reason in finished:
             self._finished.labels(reason).inc()
         if first is None:
@@ -114,6 +135,11 @@ class Metrics:
         self._whole.observe(now - since)
         if usage.completion_tokens > 1:
             self._per_token.observe((now - first) / (usage.completion_tokens - 1))
+
+    def _count_tokens(self, usage: Usage) -> None:
+        self._prompt.inc(usage.prompt_tokens)
+        self._cached.inc(usage.cached_tokens)
+        self._generated.inc(usage.completion_tokens)
 
 
 class _Numbers(Collector):

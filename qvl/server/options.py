@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qvl.errors import ConfigError
 
@@ -18,7 +19,8 @@ class ServerOptions:
     `max_body_bytes` bounds one body, `max_total_body_bytes` all bodies held at a time, `max_header_bytes` the request
     line and headers together. `header_seconds`: time a client has to send its headers; `stall_seconds`: time it may go
     without sending the next piece of its body or reading the next piece of its answer, before the connection is cut.
-    `drain_seconds`: time that running requests get to finish after SIGTERM.
+    `drain_seconds`: time that running requests get to finish after SIGTERM. `overflow`: what becomes of a conversation
+    that is too long for the model, where its request does not say; `summary_seconds` bounds what a summary may take.
     Raises `ConfigError` naming the option that cannot work.
     """
 
@@ -33,6 +35,8 @@ class ServerOptions:
     header_seconds: float = 30.0
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
+    overflow: Literal["error", "window", "summary"] = "error"
+    summary_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
     root_path: str = ""
     log_level: str = "warning"
@@ -46,6 +50,8 @@ class ServerOptions:
         _require(self.header_seconds > 0, "header_seconds", "above 0")
         _require(self.stall_seconds > 0, "stall_seconds", "above 0")
         _require(self.drain_seconds >= 0, "drain_seconds", "at least 0")
+        _require(self.overflow in ("error", "window", "summary"), "overflow", "error, window or summary")
+        _require(self.summary_seconds > 0, "summary_seconds", "above 0")
         _require(all(self.api_keys), "api_keys", "non-empty strings")
         _require(all(self.served_model_names), "served_model_names", "non-empty strings")
         root_ok = not self.root_path or (self.root_path.startswith("/") and not self.root_path.endswith("/"))

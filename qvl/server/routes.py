@@ -22,6 +22,7 @@ from qvl.backends.merge import merge
 from qvl.errors import QvlError
 from qvl.server.failures import ClientGone, check_model, internal_error, logger
 from qvl.server.openapi import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from qvl.server.overflow import Fitting
 from qvl.server.service import Service
 from qvl.server.sse import EventStream, event, while_connected
 from qvl.types import Completion, Delta, Usage
@@ -84,8 +85,12 @@ def _add_generation(router: APIRouter, service: Service) -> None:
         since = time.perf_counter()
         call = await _parse(wire.parse_chat, request)
         head = _head("chatcmpl", call.model, service)
-        writer = wire.ChatWriter(head, service.backend.token_bytes, call.options)
-        deltas = service.backend.chat(call.request, head.id)
+        fitting = Fitting(call.request)
+        strategy = call.overflow or service.options.overflow
+        if strategy != "error":
+            fitting = await while_connected(request.receive, service.overflow.fit(call.request, strategy, head.id))
+        writer = wire.ChatWriter(head, service.backend.token_bytes, call.options, fitting.told)
+        deltas = service.backend.chat(fitting.request, head.id)
         return await _answer(request, service, deltas, writer, since, stream=call.stream, options=call.options)
 
     @router.post("/v1/completions", tags=["answers"], summary="The continuation of a text", openapi_extra=COMPLETION)

@@ -11,6 +11,7 @@ from qvl.server.counts import Counts
 from qvl.server.limits import Admission
 from qvl.server.metrics import Metrics
 from qvl.server.options import ServerOptions
+from qvl.server.overflow import Overflow
 
 
 class Service:
@@ -22,6 +23,7 @@ class Service:
         self.counts = counts
         self.admission = Admission(lambda: max(1, backend.info.max_num_seqs) + options.max_queue, counts)
         self.metrics = Metrics(self._gauges, backend.stats)
+        self.overflow = Overflow(backend, self.metrics, options.summary_seconds)
         self.start_error: QvlError | None = None
         self.created = int(time.time())
         backend.observer = self.metrics

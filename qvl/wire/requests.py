@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -23,12 +23,13 @@ Body = Mapping[str, Any] | bytes
 
 @dataclass(frozen=True, slots=True)
 class ChatCall:
-    """A parsed chat completion: `model` is None where the caller leaves the choice to the server."""
+    """A parsed chat completion: `model` and `overflow` are None where the caller leaves the choice to the server."""
 
     model: str | None
     request: ChatRequest
     stream: bool
     options: Options
+    overflow: Literal["error", "window", "summary"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,12 @@ class ChatBody(SamplingFields, ConstraintFields, PromptFields):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
+    overflow: Literal["error", "window", "summary"] | None = None
 
     def parsed(self) -> ChatCall:
         sampling = self.sampling(self._max_tokens(), self._logprobs(), self.constraint())
         request = self.chat_request(sampling, self.cache_salt)
-        return ChatCall(self.model, request, bool(self.stream), self.options())
+        return ChatCall(self.model, request, bool(self.stream), self.options(), self.overflow)
 
     def _max_tokens(self) -> int | None:
         old, new = self.max_tokens, self.max_completion_tokens

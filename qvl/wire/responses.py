@@ -46,6 +46,24 @@ class Options:
     tokens_as_ids: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Overflowed:
+    """How a conversation that was too long was made to fit; stands as "qvl" in the answer, which clients of OpenAI's
+    shapes pass over.
+
+    `dropped_*` are in the prompt in no form; `summary` stands there for `summarised_*`. `summary_error`: why there is
+    no (newer) summary.
+    """
+
+    overflow: str
+    dropped_messages: int = 0
+    dropped_media: int = 0
+    summarised_messages: int = 0
+    summarised_media: int = 0
+    summary: str | None = None
+    summary_error: str | None = None
+
+
 class _Frames:
     """Chunks that say nothing but text differ in nothing but their text: what stands around it, by answer."""
 
@@ -72,10 +90,20 @@ def _is_plain(delta: Delta, options: Options) -> bool:
 
 
 class ChatWriter:
-    """Writes the answer to one chat request; keep one per request (it remembers which answers have begun)."""
+    """Writes the answer to one chat request; keep one per request (it remembers which answers have begun).
 
-    def __init__(self, head: Head, token_bytes: TokenBytes, options: Options = Options()) -> None:
+    `overflowed` is told in the whole answer, and in the first chunk of a stream.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        token_bytes: TokenBytes,
+        options: Options = Options(),
+        overflowed: Overflowed | None = None,
+    ) -> None:
         self._head = head
+        self._told = {} if overflowed is None else {"qvl": overflowed}
         self._token_bytes = token_bytes
         self._options = options
         self._begun: set[int] = set()
@@ -84,8 +112,9 @@ class ChatWriter:
     def chunk(self, delta: Delta) -> bytes:
         """One `chat.completion.chunk`; the first of every answer carries its role."""
         if delta.index not in self._begun:
+            told = {} if self._begun else self._told
             self._begun.add(delta.index)
-            return _encode(self._chunk(delta, {"role": "assistant", "content": delta.text}))
+            return _encode({**self._chunk(delta, {"role": "assistant", "content": delta.text}), **told})
         if _is_plain(delta, self._options):
             return self._frames.write(delta) or self._frames.learn(delta, self._chunk)
         return _encode(self._chunk(delta))
@@ -110,7 +139,7 @@ class ChatWriter:
     def response(self, completion: Completion) -> bytes:
         """A whole `chat.completion`."""
         choices = [self._choice(answer) for answer in completion.answers]
-        return _encode(_whole(self._head, "chat.completion", choices, completion.usage))
+        return _encode({**_whole(self._head, "chat.completion", choices, completion.usage), **self._told})
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         choice = {

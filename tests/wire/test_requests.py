@@ -76,6 +76,7 @@ def test_every_field_is_known_to_a_test() -> None:
     elsewhere = {
         "model", "messages", "stream", "stream_options", "add_generation_prompt", "continue_final_message",
         "add_vision_id", "mm_processor_kwargs", "cache_salt", "return_token_ids", "return_tokens_as_token_ids",
+        "overflow",  # tests/server/test_overflow.py
         *ConstraintFields.model_fields,  # test_structured.py
     }  # fmt: skip
     assert set(wire.ChatBody.model_fields) == tested | elsewhere
