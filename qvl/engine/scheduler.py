@@ -13,10 +13,11 @@ Knows sequences, blocks and budgets. Does not know tensors; what a step computed
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from typing import Any
 
-from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
+from qvl.engine.batch import ScheduledBatch, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.grammar import AnswerGrammar
@@ -67,6 +68,8 @@ class Scheduler:
             raise InvalidRequest("a request with this id is already running", param="request_id")
         self._num_arrived += 1
         seq.arrival = self._num_arrived
+        longest = self.config.max_model_len
+        seq.limit = min(seq.num_prompt_tokens + (seq.sampling.params.max_tokens or longest), longest)
         self._active[seq.request_id] = seq
         self.waiting.append(seq)
         self._add("prompt_tokens", seq.num_prompt_tokens)
@@ -97,29 +100,23 @@ class Scheduler:
         return step.batch
 
     def _schedule_decodes(self, step: Step) -> None:
+        block_size = self.blocks.block_size
         for seq in tuple(self.running):
             if step.tokens_left == 0:
                 return
-            is_ready = seq.status is Status.RUNNING and seq.is_decoding and not self._must_wait(seq)
-            if is_ready and self._grow(seq, step):
-                step.add(seq, 1)
-
-    def _must_wait(self, seq: Sequence) -> bool:
-        """Whether the token in flight, not known yet, is the last one that fits, or decides what may follow it."""
-        if not seq.num_pending:
-            return False
-        if seq.grammar is not None:
-            return True
-        num_tokens = seq.num_tokens + seq.num_pending
-        limit = seq.num_prompt_tokens + (seq.sampling.params.max_tokens or self.config.max_model_len)
-        return num_tokens >= min(limit, self.config.max_model_len)
+            # Written out, not asked of `seq`: this is what a step of hundreds of decodes spends its time on.
+            num_tokens = len(seq.token_ids) + seq.num_pending
+            computed = seq.num_computed
+            if num_tokens - computed != 1 or computed < seq.num_prompt_tokens or seq.status is not Status.RUNNING:
+                continue
+            if seq.num_pending and num_tokens >= seq.limit:  # the token in flight, not known yet, is its last
+                continue
+            if computed < len(seq.block_table) * block_size or self._grow(seq, step):
+                step.add_decode(seq)
 
     def _grow(self, seq: Sequence, step: Step) -> bool:
         """Give a decode the block of its next token. False when it had to give way itself."""
-        num_new = seq.num_computed // self.blocks.block_size + 1 - len(seq.block_table)
-        if num_new == 0:
-            return True
-        while (taken := self.blocks.take((), num_new)) is None:
+        while (taken := self.blocks.take((), 1)) is None:
             victim = next(other for other in reversed(self.running) if other not in step)
             self._preempt(victim, step)
             if victim is seq:
@@ -146,6 +143,8 @@ class Scheduler:
 
     def _schedule_waiting(self, step: Step) -> None:
         """Admit in order of arrival, until one must wait; who waits for a prefix or a grammar lets others pass."""
+        if not self.waiting or step.tokens_left == 0 or len(self.running) >= self.config.max_num_seqs:
+            return
         promised = {key for seq in self.running for key in seq.keys[seq.num_registered :]}
         num_patient = 0
         for seq in tuple(self.waiting):
@@ -229,42 +228,40 @@ class Scheduler:
         To be called once per step, also after one that failed (with `StepResult.errors` for each of its sequences).
         """
         self._num_in_flight -= bool(batch)
-        outputs: list[TokenOutput] = []
-        sampled = 0
         for media in batch.encode:
             if not self.encoder_cache.is_filled(media.span.digest):
                 self.encoder_cache.drop(media.span.digest)
+        outputs: list[TokenOutput] = []
+        tokens = iter(zip(result.token_ids, result.logprobs or itertools.repeat(None), strict=False))
         for entry in batch.seqs:
-            index, sampled = sampled, sampled + entry.samples
-            entry.seq.num_pending -= entry.samples
-            if entry.seq.status is Status.FINISHED:
+            seq = entry.seq
+            token_id, logprob = next(tokens) if entry.samples else (0, None)
+            seq.num_pending -= entry.samples
+            if seq.status is Status.FINISHED:
                 continue
-            error = result.errors.get(entry.seq.request_id)
-            if error is not None:
-                outputs.append(self._fail(entry.seq, error))
+            if result.errors and seq.request_id in result.errors:
+                outputs.append(self._fail(seq, result.errors[seq.request_id]))
                 continue
-            self._settle(entry)
+            self._settle(seq, entry.start + entry.num_tokens)
             if entry.samples:
-                logprob = result.logprobs[index] if result.logprobs else None
-                outputs.append(self._append(entry.seq, result.token_ids[index], logprob))
+                outputs.append(self._append(seq, token_id, logprob))
+        self._add("generated_tokens", sum(len(output.token_ids) for output in outputs))
         return outputs
 
-    def _settle(self, entry: ScheduledSeq) -> None:
-        """Tokens up to `entry.end` are in the cache for good: register full blocks, let go of pictures behind them."""
-        seq = entry.seq
+    def _settle(self, seq: Sequence, end: int) -> None:
+        """Tokens up to `end` are in the cache for good: register full blocks, let go of pictures behind them."""
         if seq.status is not Status.RUNNING:  # preempted while this step was in flight: the blocks are its own no more
             return
-        for index in range(seq.num_registered, entry.end // self.blocks.block_size):
+        for index in range(seq.num_registered, end // self.blocks.block_size):
             self.blocks.register(seq.block_table[index], seq.keys[index])
             seq.num_registered = index + 1
-        for index in tuple(seq.pinned):
-            if seq.spans[index].end <= entry.end:
+        if seq.pinned:
+            for index in [index for index in seq.pinned if seq.spans[index].end <= end]:
                 seq.pinned.remove(index)
                 self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
 
     def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
         seq.append(token_id)
-        self._add("generated_tokens", 1)
         reason, stop_reason = self._why_done(seq, token_id)
         if reason is not None:
             self._end(seq, reason)
@@ -280,13 +277,10 @@ class Scheduler:
 
     def _why_done(self, seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
         """Finish reason after `token_id` was appended, and the stop token id that a caller asked for."""
-        params = seq.sampling.params
-        if seq.sampling.ends(token_id, seq.num_output):
-            return "stop", token_id if token_id in params.stop_token_ids else None
-        at_limit = params.max_tokens is not None and seq.num_output >= params.max_tokens
-        if at_limit or seq.num_tokens >= self.config.max_model_len:
-            return "length", None
-        return None, None
+        rules = seq.sampling
+        if (token_id in rules.stop_ids or token_id in rules.final_ids) and rules.ends(token_id, seq.num_output):
+            return "stop", token_id if token_id in rules.params.stop_token_ids else None
+        return ("length" if len(seq.token_ids) >= seq.limit else None), None
 
     def _fail(self, seq: Sequence, message: str) -> TokenOutput:
         self._end(seq, "error")

@@ -77,7 +77,8 @@ class Sequence:
     `pixels[i]` belongs to `media[i]` and `spans[i]`: what the vision step turns into patches; the engine sets it, and
     it is None after the end. `keys` holds one prefix-cache key per full block. `num_cached_tokens` counts the prompt
     tokens that the first admission found in the prefix cache (None before it). `grammar` is what a constrained answer
-    must keep to, as far as its output has come; it is let go at the end.
+    must keep to, as far as its output has come; it is let go at the end. `limit`: the answer ends at so many tokens,
+    prompt included; the scheduler sets it.
     """
 
     request_id: str
@@ -94,6 +95,7 @@ class Sequence:
     keys: list[bytes]
     grammar: AnswerGrammar | None = None
     arrival: int = 0
+    limit: int = 0
     status: Status = Status.WAITING
     num_computed: int = 0
     num_pending: int = 0

@@ -40,6 +40,14 @@ class Step:
     def __contains__(self, seq: Sequence) -> bool:
         return seq.request_id in self._members
 
+    def add_decode(self, seq: Sequence) -> None:
+        """`add` of the one token that is left, for hundreds in every step."""
+        self.batch.seqs.append(ScheduledSeq(seq, seq.num_computed, 1, True))
+        self._members.add(seq.request_id)
+        self.tokens_left -= 1
+        seq.num_computed += 1
+        seq.num_pending += 1
+
     def add(self, seq: Sequence, num_tokens: int) -> None:
         samples = num_tokens == seq.num_to_compute
         self.batch.seqs.append(ScheduledSeq(seq, seq.num_computed, num_tokens, samples))
