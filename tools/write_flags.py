@@ -21,7 +21,17 @@ HEAD = """# Commands and flags
 
 Written by `tools/write_flags.py` from the commands themselves; `make check` fails when it is out of date. Every flag
 may be written with dashes or underscores, its value after a space or an equals sign. A flag's environment variable
-stands beside it. Mistakes end with one line on stderr and exit code 2.
+stands beside it. `qvl --version` is short for `qvl version`; `qvl --install-completion` teaches bash, zsh or fish to
+complete commands and flags.
+
+Answers go to stdout, everything else to stderr; a mistake or an error is one line.
+
+| exit code | |
+|---|---|
+| 0 | done; a server: drained after Ctrl-C or SIGTERM |
+| 1 | it did not work out: no server answers, a request failed, some lines of a batch have no answer |
+| 2 | a mistake: a flag, a file, a checkpoint, or a request that the server refuses |
+| 130 | Ctrl-C |
 """
 
 

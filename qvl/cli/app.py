@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
+from qvl.cli.tasks import ocr
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -26,18 +28,35 @@ def dashes(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version.version()
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="qvl",
-    help="Serve the Qwen-VL family from a checkpoint folder, on a GPU or just a CPU.",
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": dashes, "help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="As `qvl version`."),
+    ] = False,
+) -> None:
+    """Serve the Qwen-VL family from a checkpoint folder, on a GPU or just a CPU."""
+
+
 app.command("serve")(serve.serve)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("batch")(batch.batch)
+app.command("ocr", rich_help_panel="Tasks")(ocr.ocr)
 app.command("check")(check.check)
 app.add_typer(bench.app, name="bench")
 app.command("version")(version.version)

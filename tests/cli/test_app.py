@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_version_names_what_decides_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["version"]) == 0
     assert re.fullmatch(r"qvl \S+, Python \S+, torch \S+, tokenizers \S+\n", capsys.readouterr().out)
+    assert run(["--version"]) == run(["-V"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert first.startswith("qvl ")
     assert installed("no-such-package") == "missing"
 
 
@@ -68,6 +73,19 @@ def test_without_arguments_it_explains_itself(capsys: pytest.CaptureFixture[str]
     assert run([]) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("serve", "ask", "check", "bench", "version"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("qvl ser", "serve"), ("qvl serve --max-num-s", "--max-num-seqs"), ("qvl bench sh", "shape")]
+)
+def test_a_shell_completes_commands_and_flags(typed: str, offered: str) -> None:
+    """What the script of `qvl --show-completion` runs when Tab is pressed."""
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_QVL_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-m", "qvl.cli"], cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == [offered]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
