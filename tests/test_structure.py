@@ -33,6 +33,7 @@ LEVELS = {
     "qvl.client": 5,
     "qvl.memory": 5,
     "qvl.batch": 5,
+    "qvl.tasks": 5,
     "qvl.bench": 5,
     "qvl.server": 6,
     "qvl.cli": 6,

@@ -45,13 +45,13 @@ def _read_question(text: str, media: Sequence[str]) -> tuple[str, list[Any]]:
         if "-" in media:
             raise InvalidRequest("standard input can be the question or a picture, not both")
         text = _decode(stdin.read())
-    elif not media and _is_piped(stdin):
+    elif not media and is_piped(stdin):
         piped = _decode(stdin.read()).strip()
         text = f"{text}\n\n{piped}" if piped else text
     return text, [_medium(item, stdin) for item in media]
 
 
-def _is_piped(stdin: BinaryIO) -> bool:
+def is_piped(stdin: BinaryIO) -> bool:
     """Whether someone redirected a file or a pipe into us; a terminal or /dev/null has nothing to say."""
     try:
         mode = os.fstat(stdin.fileno()).st_mode

@@ -162,7 +162,8 @@ def batch(
 
 def _source(source: Path, output: Path, task: str | None, prompt: str | None, given: dict[str, Any]) -> Source:
     """The lines to answer. Raises `ConfigError` for flags that do not fit."""
-    from qvl.batch import JsonLines, Pictures, prompts
+    from qvl.batch import JsonLines, Pictures
+    from qvl.tasks import registry
 
     if task is not None and prompt is not None:
         raise ConfigError("--task and --prompt exclude each other")
@@ -173,9 +174,9 @@ def _source(source: Path, output: Path, task: str | None, prompt: str | None, gi
             raise ConfigError("the answers cannot go into the file of the requests")
         return JsonLines(source)
     if prompt is None and task is None:
-        raise ConfigError(f"a folder needs --task {' or --task '.join(prompts.TASKS)}, or --prompt TEXT")
-    chosen = prompts.FolderTask(prompt) if prompt is not None else prompts.task(task or "")
-    return Pictures(source, chosen.prompt, {**chosen.fields, **given})
+        raise ConfigError(f"a folder needs --task NAME (NAME is one of {', '.join(registry.TASKS)}), or --prompt TEXT")
+    asked, fields = (prompt, {}) if prompt is not None else registry.question(task or "")
+    return Pictures(source, asked, {**fields, **given})
 
 
 def _run(source: Source, output: Path, open_asker: OpenAsker, options: BatchOptions, quiet: bool) -> Report:

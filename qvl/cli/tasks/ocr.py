@@ -1,0 +1,32 @@
+"""`qvl ocr`: the flags. The work is `qvl.tasks.text`'s, which loads only for this command."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from qvl.cli.tasks import flags
+
+
+def ocr(
+    inputs: flags.Inputs = None,
+    lang: Annotated[Literal["en", "zh"], typer.Option(help="The language to ask in.")] = "en",
+    pages: flags.PageRange = None,
+    dpi: flags.Dpi = None,
+    output: flags.Output = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    max_tokens: flags.MaxTokens = None,
+    base_url: flags.BaseUrl = None,
+    model: flags.ModelName = None,
+    api_key: flags.ApiKey = None,
+    concurrency: flags.Concurrency = 4,
+) -> int:
+    """Read the text in pictures and PDFs: `qvl ocr scan.png`, `qvl ocr report.pdf --pages 1-3 -o report.txt`."""
+    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.tasks import Ocr
+
+    who = Who(base_url, model, api_key, concurrency)
+    how = How(inputs or [], pages, dpi, output, as_json, quiet, max_tokens)
+    return perform(Ocr(lang=lang), how, who)

@@ -1,0 +1,123 @@
+"""What every task's command does: find who answers, ask about every input, write what comes, tell what failed.
+
+Does not know any task: `qvl.tasks` does. Results go to standard output or to files, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from qvl.cli.answer import is_piped
+from qvl.cli.tasks.sink import Sink, open_sink
+from qvl.cli.tasks.status import Status, tell
+from qvl.client import Client, local_server
+from qvl.errors import InvalidRequest
+from qvl.tasks.base import Model, Task
+from qvl.tasks.inputs import STDIN, Item, Pages, Reading, items
+from qvl.tasks.run import Outcome, resolution_for, run
+from qvl.types import DEFAULT_URL
+
+TOLD_FAILURES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who answers, and how many questions at a time."""
+
+    base_url: str | None = None
+    model: str | None = None
+    api_key: str | None = None
+    concurrency: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What is asked about, and what becomes of the results."""
+
+    inputs: Sequence[str]
+    pages: str | None = None
+    dpi: float | None = None
+    output: str | None = None
+    as_json: bool = False
+    quiet: bool = False
+    max_tokens: int | None = None
+
+
+def perform(task: Task[Any], how: How, who: Who) -> int:
+    """The exit code: 0, or 1 when some of several inputs failed. The error of a single one is raised."""
+    task = task.with_max_tokens(how.max_tokens)
+    sources = how.inputs or _standard_input(task)
+    pages = None if how.pages is None else Pages.parse(how.pages)
+    reading = Reading(task.accepts, pages, lambda: resolution_for(model, how.dpi), sys.stdin.buffer.read)
+    found = items(sources, reading)
+    failed = [Outcome[Any](item, error=item.error) for item in found if item.error is not None]
+    sink = open_sink(how.output, found, task, as_json=how.as_json)
+    if len(failed) < len(found):  # else there is nothing to load a model for
+        model = find_model(who, quiet=how.quiet)
+        failed = _ask(task, found, model, sink, who.concurrency, how.quiet)
+    return _verdict(failed, len(found))
+
+
+def _ask(
+    task: Task[Any], found: list[Item], model: Model, sink: Sink, concurrency: int, quiet: bool
+) -> list[Outcome[Any]]:
+    """Ask about all items and write what comes. What failed."""
+    failed: list[Outcome[Any]] = []
+    outcomes = run(task, found, model, concurrency=concurrency)
+    with Status(task.name, found, quiet=quiet) as status, sink, closing(outcomes):
+        for outcome in outcomes:
+            status.clear()
+            sink.put(outcome)
+            if outcome.result is None:
+                failed.append(outcome)
+            elif not quiet:
+                _tell_notes(outcome.item, outcome.result.notes, len(found))
+            status.advance()
+    return failed
+
+
+def find_model(who: Who, *, quiet: bool) -> Model:
+    """A named server, else the one on this machine's default port, else the model is loaded here."""
+    if who.base_url is not None:
+        client = Client(who.base_url, model=who.model, api_key=who.api_key)
+        client.model  # noqa: B018  asked now: a server that does not answer is told once, not for every input
+        return client
+    found = local_server(DEFAULT_URL, who.model, who.api_key)
+    if found is not None:
+        return found
+    name = who.model or "demo"
+    if not quiet:
+        tell(f"no server at {DEFAULT_URL} serves {who.model or 'a model'}; loading {name} here")
+    from qvl.engine.llm import LLM  # torch loads only where no server can answer
+
+    return LLM(name)
+
+
+def _standard_input(task: Task[Any]) -> list[str]:
+    if not is_piped(sys.stdin.buffer):
+        raise InvalidRequest(f"name a picture: qvl {task.name} FILE")
+    return [STDIN]
+
+
+def _tell_notes(item: Item, notes: Sequence[str], total: int) -> None:
+    for note in notes:
+        tell(f"{item.title}: {note}" if total > 1 else note)
+
+
+def _verdict(failed: list[Outcome[Any]], total: int) -> int:
+    """Tell what failed."""
+    errors = [(outcome.item, outcome.error) for outcome in failed if outcome.error is not None]
+    if not errors:
+        return 0
+    if total == 1:
+        raise errors[0][1]
+    tell(f"{len(errors)} of {total} failed:")
+    for item, error in errors[:TOLD_FAILURES]:
+        tell(f"  {item.title}: {error.message}")
+    if len(errors) > TOLD_FAILURES:
+        tell(f"  and {len(errors) - TOLD_FAILURES} more")
+    return 1

@@ -1,0 +1,160 @@
+"""Where results go: one stream of texts, lines of JSON, or a folder with a file for each. Does not know any task."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
+
+from qvl.errors import InvalidRequest
+from qvl.tasks.base import Task
+from qvl.tasks.inputs import Item
+from qvl.tasks.run import Outcome
+
+
+def open_sink(output: str | None, found: Sequence[Item], task: Task[Any], *, as_json: bool) -> Sink:
+    """The sink for `output` (None is standard output). Raises `InvalidRequest` for an output that is an input."""
+    several = len(found) > 1
+    path = None if output is None else Path(output).expanduser()
+    if path is not None and (path.is_dir() or str(output).endswith("/")):
+        return FolderSink(path, task.suffix, paged=_paged(found), as_json=as_json)
+    if path is not None and path.exists() and any(_same(path, item.file) for item in found):
+        raise InvalidRequest(f"{output} is an input: name another file with -o")
+    if as_json or (several and task.several == "json"):
+        return JsonSink(path)
+    return TextSink(path, headings=several and task.several == "headings")
+
+
+class Sink(ABC):
+    """Takes outcomes in order; a context manager around them."""
+
+    @abstractmethod
+    def put(self, outcome: Outcome[Any]) -> None:
+        """Write it. Raises `InvalidRequest` where that is not possible."""
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027  most sinks hold nothing back
+        """The last outcome was put."""
+
+
+class _Stream(Sink):
+    """Standard output, or a file that is made when there is something to write."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = sys.stdout if path is None else None
+
+    def write(self, text: str) -> None:
+        if self._file is None:
+            assert self._path is not None
+            self._file = _open(self._path)
+        self._file.write(text)
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._path is not None and self._file is not None:
+            self._file.close()
+
+
+class TextSink(_Stream):
+    """Texts one after the other, an empty line between them; with `headings` each below its name, as `head` does."""
+
+    def __init__(self, path: Path | None, *, headings: bool) -> None:
+        super().__init__(path)
+        self._headings = headings
+        self._first = True
+
+    def put(self, outcome: Outcome[Any]) -> None:
+        if outcome.result is None:
+            return
+        text = outcome.result.text
+        head = f"==> {outcome.item.title} <==\n" if self._headings else ""
+        self.write(("" if self._first else "\n") + head + text + ("" if text.endswith("\n") else "\n"))
+        self._first = False
+
+
+class JsonSink(_Stream):
+    """A line of JSON for every item, failed ones too."""
+
+    def put(self, outcome: Outcome[Any]) -> None:
+        self.write(json.dumps(as_dict(outcome), ensure_ascii=False) + "\n")
+
+
+class FolderSink(Sink):
+    """A file for each item, named after it; pages of a PDF are numbered."""
+
+    def __init__(self, folder: Path, suffix: str, *, paged: set[str], as_json: bool) -> None:
+        self._folder = folder
+        self._suffix = ".json" if as_json else suffix
+        self._paged = paged
+        self._as_json = as_json
+        self._taken: set[str] = set()
+
+    def put(self, outcome: Outcome[Any]) -> None:
+        if outcome.result is None:
+            return
+        path = self._folder / self._name(outcome.item)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"cannot make the folder {path.parent}: {error.strerror}") from error
+        if self._as_json:
+            text = json.dumps(as_dict(outcome), ensure_ascii=False, indent=2)
+        else:
+            text = outcome.result.text
+        with _open(path) as file:
+            file.write(text if text.endswith("\n") else f"{text}\n")
+
+    def _name(self, item: Item) -> str:
+        """The item's relative name with our suffix; with its own before that where two would be the same."""
+        named = PurePosixPath(item.name)
+        page = f"-{item.page:03}" if item.file in self._paged else ""
+        stem = str(named.with_name(named.stem))
+        for candidate in (f"{stem}{page}", f"{item.name}{page}", *(f"{stem}{page}-{n}" for n in range(2, 10**6))):
+            name = candidate + self._suffix
+            if name not in self._taken:
+                break
+        self._taken.add(name)
+        return name
+
+
+def as_dict(outcome: Outcome[Any]) -> dict[str, Any]:
+    """An outcome as a program reads it."""
+    told: dict[str, Any] = {"file": outcome.item.file, "page": outcome.item.page, "result": None}
+    if outcome.result is not None:
+        told["result"] = outcome.result.data
+        if outcome.result.notes:
+            told["notes"] = list(outcome.result.notes)
+    if outcome.error is not None:
+        told["error"] = {"code": outcome.error.code, "message": outcome.error.message}
+    return told
+
+
+def _paged(found: Sequence[Item]) -> set[str]:
+    """Files of which several pages are asked about."""
+    pages = Counter(item.file for item in found if item.page is not None)
+    return {file for file, count in pages.items() if count > 1}
+
+
+def _same(output: Path, file: str) -> bool:
+    try:
+        return os.path.samefile(output, file)
+    except (OSError, ValueError):
+        return False
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8", newline="")
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from error

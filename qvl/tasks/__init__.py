@@ -1,0 +1,18 @@
+"""What a vision model is used for, each as a function, with a documented question and a checked answer.
+
+    from qvl import tasks
+    tasks.ocr("scan.png")
+    for outcome in tasks.each(tasks.Ocr(), "scans/", "report.pdf", pages="1-3"): ...
+
+`base` says what a task is; each task is one file; `inputs` finds what is asked about, `run` asks. docs/tasks.md tells
+the questions. Imports no torch; a model in this process is loaded only where no server answers.
+"""
+
+from __future__ import annotations
+
+from qvl.tasks.base import Model, Result, Task
+from qvl.tasks.description import Describe, describe
+from qvl.tasks.run import Outcome, each
+from qvl.tasks.text import Ocr, ocr
+
+__all__ = ["Describe", "Model", "Ocr", "Outcome", "Result", "Task", "describe", "each", "ocr"]
