@@ -103,6 +103,10 @@ class Task(ABC, Generic[T]):
     def result(self, value: T, notes: tuple[str, ...] = ()) -> Result[T]:
         return Result(value, self.text(value), self.data(value), notes)
 
+    def for_model(self, model: Model) -> Task[T]:
+        """The task as it suits the model that will answer; one that depends on what a model tells overrides it."""
+        return self
+
     def with_max_tokens(self, max_tokens: int | None) -> Task[T]:
         return self if max_tokens is None else dataclasses.replace(self, max_tokens=max_tokens)
 

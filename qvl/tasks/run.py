@@ -65,7 +65,7 @@ def one(task: Task[T], source: Any, model: Model | None, page: int | None) -> T:
     model = model or default_model()
     wanted = None if page is None else Pages(((page, page),))
     part = one_part(source, Reading(task.accepts, wanted, lambda: resolution_for(model)))
-    result = task.answer(asking(model), (part,))
+    result = task.for_model(model).answer(asking(model), (part,))
     for note in result.notes:
         warnings.warn(note, stacklevel=3)
     return result.value
@@ -101,6 +101,7 @@ def run(
     """
     stop = threading.Event()
     ask = asking(model, stop)
+    task = task.for_model(model)
 
     def work(item: Item) -> Outcome[T]:
         try:

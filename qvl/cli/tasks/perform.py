@@ -6,16 +6,16 @@ Does not know any task: `qvl.tasks` does. Results go to standard output or to fi
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qvl.cli.answer import is_piped
 from qvl.cli.tasks.sink import Sink, open_sink
 from qvl.cli.tasks.status import Status, tell
 from qvl.client import Client, local_server
-from qvl.errors import InvalidRequest
+from qvl.errors import InvalidRequest, QvlError
 from qvl.tasks.base import Model, Task
 from qvl.tasks.inputs import STDIN, Item, Pages, Reading, items
 from qvl.tasks.run import Outcome, resolution_for, run
@@ -47,8 +47,11 @@ class How:
     max_tokens: int | None = None
 
 
-def perform(task: Task[Any], how: How, who: Who) -> int:
-    """The exit code: 0, or 1 when some of several inputs failed. The error of a single one is raised."""
+def perform(task: Task[Any], how: How, who: Who, *, extra: Callable[[Sequence[Item]], Sink] | None = None) -> int:
+    """The exit code: 0, or 1 when some of several inputs failed. The error of a single one is raised.
+
+    `extra` makes a sink for what comes of the inputs besides the texts, such as pictures.
+    """
     task = task.with_max_tokens(how.max_tokens)
     sources = how.inputs or _standard_input(task)
     pages = None if how.pages is None else Pages.parse(how.pages)
@@ -56,17 +59,24 @@ def perform(task: Task[Any], how: How, who: Who) -> int:
     found = items(sources, reading)
     failed = [Outcome[Any](item, error=item.error) for item in found if item.error is not None]
     sink = open_sink(how.output, found, task, as_json=how.as_json)
+    besides = None if extra is None else extra(found)
     if len(failed) < len(found):  # else there is nothing to load a model for
         model = find_model(who, quiet=how.quiet)
-        failed = _ask(task, found, model, sink, who.concurrency, how.quiet)
+        failed = _ask(task, found, model, (sink, besides), who.concurrency, how.quiet)
     return _verdict(failed, len(found))
 
 
 def _ask(
-    task: Task[Any], found: list[Item], model: Model, sink: Sink, concurrency: int, quiet: bool
+    task: Task[Any],
+    found: list[Item],
+    model: Model,
+    sinks: tuple[Sink, Sink | None],
+    concurrency: int,
+    quiet: bool,
 ) -> list[Outcome[Any]]:
     """Ask about all items and write what comes. What failed."""
     failed: list[Outcome[Any]] = []
+    sink, besides = sinks
     outcomes = run(task, found, model, concurrency=concurrency)
     with Status(task.name, found, quiet=quiet) as status, sink, closing(outcomes):
         for outcome in outcomes:
@@ -74,10 +84,22 @@ def _ask(
             sink.put(outcome)
             if outcome.result is None:
                 failed.append(outcome)
-            elif not quiet:
-                _tell_notes(outcome.item, outcome.result.notes, len(found))
+            else:
+                if not quiet:
+                    _tell_notes(outcome.item, outcome.result.notes, len(found))
+                failed += _put_besides(besides, outcome)
             status.advance()
     return failed
+
+
+def _put_besides(sink: Sink | None, outcome: Outcome[Any]) -> list[Outcome[Any]]:
+    """What failed of it: the text of the result is out already, and the other inputs go on."""
+    try:
+        if sink is not None:
+            sink.put(outcome)
+    except QvlError as error:
+        return [replace(outcome, error=error)]
+    return []
 
 
 def find_model(who: Who, *, quiet: bool) -> Model:

@@ -21,13 +21,24 @@ def open_sink(output: str | None, found: Sequence[Item], task: Task[Any], *, as_
     """The sink for `output` (None is standard output). Raises `InvalidRequest` for an output that is an input."""
     several = len(found) > 1
     path = None if output is None else Path(output).expanduser()
-    if path is not None and (path.is_dir() or str(output).endswith("/")):
-        return FolderSink(path, task.suffix, paged=_paged(found), as_json=as_json)
-    if path is not None and path.exists() and any(_same(path, item.file) for item in found):
-        raise InvalidRequest(f"{output} is an input: name another file with -o")
+    if output is not None and path is not None and is_folder(output):
+        return FolderSink(path, task.suffix, found, as_json=as_json)
+    if path is not None:
+        keep_inputs(path, found)
     if as_json or (several and task.several == "json"):
         return JsonSink(path)
     return TextSink(path, headings=several and task.several == "headings")
+
+
+def is_folder(output: str) -> bool:
+    """Whether an output that a person named is to hold a file for each input."""
+    return output.endswith("/") or Path(output).expanduser().is_dir()
+
+
+def keep_inputs(path: Path, found: Sequence[Item]) -> None:
+    """Raises `InvalidRequest` for an output that is an input."""
+    if path.exists() and any(_same(path, item.file) for item in found):
+        raise InvalidRequest(f"{path} is an input: name another file")
 
 
 class Sink(ABC):
@@ -91,29 +102,40 @@ class JsonSink(_Stream):
 
 
 class FolderSink(Sink):
-    """A file for each item, named after it; pages of a PDF are numbered."""
+    """A file for each item."""
 
-    def __init__(self, folder: Path, suffix: str, *, paged: set[str], as_json: bool) -> None:
-        self._folder = folder
-        self._suffix = ".json" if as_json else suffix
-        self._paged = paged
+    def __init__(self, folder: Path, suffix: str, found: Sequence[Item], *, as_json: bool) -> None:
+        self._names = FileNames(folder, ".json" if as_json else suffix, found)
         self._as_json = as_json
-        self._taken: set[str] = set()
 
     def put(self, outcome: Outcome[Any]) -> None:
         if outcome.result is None:
             return
-        path = self._folder / self._name(outcome.item)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidRequest(f"cannot make the folder {path.parent}: {error.strerror}") from error
         if self._as_json:
             text = json.dumps(as_dict(outcome), ensure_ascii=False, indent=2)
         else:
             text = outcome.result.text
-        with _open(path) as file:
+        with _open(self._names.path(outcome.item)) as file:
             file.write(text if text.endswith("\n") else f"{text}\n")
+
+
+class FileNames:
+    """A file below `folder` for each item, named after it; pages of a PDF are numbered."""
+
+    def __init__(self, folder: Path, suffix: str, found: Sequence[Item]) -> None:
+        self._folder = folder
+        self._suffix = suffix
+        self._paged = _paged(found)
+        self._taken: set[str] = set()
+
+    def path(self, item: Item) -> Path:
+        """Its folder is made. Raises `InvalidRequest` where that is not possible."""
+        path = self._folder / self._name(item)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"cannot make the folder {path.parent}: {error.strerror}") from error
+        return path
 
     def _name(self, item: Item) -> str:
         """The item's relative name with our suffix; with its own before that where two would be the same."""
