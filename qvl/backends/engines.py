@@ -169,6 +169,8 @@ class OwnEngine:
                 process.launch()
             await process.connect(hear, end)
             code = await ended
+        except OSError as error:  # too many processes or too little memory, for now
+            return was_ready, f"the engine process cannot be started: {error.strerror or error}"
         finally:
             self._process = None
             process.close()

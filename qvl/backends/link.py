@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import cast
 
@@ -22,13 +23,15 @@ class EngineLink(asyncio.Protocol):
 
     async def connect(self, path: str, give_up: Callable[[], bool]) -> bool:
         """Connect to the socket at `path` as soon as somebody listens there; False when `give_up` says so first."""
-        loop = asyncio.get_running_loop()
         while not give_up():
             try:
-                await loop.create_unix_connection(lambda: self, path)
-                return True
-            except (FileNotFoundError, ConnectionRefusedError):
+                sock = _connected(path)
+            # Nobody there yet, or any more; an engine that dies as it is connected to; one whose queue is full.
+            except (FileNotFoundError, ConnectionError, BlockingIOError):
                 await asyncio.sleep(CONNECT_EVERY_SECONDS)
+                continue
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
+            return True
         return False
 
     @property
@@ -59,3 +62,18 @@ class EngineLink(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._on_lost()
+
+
+def _connected(path: str) -> socket.socket:
+    """A connection to `path`, without waiting: a unix socket knows at once.
+
+    Left to the loop, one that is not made is an error (uvloop) or looks like one that was made and lost (asyncio).
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -32,6 +32,7 @@ class EngineProcess:
         self._link: EngineLink | None = None
         self._on_end: Callable[[int], None] | None = None
         self._exit_code: int | None = None
+        self._connecting = False
 
     @property
     def pid(self) -> int | None:
@@ -58,7 +59,12 @@ class EngineProcess:
         self._link = EngineLink(on_message, self._disconnected)
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._wait, args=(self._process, loop), name="qvl-engine-wait", daemon=True).start()
-        await self._link.connect(self._socket, lambda: self._exit_code is not None)
+        self._connecting = True
+        try:
+            await self._link.connect(self._socket, lambda: self._exit_code is not None)
+        finally:
+            self._connecting = False
+        self._tell_end()
 
     def send(self, message: ToEngine) -> None:
         """Queue `message`; after the end of the process it goes nowhere."""
@@ -66,13 +72,17 @@ class EngineProcess:
             self._link.send(message)
 
     def close(self) -> None:
-        """End the process at once: its lifeline is cut, and it is killed. `on_end` follows. Safe to call twice."""
+        """End the process at once: it is killed, and its lifeline cut. `on_end` follows. Safe to call twice.
+
+        In this order: one that still ran when its lifeline ends would take us for dead, and remove the folders that
+        the next one needs.
+        """
         if self._process is None:
             return
+        self._process.kill()  # does nothing to a process that has been waited for
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-        self._process.kill()  # does nothing to a process that has been waited for
 
     def _wait(self, process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> None:
         code = process.wait()
@@ -91,7 +101,7 @@ class EngineProcess:
 
     def _tell_end(self) -> None:
         """Once: when the process is gone, and with it the connection, on which its last words may still lie."""
-        connected = self._link is not None and self._link.connected
+        connected = self._connecting or (self._link is not None and self._link.connected)
         if self._exit_code is not None and not connected and self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end(self._exit_code)

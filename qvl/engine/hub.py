@@ -151,6 +151,13 @@ class Hub:
             os.write(self._wake_write, b".")
 
     def _run(self) -> None:
+        try:
+            self._serve_all()
+        except BaseException:  # the border of the process: a deaf engine would keep its askers waiting for ever
+            logger.exception("the engine's door is broken")
+            os._exit(1)
+
+    def _serve_all(self) -> None:
         self._listener.setblocking(False)
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -184,7 +191,7 @@ class Hub:
         self.events.put(Left(connection))
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
             sock, _ = self._listener.accept()
             connection = Connection(sock, self._wake)
             self.connections.add(connection)

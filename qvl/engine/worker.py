@@ -45,7 +45,9 @@ EXIT_CRASHED = 1
 # The hub's thread must get the interpreter soon after a request arrives, also while the engine's loop runs Python.
 SWITCH_SECONDS = 0.001
 NUMBERS_EVERY_SECONDS = 0.25
-# When there is bad news, the one who asks first may not be the one who must hear it.
+# When there is bad news, somebody will come for it, however slow the machine; and who comes first may not be the one
+# who must hear it. In tenths of a second.
+PATIENCE_ROUNDS = 600
 LINGER_ROUNDS = 3
 
 
@@ -181,7 +183,7 @@ def listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o600)
-    listener.listen(64)
+    listener.listen(256)  # while a library loads, nobody may come to the door for seconds
     return listener
 
 
@@ -209,7 +211,7 @@ def _give_up(hub: Hub, message: str, code: int) -> int:
     """Tell all who are there, and who come within the next moment, that nothing will come of it."""
     told: set[Connection] = set()
     waiting = threading.Event()
-    rounds = 50
+    rounds = PATIENCE_ROUNDS
     while rounds > 0:
         new = hub.connections - told
         for connection in new:

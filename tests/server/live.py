@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,10 +44,11 @@ class Live:
         wait_until(lambda: self.metric(name) == value, f"{name} never became {value}")
 
 
-def wait_until(condition: Any, message: str, seconds: float = 30.0) -> None:
+def wait_until(condition: Any, message: str | Callable[[], str], seconds: float = 120.0) -> None:
+    """Poll; a slow machine is no failure. A function as `message` is asked when time is up."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, message
+        assert time.monotonic() < end, message if isinstance(message, str) else message()
         time.sleep(0.02)
 
 
