@@ -2,7 +2,8 @@
 
     python tests/batch/scripted.py PORT SECONDS LOG     echoes the last text, after a random time of up to 2 * SECONDS
 
-Every request that it has read is a line of LOG, so a test can see what was asked twice.
+Every request that it has read is a line of LOG, so a test can see what was asked twice. It answers as many requests as
+the last number on its standard input says, and lets the others wait.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Scripted:
     most: int = 0
     asked: dict[str, int] = field(default_factory=dict)
     heard: Callable[[str], None] = lambda text: None
+    most_answers: int = sys.maxsize
+    num_answers: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -86,6 +89,9 @@ class Scripted:
         self.most = max(self.most, self.running)
         answer = self.script(body, self.asked.get(text, 0))
         self.asked[text] = self.asked.get(text, 0) + 1
+        while self.num_answers >= self.most_answers:
+            await asyncio.sleep(0.005)
+        self.num_answers += 1
         await asyncio.sleep(answer.seconds)
         self.running -= 1
         if answer.status is None:
@@ -112,9 +118,9 @@ def scripted(script: Script = echo) -> Iterator[Scripted]:
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(_end_all(listening), loop).result(10)
+        asyncio.run_coroutine_threadsafe(_end_all(listening), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(120)
         loop.close()
 
 
@@ -134,9 +140,14 @@ def main(port: int, seconds: float, log: str) -> None:
         answer.seconds = random.uniform(0, 2 * seconds)
         return answer
 
+    def obey(server: Scripted) -> None:
+        for line in sys.stdin:
+            server.most_answers = int(line)
+
     async def run() -> None:
         with open(log, "a", buffering=1, encoding="utf-8") as file:
-            server = Scripted(slow, heard=lambda text: print(text, file=file))
+            server = Scripted(slow, heard=lambda text: print(text, file=file), most_answers=0)
+            threading.Thread(target=obey, args=(server,), daemon=True).start()
             listening = await asyncio.start_server(server.serve, "127.0.0.1", port)
             print(listening.sockets[0].getsockname()[1], flush=True)
             await listening.serve_forever()
