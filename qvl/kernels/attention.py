@@ -1,4 +1,4 @@
-"""The register of paged attention implementations.
+"""The register of paged attention implementations, and the one function that chooses.
 
 Knows which implementations exist and what each needs. Does not know layers. A new one is a file beside this and one
 entry in `CANDIDATES`, before the universal one.
@@ -10,58 +10,104 @@ from collections.abc import Callable
 
 import torch
 
+from qvl.errors import ConfigError
 from qvl.kernels import cpu_attention
-from qvl.kernels.gpu import gpu_problem
+from qvl.kernels.gpu import BF16_FROM, OLDEST, Capability, gpu_problem, shared_memory, tiles_for, told, warn_of
 from qvl.kernels.sdpa import GatherAttention
-from qvl.layers.attention import PagedAttention
+from qvl.layers.attention import Heads, PagedAttention
 
-Capability = tuple[int, int]
-# A candidate answers (implementation, reason) or None when it cannot run there.
-Candidate = Callable[[torch.device, torch.dtype, int, Capability | None], tuple[PagedAttention, str] | None]
+HEAD_DIMS = (16, 32, 64, 128, 256)
+SLOWER = "attention takes several times longer, and decoding cannot be recorded in CUDA graphs"
+
+
+class Unavailable(Exception):
+    """Why an implementation cannot run there."""
+
+
+# A candidate gives (implementation, reason) or raises Unavailable.
+Candidate = Callable[[torch.device, torch.dtype, Heads, Capability], tuple[PagedAttention, str]]
 
 
 def compiled_cpu(
-    device: torch.device, dtype: torch.dtype, head_dim: int, capability: Capability | None
-) -> tuple[PagedAttention, str] | None:
+    device: torch.device, dtype: torch.dtype, heads: Heads, capability: Capability
+) -> tuple[PagedAttention, str]:
     """Compiled kernels on a CPU that has a compiler."""
-    return cpu_attention.choose(head_dim) if device.type == "cpu" and dtype == torch.float32 else None
+    if device.type != "cpu" or dtype != torch.float32:
+        raise Unavailable("it computes fp32 on a CPU")
+    chosen = cpu_attention.choose(heads.head_dim)
+    if chosen is None:
+        raise Unavailable("no compiled kernels, or a head_dim that does not fill their vectors")
+    return chosen
 
 
 def triton_gpu(
-    device: torch.device, dtype: torch.dtype, head_dim: int, capability: Capability | None
-) -> tuple[PagedAttention, str] | None:
-    """Triton kernels on a GPU; tl.dot needs a power of two, and compute capability 8.0 for bfloat16."""
-    if device.type != "cuda" or head_dim not in (16, 32, 64, 128, 256) or gpu_problem() is not None:
-        return None
-    if capability is None or capability < ((8, 0) if dtype == torch.bfloat16 else (7, 5)):
-        return None
-    from qvl.kernels.triton_attention import TritonAttention
+    device: torch.device, dtype: torch.dtype, heads: Heads, capability: Capability
+) -> tuple[PagedAttention, str]:
+    """Triton's kernels on a GPU; they are tried out before they are trusted."""
+    shown = ".".join(map(str, capability))
+    if device.type != "cuda":
+        raise Unavailable("it needs a CUDA GPU")
+    if capability < (BF16_FROM if dtype == torch.bfloat16 else OLDEST):
+        raise Unavailable(f"{str(dtype).removeprefix('torch.')} on compute capability {shown}")
+    if heads.head_dim not in HEAD_DIMS:
+        raise Unavailable(f"head_dim {heads.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    problem = gpu_problem()
+    if problem is not None:
+        raise Unavailable(problem)
+    from qvl.kernels.triton_attention import TritonAttention, problem_of
 
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return TritonAttention(count), f"triton: paged prefill and split-KV decoding on sm_{capability[0]}{capability[1]}"
+    tiles = tiles_for(capability, dtype, heads.head_dim)
+    attention = TritonAttention(heads, tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    try:
+        problem = problem_of(attention, device, dtype)
+    except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
+        problem = f"the attention kernel did not run ({told(error)})"
+    if problem is not None:
+        raise Unavailable(warn_of(problem, SLOWER))
+    return attention, f"triton on compute capability {shown}: {words_for(capability, tiles.tensor_cores, tiles.rows)}"
+
+
+def words_for(capability: Capability, tensor_cores: bool, rows: int) -> str:
+    """What runs there, for the operator."""
+    kib = shared_memory(capability) // 1024
+    if tensor_cores:
+        return f"paged split-KV decoding and paged prefill ({rows}-row tiles, {kib} KiB of shared memory)"
+    return "paged split-KV decoding; torch SDPA for prefill (Triton has no tensor cores for this GPU and precision)"
 
 
 def universal(
-    device: torch.device, dtype: torch.dtype, head_dim: int, capability: Capability | None
-) -> tuple[PagedAttention, str] | None:
+    device: torch.device, dtype: torch.dtype, heads: Heads, capability: Capability
+) -> tuple[PagedAttention, str]:
     """torch's own operations run everywhere."""
     return GatherAttention(), f"gather+sdpa: torch operations, the implementation for every device ({device.type})"
 
 
-CANDIDATES: tuple[Candidate, ...] = (compiled_cpu, triton_gpu, universal)
+CANDIDATES: dict[str, Candidate] = {"cpu": compiled_cpu, "triton": triton_gpu, "sdpa": universal}
 
 
 def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, capability: Capability | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: Heads,
+    capability: Capability | None = None,
+    backend: str = "auto",
 ) -> tuple[PagedAttention, str]:
-    """The first implementation that runs on this device, and why it was chosen."""
-    for candidate in CANDIDATES:
-        chosen = candidate(device, dtype, head_dim, capability)
-        if chosen is not None:
-            return chosen
+    """The implementation asked for, or the first that runs on this device; and why. ConfigError: it cannot run."""
+    if backend != "auto":
+        try:
+            attention, reason = CANDIDATES[backend](device, dtype, heads, capability or (0, 0))
+        except Unavailable as error:
+            raise ConfigError(
+                f"'attention_backend' {backend} cannot run here: {error}", param="attention_backend"
+            ) from None
+        return attention, f"{reason}; as asked for"
+    declined = []
+    for name, candidate in CANDIDATES.items():
+        try:
+            attention, reason = candidate(device, dtype, heads, capability or (0, 0))
+        except Unavailable as error:
+            if name == "triton" and device.type == "cuda":
+                declined.append(f"; no {name} because: {error}")
+            continue
+        return attention, reason + "".join(declined)
     raise AssertionError("the universal implementation declines nothing")
-
-
-def capability_of(device: torch.device) -> Capability | None:
-    """(major, minor) of a CUDA device, None elsewhere."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvl.kernels.fused import cpu_kernels
+from qvl.kernels.fused import cpu_kernels, split_and_rotate
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 
@@ -37,6 +37,7 @@ class CpuAttention:
     """fp32 activations, a cache in any of `_TYPES`."""
 
     name = "cpu"
+    graph_safe = False
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -54,8 +55,9 @@ class CpuAttention:
             prefill_chunks(metadata),
         )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
         """As `qvl.layers.attention.PagedAttention.run`."""
+        q, k, v = split_and_rotate(qkv, angles, kv[0].shape[2:])
         self.store(k, kv[0], plan)
         self.store(v, kv[1], plan)
         q = q.contiguous()

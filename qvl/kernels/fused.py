@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [n, heads, head_di
     wide = x.float()
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
     return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
+
+
+def split_and_rotate(
+    qkv: Tensor, angles: tuple[Tensor, Tensor], cache: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:  # [n, (heads + 2 kv_heads) * head_dim] -> three of [n, (kv_)heads, head_dim]
+    """Queries and keys turned by their angles, values as they are; `cache` ends in (kv_heads, head_dim)."""
+    kv_heads, dim = cache
+    x = qkv.unflatten(1, (-1, dim))
+    q, k, v = x.split([x.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    return rotate(q, *angles), rotate(k, *angles), v

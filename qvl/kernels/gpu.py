@@ -1,19 +1,84 @@
-"""Whether this package's GPU kernels can be used here: Triton is there, and a first kernel compiles and runs.
+"""What a GPU is to this package: whether Triton's kernels run on it, and how large their tiles may be there.
 
-Knows how to find out once, and to say once why not and what it costs. Does not know what the kernels compute.
+Knows compute capabilities, how to find out once that a kernel builds and runs, and how to say once why not and what it
+costs. Does not know what the kernels compute.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+Capability = tuple[int, int]
+
 COST = "torch's own operations are used instead: several times slower per token"
+BF16_FROM: Capability = (8, 0)
+FP8_FROM: Capability = (8, 9)
+OLDEST: Capability = (7, 5)  # before it torch's own wheels do not run either
+KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the attention kernel is cut on one kind of GPU.
+
+    Of prefill: `rows` query rows (tokens x heads that share a KV head) against `block` keys a turn. `early`: a kernel
+    may start while the one before it ends (programmatic dependent launch). Without `tensor_cores` that Triton can use,
+    prefill is left to torch.
+    """
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+    decode_block: int
+    tensor_cores: bool
+    early: bool
+
+    def decode_rows(self, group: int) -> int:
+        """Query heads of one KV head, filled up to what a tensor core takes."""
+        most = 1 << (group - 1).bit_length()
+        return max(16, most) if self.tensor_cores else most
+
+
+def shared_memory(capability: Capability) -> int:
+    """Bytes of shared memory that one program may take."""
+    if capability < (8, 0):
+        return 64 * KIB
+    if capability in ((8, 0), (8, 7)):
+        return 163 * KIB
+    if capability[0] in (9, 10, 11):
+        return 227 * KIB
+    return 99 * KIB  # 8.6, 8.9, 12.x, and whatever comes
+
+
+def tiles_for(capability: Capability, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """The tiles that fit; `tests/kernels/test_compile.py` compiles every one of them."""
+    if capability < (8, 0) or dtype == torch.float32:
+        # Triton multiplies on tensor cores from 8.0 on, and never in full fp32.
+        return Tiles(0, 0, 0, 1, decode_block=16, tensor_cores=False, early=False)
+    wide = head_dim > 128
+    early = capability >= (9, 0) and capability < (12, 0)
+    if shared_memory(capability) < 128 * KIB:
+        return Tiles(64, 32 if wide else 64, 4, 2, decode_block=32 if wide else 64, tensor_cores=True, early=early)
+    stages = 3 if capability >= (9, 0) and not wide else 2
+    return Tiles(128, 32 if wide else 64, 8, stages, decode_block=32 if wide else 64, tensor_cores=True, early=early)
+
+
+def launch_early(early: bool) -> dict[str, bool]:
+    """The launch option that goes with EARLY in a kernel, whose first act is then to wait for the kernel before it."""
+    return {"launch_pdl": True} if early else {}
+
+
+def capability_of(device: torch.device) -> Capability | None:
+    """(major, minor) of a CUDA device, None elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @functools.cache
@@ -24,11 +89,11 @@ def gpu_problem() -> str | None:
 
         x = torch.ones(2, 16, device="cuda")
         if not torch.allclose(triton_ops.quick_gelu(x), x * torch.sigmoid(1.702 * x)):
-            return _warn("a first kernel gave wrong numbers")
+            return warn_of("a first kernel gave wrong numbers")
     except ImportError as error:
-        return _warn(f"Triton cannot be imported ({error})")
+        return warn_of(f"Triton cannot be imported ({error})")
     except Exception as error:  # noqa: BLE001  # a compiler, a driver or a linker: each raises what it likes
-        return _warn(f"a first kernel did not build ({type(error).__name__}: {str(error).splitlines()[0][:200]})")
+        return warn_of(f"a first kernel did not build ({told(error)})")
     return None
 
 
@@ -41,6 +106,14 @@ def gpu_kernels() -> ModuleType | None:
     return triton_ops
 
 
-def _warn(reason: str) -> str:
-    logger.warning("no GPU kernels: %s; %s", reason, COST)
+def told(error: BaseException) -> str:
+    """An error of a compiler in one line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+@functools.cache
+def warn_of(reason: str, cost: str = COST) -> str:
+    """Tell the operator once; gives the reason back."""
+    logger.warning("no GPU kernels: %s; %s", reason, cost)
     return reason

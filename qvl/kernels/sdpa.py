@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl.kernels.fused import split_and_rotate
 from qvl.layers.attention import AttentionMetadata
 
 # Decoding sequences are padded to the longest of a group; a group may hold at most this many times its own tokens.
@@ -35,7 +36,7 @@ class PrefillChunk:
     stop: int
     blocks: Tensor  # int64 [blocks]
     length: int
-    mask: Tensor | None  # bool [chunk, length], None when the chunk is the whole context
+    mask: Tensor | None  # bottom-right causal [chunk, length], None when the chunk is the whole context
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class GatherAttention:
     """The implementation that works everywhere; faster ones for one device stand beside this file."""
 
     name = "gather+sdpa"
+    graph_safe = False  # shapes follow the lengths
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
         """Group the decoding sequences by length and build the masks."""
@@ -58,8 +60,9 @@ class GatherAttention:
         decodes = [decode_group(metadata, table, rows) for rows in group_by_length(metadata)]
         return Plan(metadata.slot_mapping, decodes, prefill_chunks(metadata))
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
         """As `qvl.layers.attention.PagedAttention.run`."""
+        q, k, v = split_and_rotate(qkv, angles, kv[0].shape[2:])
         for cache, new in zip(kv, (k, v), strict=True):
             cache.view(-1, *cache.shape[2:]).index_copy_(0, plan.slots, new.to(cache.dtype))
         out = torch.empty_like(q)
@@ -121,9 +124,18 @@ def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: 
     chunk = stop - start
     if chunk == length:
         return PrefillChunk(start, stop, blocks, length, None)
+    if table.is_cuda:
+        return PrefillChunk(start, stop, blocks, length, causal_lower_right(chunk, length))
     last_seen = torch.arange(length - chunk, length, device=table.device)
     mask = torch.arange(length, device=table.device) <= last_seen[:, None]
     return PrefillChunk(start, stop, blocks, length, mask)
+
+
+def causal_lower_right(chunk: int, length: int) -> Tensor:
+    """The same mask without its memory: torch's GPU kernels know it by name."""
+    from torch.nn.attention import bias  # on a CPU nobody needs to load it
+
+    return bias.causal_lower_right(chunk, length)
 
 
 def attend_decodes(q: Tensor, kv: tuple[Tensor, Tensor], group: DecodeGroup) -> Tensor:  # [g, heads, d] -> the same
@@ -139,6 +151,8 @@ def attend_decodes(q: Tensor, kv: tuple[Tensor, Tensor], group: DecodeGroup) -> 
 def attend_chunk(q: Tensor, kv: tuple[Tensor, Tensor], chunk: PrefillChunk) -> Tensor:  # [m, heads, d] -> the same
     """One sequence's queries against its whole context."""
     k, v = (cache[chunk.blocks].flatten(0, 1)[: chunk.length].transpose(0, 1).to(q.dtype)[None] for cache in kv)
+    if q.is_cuda:  # of torch's kernels, the one for older GPUs wants as many keys' heads as queries'
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k, v, attn_mask=chunk.mask, is_causal=chunk.mask is None, enable_gqa=True
     )

@@ -1,252 +1,341 @@
-"""Paged attention on a GPU: split-KV decoding and tiled causal prefill in Triton, each one launch a layer.
+"""Paged attention on a GPU in Triton: one kernel for decoding and prefill, and one that joins the parts of a context.
 
-Knows the block layout and how a step's work is cut into programs. Does not know layers or requests. Importing this
-file imports Triton; `qvl.kernels.attention` does so only where there is a GPU.
+Work comes as items: some query tokens of one sequence against some of its keys. Decodes are cut into items on the
+device, from lengths that only the device has to know, so that a step of decodes can be recorded in a CUDA graph once
+and replayed with other lengths. Knows the block layout. Does not know layers or requests. Importing this file imports
+Triton; `qvl.kernels.attention` does so only where there is a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl.layers.attention import AttentionMetadata
+from qvl.kernels.gpu import Tiles, launch_early
+from qvl.kernels.sdpa import GatherAttention, PrefillChunk, attend_chunk, prefill_chunks
+from qvl.kernels.triton_ops import rope_and_store
+from qvl.layers.attention import AttentionMetadata, Heads, PagedAttention
 
-DECODE_BLOCK = 64  # keys that one turn of the decoding loop reads
-PREFILL_ROWS = 64  # query tokens of one tile
-PREFILL_BLOCK = 64
-MIN_SPLIT = 128  # a split of fewer keys costs more to merge than it saves
-MAX_SPLITS = 64
+FIELDS = (
+    8  # int32 of an item: sequence, first row of q, query tokens, context before them, first key, end, part, unused
+)
+PER_MULTIPROCESSOR = 2  # programs of a decode that should be under way at a time
 LOG2E = 1.4426950408889634
+WRONG = 3e-2  # relative error; bfloat16 leaves a few thousandths
+
+
+@dataclass(slots=True)
+class DecodeCut:
+    """The items of the decodes; part numbers [bounds[i], bounds[i + 1]) belong to sequence i."""
+
+    items: Tensor  # int32 [batch + most, FIELDS]
+    bounds: Tensor  # int32 [batch + 1]
+    parts: tuple[Tensor, Tensor]  # fp32 [items, heads, head_dim] and [items, heads]
 
 
 @dataclass(slots=True)
 class Plan:
-    """The step, the cut of its decoding contexts, and the tiles of its prefill chunks (int32 [tiles, 4])."""
+    """A step: its decodes, and its prefills as tiles, or as chunks for torch where Triton has no tensor cores."""
 
     metadata: AttentionMetadata
-    splits: int
-    tiles: Tensor | None
+    decodes: DecodeCut | None
+    tiles: Tensor | None  # int32 [tiles, FIELDS]
+    chunks: list[PrefillChunk]
 
 
 class TritonAttention:
-    """16-bit or fp32 tensors; head_dim a power of two from 16 to 256."""
+    """head_dim a power of two from 16 to 256, queries and cache of one dtype."""
 
     name = "triton"
+    graph_safe = True
 
-    def __init__(self, multiprocessors: int) -> None:
-        self.multiprocessors = multiprocessors
+    def __init__(self, heads: Heads, tiles: Tiles, multiprocessors: int) -> None:
+        self.heads = heads
+        self.tiles = tiles
+        self.most = -(-PER_MULTIPROCESSOR * multiprocessors // heads.num_kv_heads)
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
-        """How far to split the decodes, and where the tiles of the prefill chunks lie."""
-        count = metadata.num_decodes
-        longest = max(metadata.context_lens[:count], default=0)
-        tiles = prefill_tiles(metadata)
-        device = metadata.block_table.device
-        on_device = torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True) if tiles else None
-        return Plan(metadata, num_splits(count, longest, self.multiprocessors), on_device)
+        """Nothing here waits for the device or looks at the length of a decode."""
+        cut = self.cut(metadata.seq_lens, metadata.num_decodes) if metadata.num_decodes else None
+        prefills = len(metadata.query_lens) > metadata.num_decodes
+        if not self.tiles.tensor_cores:
+            return Plan(metadata, cut, None, prefill_chunks(metadata) if prefills else [])
+        return Plan(metadata, cut, self.prefill_tiles(metadata) if prefills else None, [])
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
         """As `qvl.layers.attention.PagedAttention.run`."""
-        for cache, new in zip(kv, (k, v), strict=True):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, plan.metadata.slot_mapping, new.to(cache.dtype))
-        q = q.contiguous()
+        q = rope_and_store(qkv, *angles, plan.metadata.slot_mapping, kv, self.tiles.early)
+        return self.attend(q, kv, plan)
+
+    def attend(self, q: Tensor, kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+        """Rotated q [n, heads, head_dim] against a cache that already holds this step: [n, heads * head_dim]."""
         out = torch.empty_like(q)
         table = plan.metadata.block_table
-        if plan.metadata.num_decodes:
-            decode(q, kv, table, plan.metadata.seq_lens, out, plan.metadata.num_decodes, plan.splits)
+        if plan.decodes is not None:
+            cut = plan.decodes
+            self.launch(q, kv, table, cut.items, out, cut.parts, rows=self.tiles.decode_rows(self.heads.group))
+            merge(cut, out, self.tiles.early)
         if plan.tiles is not None:
-            prefill(q, kv, table, plan.tiles, out)
+            self.launch(q, kv, table, plan.tiles, out, None, rows=self.tiles.rows)
+        for chunk in plan.chunks:
+            out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
         return out.flatten(1)
 
+    def cut(self, seq_lens: Tensor, batch: int) -> DecodeCut:
+        """Contexts into items of about equal length: at most one more than `most` and one for each sequence."""
+        count, heads = batch + self.most, self.heads
+        device = seq_lens.device
+        items = torch.empty((count, FIELDS), dtype=torch.int32, device=device)
+        bounds = torch.empty(batch + 1, dtype=torch.int32, device=device)
+        parts = torch.empty((count, heads.num_heads, heads.head_dim + 1), dtype=torch.float32, device=device)
+        flat = parts.view(-1)
+        split = count * heads.num_heads * heads.head_dim
+        _cut[(1,)](
+            seq_lens, items, bounds, batch, count, self.most, BATCH=triton.next_power_of_2(batch),
+            ITEMS=triton.next_power_of_2(count), BLOCK=self.tiles.decode_block, FIELDS=FIELDS, EARLY=self.tiles.early,
+            num_warps=4, **launch_early(self.tiles.early),
+        )  # fmt: skip
+        return DecodeCut(items, bounds, (flat[:split], flat[split:]))
 
-def num_splits(batch: int, longest: int, multiprocessors: int) -> int:
-    """A power of two that gives every multiprocessor work, with at least MIN_SPLIT keys a split."""
-    splits = 1
-    while splits < MAX_SPLITS and batch * splits < multiprocessors and longest > MIN_SPLIT * splits:
-        splits *= 2
-    return splits
+    def prefill_tiles(self, metadata: AttentionMetadata) -> Tensor:
+        """The tiles of all sequences behind the decodes, on the device."""
+        tiles = torch.from_numpy(cut_prefills(metadata, self.tiles.rows // self.heads.group))
+        device = metadata.block_table.device
+        return tiles.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tiles
+
+    def launch(
+        self,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        table: Tensor,
+        items: Tensor,
+        out: Tensor,
+        parts: tuple[Tensor, Tensor] | None,
+        *,
+        rows: int,
+    ) -> None:
+        """All items against the cache; with `parts`, those of a context in several go there and not to `out`."""
+        heads, tiles = self.heads, self.tiles
+        part, weight = parts or (out, out)
+        decode = parts is not None
+        _attend[(len(items) * heads.num_kv_heads,)](
+            q, *kv, table, items, out, part, weight, table.stride(0), heads.head_dim**-0.5 * LOG2E,
+            KH=heads.num_kv_heads, D=heads.head_dim, PAGE=kv[0].shape[1], GROUP=heads.group, ROWS=rows,
+            BLOCK=tiles.decode_block if decode else tiles.block, FIELDS=FIELDS, PARTS=decode,
+            EARLY=tiles.early and decode, num_warps=4 if decode else tiles.warps, num_stages=tiles.stages,
+            **launch_early(tiles.early and decode),
+        )  # fmt: skip
 
 
-def prefill_tiles(metadata: AttentionMetadata) -> list[tuple[int, int, int, int]]:
-    """(sequence, first row, rows, context before it) of every tile; longest first, so that none runs last."""
-    tiles = []
+def problem_of(attention: TritonAttention, device: torch.device, dtype: torch.dtype) -> str | None:
+    """A small step of two decodes and a chunk behind a prefix, against torch's operations; also builds the kernels."""
+    heads, block_size = attention.heads, 16
+    query, context = [1, 1, 20], [150, 5, 50]
+    table = torch.arange(30, dtype=torch.int32, device=device).view(3, 10).flip(1).contiguous()
+    index = [torch.arange(c - n, c, device=device) for n, c in zip(query, context, strict=True)]
+    slots = torch.cat([table[i][at // block_size] * block_size + at % block_size for i, at in enumerate(index)])
+    lengths = torch.tensor(context, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1, 2, 22], dtype=torch.int32, device=device)
+    step = AttentionMetadata(starts, lengths, table, slots.long(), query, context, block_size, num_decodes=2)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+
+    qkv = numbers(22, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
+    half = torch.rand(22, 1, heads.head_dim // 2, generator=generator, device=device).repeat(1, 1, 2) * 6
+    k, v = (numbers(30, block_size, heads.num_kv_heads, heads.head_dim) for _ in range(2))
+    ways: tuple[PagedAttention, ...] = (attention, GatherAttention())
+    found = [way.run(qkv, (half.cos(), half.sin()), (k.clone(), v.clone()), way.plan(step)).float() for way in ways]
+    error = float((found[0] - found[1]).norm() / found[1].norm())
+    return None if error < WRONG else f"the attention kernel gave wrong numbers (relative error {error:.1e})"
+
+
+def cut_prefills(metadata: AttentionMetadata, tokens: int) -> npt.NDArray[np.int32]:
+    """Items of at most `tokens` query tokens against all keys they may see; longest first, so that none runs last."""
+    found = []
     row = metadata.num_decodes
     for seq in range(metadata.num_decodes, len(metadata.query_lens)):
         count = metadata.query_lens[seq]
-        before = metadata.context_lens[seq] - count
-        tiles += [(seq, row + at, min(PREFILL_ROWS, count - at), before + at) for at in range(0, count, PREFILL_ROWS)]
+        at = np.arange(0, count, tokens, dtype=np.int32)
+        items = np.zeros((len(at), FIELDS), dtype=np.int32)
+        size = np.minimum(tokens, count - at)
+        context = metadata.context_lens[seq] - count + at
+        items[:, 0], items[:, 1], items[:, 2], items[:, 3] = seq, row + at, size, context
+        items[:, 5], items[:, 6] = context + size, -1
+        found.append(items)
         row += count
-    return sorted(tiles, key=lambda tile: -(tile[2] + tile[3]))
+    together = np.concatenate(found)
+    return np.ascontiguousarray(together[np.argsort(-together[:, 5], kind="stable")])
 
 
-def decode(
-    q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, seq_lens: Tensor, out: Tensor, batch: int, splits: int
-) -> None:
-    """The first `batch` rows of q [n, heads, head_dim] against their sequences, into the same rows of out."""
-    k, v = kv
-    page, kv_heads, dim = k.shape[1:]
-    heads = q.shape[1]
-    part, lse = out, out
-    if splits > 1:
-        part = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
-    group = heads // kv_heads
-    _decode[(batch, kv_heads, splits)](
-        q, k, v, table, seq_lens, out, part, lse, table.stride(0), dim**-0.5 * LOG2E,
-        H=heads, KH=kv_heads, D=dim, PAGE=page, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        BLOCK=DECODE_BLOCK, SPLITS=splits, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    if splits > 1:
-        _merge[(batch * heads,)](part, lse, out, D=dim, SPLITS=splits, num_warps=4)
-
-
-def prefill(q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, tiles: Tensor, out: Tensor) -> None:
-    """The rows of q that `tiles` name against everything before and in their chunk."""
-    k, v = kv
-    page, kv_heads, dim = k.shape[1:]
-    heads = q.shape[1]
-    _prefill[(len(tiles), heads)](
-        q, k, v, table, tiles, out, table.stride(0), dim**-0.5 * LOG2E,
-        H=heads, KH=kv_heads, D=dim, PAGE=page, GROUP=heads // kv_heads, ROWS=PREFILL_ROWS, BLOCK=PREFILL_BLOCK,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+def merge(cut: DecodeCut, out: Tensor, early: bool) -> None:
+    """The parts of each sequence become one; a sequence of length 0 gets zeros."""
+    heads, dim = out.shape[1:]
+    _merge[((len(cut.bounds) - 1) * heads,)](
+        *cut.parts, cut.bounds, out, H=heads, D=dim, SPAN=16, EARLY=early, num_warps=4, **launch_early(early)
+    )
 
 
 @triton.jit
-def _decode(
-    q_ptr,  # [n, H, D]
+def _cut(
+    lens_ptr,  # int32 [batch]
+    items_ptr,  # int32 [count, FIELDS]
+    bounds_ptr,  # int32 [batch + 1]
+    batch,
+    count,
+    most,
+    BATCH: tl.constexpr,
+    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program. sum(ceil(length / size)) <= batch + sum(length) / size <= count, whatever the lengths are."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    seq = tl.arange(0, BATCH)
+    here = seq < batch
+    length = tl.load(lens_ptr + seq, mask=here, other=0)
+    size = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length, 0), most), BLOCK), 1) * BLOCK
+    parts = tl.cdiv(length, size)
+    end = tl.cumsum(parts, 0)
+    start = end - parts
+    tl.store(bounds_ptr + 1 + seq, end, mask=here)
+    tl.store(bounds_ptr + seq, start, mask=seq == 0)
+    for i in range(tl.max(parts, 0)):
+        live = i < parts
+        item = items_ptr + (start + i) * FIELDS
+        tl.store(item, seq, mask=live)
+        tl.store(item + 1, seq, mask=live)
+        tl.store(item + 2, 1, mask=live)
+        tl.store(item + 3, length - 1, mask=live)
+        tl.store(item + 4, i * size, mask=live)
+        tl.store(item + 5, tl.minimum((i + 1) * size, length), mask=live)
+        tl.store(item + 6, tl.where(parts > 1, start + i, -1), mask=live)
+    left = tl.arange(0, ITEMS)
+    tl.store(items_ptr + left * FIELDS + 2, 0, mask=(left >= tl.sum(parts, 0)) & (left < count))
+
+
+@triton.jit
+def _attend(
+    q_ptr,  # [n, KH * GROUP, D]
     k_ptr,  # [blocks, PAGE, KH, D]
     v_ptr,
     table_ptr,  # int32 [b, table_stride]
-    lens_ptr,  # int32 [b]
-    out_ptr,  # [n, H, D]
-    part_ptr,  # fp32 [b, H, SPLITS, D] when SPLITS > 1
-    lse_ptr,  # fp32 [b, H, SPLITS]: log2 of the sum of the weights
+    items_ptr,  # int32 [items, FIELDS]
+    out_ptr,  # [n, KH * GROUP, D]
+    part_ptr,  # fp32 [items, KH * GROUP, D]
+    weight_ptr,  # fp32 [items, KH * GROUP]: log2 of the sum of the exponentials
     table_stride,
     scale,
-    H: tl.constexpr,
     KH: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program: the query heads of one KV head of one sequence, one split of its context."""
-    seq = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lens_ptr + seq)
-    per_split = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    start = split * per_split
-    stop = tl.minimum(start + per_split, length)
+    """One program: one item and the GROUP query heads of one KV head; row r is head r % GROUP of token r // GROUP."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    item = items_ptr + tl.program_id(0) // KH * FIELDS
+    kv_head = tl.program_id(0) % KH
+    tokens = tl.load(item + 2)
+    if tokens == 0:
+        return
+    seq = tl.load(item)
+    first_row = tl.load(item + 1)
+    context = tl.load(item + 3)
+    first = tl.load(item + 4)
+    stop = tl.load(item + 5)
+    part = tl.load(item + 6)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
-    head = kv_head * GROUP + rows
-    live = rows < GROUP
-    at = seq * H + head
-    q = tl.load(q_ptr + at[:, None] * D + dims[None, :], mask=live[:, None], other=0.0)
-
-    best = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    for first in range(start, stop, BLOCK):
-        t = first + tl.arange(0, BLOCK)
-        seen = t < stop
-        page = tl.load(table_ptr + seq * table_stride + t // PAGE, mask=seen, other=0).to(tl.int64)
-        row = ((page * PAGE + t % PAGE) * KH + kv_head) * D
-        k = tl.load(k_ptr + row[None, :] + dims[:, None], mask=seen[None, :], other=0.0)
-        s = tl.where(seen[None, :], tl.dot(q, k, input_precision="ieee") * scale, -1e30)
-        new = tl.maximum(best, tl.max(s, 1))
-        p = tl.exp2(s - new[:, None])
-        fade = tl.exp2(best - new)
-        total = total * fade + tl.sum(p, 1)
-        v = tl.load(v_ptr + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        best = new
-
-    # An empty split (or a padded row of length 0) has no weight; dividing by 1 keeps it finite.
-    sums = tl.where(total > 0, total, 1.0)
-    result = acc / sums[:, None]
-    if SPLITS == 1:
-        tl.store(out_ptr + at[:, None] * D + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=live[:, None])
-    else:
-        slot = at * SPLITS + split
-        tl.store(part_ptr + slot[:, None] * D + dims[None, :], result, mask=live[:, None])
-        tl.store(lse_ptr + slot, tl.where(total > 0, best + tl.log2(sums), -1e30), mask=live)
-
-
-@triton.jit
-def _merge(part_ptr, lse_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr):
-    """One program: the splits of one head of one sequence, weighted by their sums."""
-    at = tl.program_id(0)
-    splits = tl.arange(0, SPLITS)
-    dims = tl.arange(0, D)
-    lse = tl.load(lse_ptr + at * SPLITS + splits)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    part = tl.load(part_ptr + (at * SPLITS + splits)[:, None] * D + dims[None, :])
-    out = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out_ptr + at * D + dims, out.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _prefill(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    tile_ptr,  # int32 [tiles, 4]: sequence, first row of q, rows, context before that row
-    out_ptr,
-    table_stride,
-    scale,
-    H: tl.constexpr,
-    KH: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: one head of one tile of query tokens."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    kv_head = head // GROUP
-    seq = tl.load(tile_ptr + tile * 4)
-    first_row = tl.load(tile_ptr + tile * 4 + 1)
-    num_rows = tl.load(tile_ptr + tile * 4 + 2)
-    context = tl.load(tile_ptr + tile * 4 + 3)
-
-    rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, D)
-    live = rows < num_rows
-    at = ((first_row + rows).to(tl.int64) * H + head) * D
+    token = rows // GROUP
+    head = kv_head * GROUP + rows % GROUP
+    live = token < tokens
+    at = ((first_row + token).to(tl.int64) * (KH * GROUP) + head) * D
     q = tl.load(q_ptr + at[:, None] + dims[None, :], mask=live[:, None], other=0.0)
-    last_seen = context + rows
+    last = context + token  # the last key that a row sees
 
     best = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    stop = context + num_rows
-    for first in range(0, stop, BLOCK):
-        t = first + tl.arange(0, BLOCK)
-        seen = t < stop
-        page = tl.load(table_ptr + seq * table_stride + t // PAGE, mask=seen, other=0).to(tl.int64)
-        row = ((page * PAGE + t % PAGE) * KH + kv_head) * D
-        k = tl.load(k_ptr + row[None, :] + dims[:, None], mask=seen[None, :], other=0.0)
-        visible = t[None, :] <= last_seen[:, None]
-        s = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, -1e30)
+    for start in range(first, stop, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = t < stop
+        page = tl.load(table_ptr + seq * table_stride + t // PAGE, mask=inside, other=0).to(tl.int64)
+        where = ((page * PAGE + t % PAGE) * KH + kv_head)[:, None] * D + dims[None, :]
+        k = tl.load(k_ptr + where, mask=inside[:, None], other=0.0)
+        v = tl.load(v_ptr + where, mask=inside[:, None], other=0.0)
+        seen = inside[None, :] & (t[None, :] <= last[:, None])
+        s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -1e30)
         new = tl.maximum(best, tl.max(s, 1))
         p = tl.exp2(s - new[:, None])
         fade = tl.exp2(best - new)
         total = total * fade + tl.sum(p, 1)
-        v = tl.load(v_ptr + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         best = new
-    out = acc / total[:, None]
-    tl.store(out_ptr + at[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    result = acc / total[:, None]
+
+    whole = live & (part < 0)
+    tl.store(out_ptr + at[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=whole[:, None])
+    if PARTS:
+        of_many = live & (part >= 0)
+        slot = part.to(tl.int64) * (KH * GROUP) + head
+        tl.store(part_ptr + slot[:, None] * D + dims[None, :], result, mask=of_many[:, None])
+        tl.store(weight_ptr + slot, best + tl.log2(total), mask=of_many)
+
+
+@triton.jit
+def _merge(
+    part_ptr,
+    weight_ptr,
+    bounds_ptr,
+    out_ptr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SPAN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program: one head of one sequence, SPAN parts at a time."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    seq = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    first = tl.load(bounds_ptr + seq)
+    stop = tl.load(bounds_ptr + seq + 1)
+    if stop - first == 1:
+        return  # written whole
+    span = tl.arange(0, SPAN)
+    dims = tl.arange(0, D)
+    best = -1e30
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
+    for start in range(first, stop, SPAN):
+        part = start + span
+        live = part < stop
+        at = part.to(tl.int64) * H + head
+        weight = tl.load(weight_ptr + at, mask=live, other=-1e30)
+        value = tl.load(part_ptr + at[:, None] * D + dims[None, :], mask=live[:, None], other=0.0)
+        new = tl.maximum(best, tl.max(weight, 0))
+        p = tl.where(live, tl.exp2(weight - new), 0.0)
+        fade = tl.exp2(best - new)
+        total = total * fade + tl.sum(p, 0)
+        acc = acc * fade + tl.sum(value * p[:, None], 0)
+        best = new
+    out = acc / tl.maximum(total, 1e-30)
+    tl.store(out_ptr + (seq.to(tl.int64) * H + head) * D + dims, out.to(out_ptr.dtype.element_ty))

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qvl.kernels.gpu import launch_early
+
 BLOCK = 1024
+HEADS_EACH = 4  # heads that one program of `rope_and_store` turns
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -50,6 +53,68 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         HALF=triton.next_power_of_2(dim // 2), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def rope_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv: tuple[Tensor, Tensor], early: bool
+) -> Tensor:
+    """Rotated queries [n, heads, head_dim]; rotated keys and the values go to their slots, those of -1 nowhere."""
+    kv_heads, dim = kv[0].shape[2:]
+    rows, heads = qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads
+    q = qkv.new_empty(rows, heads, dim)
+    assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    _rope_and_store[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_EACH))](
+        qkv, cos, sin, slots, q, *kv, H=heads, KH=kv_heads, D=dim, HEADS=HEADS_EACH, EARLY=early, num_warps=1,
+        **launch_early(early),
+    )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _rope_and_store(
+    qkv_ptr,  # [n, (H + 2 KH) * D]
+    cos_ptr,  # fp32 [n, D], both halves alike
+    sin_ptr,
+    slots_ptr,  # int64 [n]
+    q_ptr,  # [n, H, D]
+    k_ptr,  # [slots, KH, D]
+    v_ptr,
+    H: tl.constexpr,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program: HEADS heads of one token."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    half = tl.arange(0, D // 2)[None, :]
+    at = qkv_ptr + (token * (H + 2 * KH) + head) * D + half
+    live = head < H + 2 * KH
+    low = tl.load(at, mask=live, other=0.0)
+    high = tl.load(at + D // 2, mask=live, other=0.0)
+    cos = tl.load(cos_ptr + token * D + half)
+    sin = tl.load(sin_ptr + token * D + half)
+    a = low.to(tl.float32)
+    b = high.to(tl.float32)
+    turned_low = (a * cos - b * sin).to(low.dtype)
+    turned_high = (b * cos + a * sin).to(low.dtype)
+    q_at = q_ptr + (token * H + head) * D + half
+    is_q = head < H
+    tl.store(q_at, turned_low, mask=is_q)
+    tl.store(q_at + D // 2, turned_high, mask=is_q)
+    slot = tl.load(slots_ptr + token)
+    k_at = k_ptr + (slot * KH + head - H) * D + half
+    is_k = (head >= H) & (head < H + KH) & (slot >= 0)
+    tl.store(k_at, turned_low, mask=is_k)
+    tl.store(k_at + D // 2, turned_high, mask=is_k)
+    v_at = v_ptr + (slot * KH + head - H - KH) * D + half
+    is_v = (head >= H + KH) & live & (slot >= 0)
+    tl.store(v_at, low, mask=is_v)
+    tl.store(v_at + D // 2, high, mask=is_v)
 
 
 @triton.jit

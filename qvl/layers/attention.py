@@ -38,16 +38,35 @@ class AttentionMetadata:
     num_decodes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a paged attention must know of a decoder (of this rank's share of it)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
 class PagedAttention(Protocol):
     """Causal grouped-query attention over a paged cache. `plan` runs once per step, `run` once per layer."""
 
     name: str
+    graph_safe: bool  # a step of decodes may be recorded once and replayed with other lengths
 
     def plan(self, metadata: AttentionMetadata) -> Any:
         """Whatever `run` needs that is the same in every layer."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
-        """Store k, v [n, kv_heads, head_dim], then attend q [n, heads, head_dim]: [n, heads * head_dim]."""
+    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
+        """Turn q and k by their angles (fp32 cos and sin [n, 1, head_dim]), store k and v, attend.
+
+        qkv [n, (heads + 2 * kv_heads) * head_dim]: [n, heads * head_dim]. A slot of -1 stores nothing; the result of a
+        sequence of length 0 is anything finite. (Both only where `graph_safe`.)
+        """
 
 
 def make_kv_cache(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvl.kernels.attention import capability_of, choose_attention
-from qvl.kernels.fused import rotate, silu_and_mul
+from qvl.kernels.attention import choose_attention
+from qvl.kernels.fused import silu_and_mul
+from qvl.kernels.gpu import capability_of
 from qvl.kernels.linear import compute_dtype_for, describe_linear
-from qvl.layers.attention import AttentionMetadata, KVCache, PagedAttention
+from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope
@@ -30,7 +31,6 @@ class Attention(nn.Module):
 
     def __init__(self, spec: TextSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        self.head_dim = spec.head_dim
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Linear(
             spec.hidden_size, (q_size, kv_size, kv_size), bias=True, dtype=dtype, compute_dtype=compute_dtype
@@ -45,9 +45,7 @@ class Attention(nn.Module):
         kv: tuple[Tensor, Tensor],
         plan: Any,
     ) -> Tensor:
-        parts = self.qkv_proj(hidden_states).split(self.qkv_proj.parts, dim=-1)
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in parts)  # [n, heads, head_dim]
-        return self.o_proj(attention.run(rotate(q, *angles), rotate(k, *angles), v, kv, plan))
+        return self.o_proj(attention.run(self.qkv_proj(hidden_states), angles, kv, plan))
 
 
 class MLP(nn.Module):
@@ -131,7 +129,12 @@ class Qwen2VLForConditionalGeneration(nn.Module):
     )
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, quantization: str = "none"
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        quantization: str = "none",
+        attention_backend: str = "auto",
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -139,8 +142,9 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self.dtype = dtype
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype_for(dtype, self.device)
+        heads = Heads(spec.text.num_heads, spec.text.num_kv_heads, spec.text.head_dim)
         self.attention, self.attention_reason = choose_attention(
-            self.device, self.compute_dtype, spec.text.head_dim, capability_of(self.device)
+            self.device, self.compute_dtype, heads, capability_of(self.device), attention_backend
         )
         self.linear_reason = describe_linear(dtype, self.device, quantization)
         text, vision = spec.text, spec.vision

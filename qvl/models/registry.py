@@ -32,7 +32,11 @@ def model_class(architecture: str) -> type[Qwen2VLForConditionalGeneration]:
 
 
 def build_model(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, quantization: str = "none"
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: str = "none",
+    attention_backend: str = "auto",
 ) -> Qwen2VLForConditionalGeneration:
     """The network of a checkpoint, without weights yet."""
-    return model_class(spec.architecture)(spec, dtype, device, quantization)
+    return model_class(spec.architecture)(spec, dtype, device, quantization, attention_backend)

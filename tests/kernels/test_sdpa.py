@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qvl.kernels import cpu_attention
-from qvl.kernels.attention import choose_attention
 from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, group_by_length
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 
@@ -59,6 +58,11 @@ def attention(request: pytest.FixtureRequest) -> PagedAttention:
     return chosen[0]
 
 
+def unturned(rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Angles of zero."""
+    return torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim)
+
+
 def run_paged(
     attention: PagedAttention, query: list[int], context: list[int], block_size: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -76,8 +80,7 @@ def run_paged(
     q = torch.randn(sum(query), heads, dim)
     qkv = torch.cat((q.flatten(1), *(torch.cat([x[-n:] for x, n in zip(own, query, strict=True)]).flatten(1)
                                      for own in (keys, values))), dim=1)  # fmt: skip
-    q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1))
-    out = attention.run(q, k, v, cache, attention.plan(step))
+    out = attention.run(qkv, unturned(len(qkv), dim), cache, attention.plan(step))
     keys, values = ([x.to(dtype).float() for x in own] for own in (keys, values))
     expected = [written_out(a, k, v) for a, k, v in zip(q.split(query), keys, values, strict=True)]
     return out, torch.cat(expected)
@@ -119,10 +122,10 @@ def test_long_contexts_are_joined_from_their_parts(attention: PagedAttention) ->
 def test_a_broken_sequence_breaks_itself_only(attention: PagedAttention, bad: float) -> None:
     step = metadata([1, 1], [5, 6], 4)
     cache = tuple(torch.randn(4, 4, 1, 16) for _ in range(2))
-    q, k, v = (torch.randn(2, 1, 16) for _ in range(3))
-    k[0, 0, 0] = bad
-    q[0, 0, 0] = 1.0
-    out = attention.run(q, k, v, cache, attention.plan(step))
+    qkv = torch.randn(2, 48)
+    qkv[0, 16] = bad  # the first number of the first key
+    qkv[0, 0] = 1.0
+    out = attention.run(qkv, unturned(2, 16), cache, attention.plan(step))
     assert out[0].isnan().any()
     assert out[1].isfinite().all()
 
@@ -139,6 +142,16 @@ def test_groups_hold_every_sequence_once_and_little_padding() -> None:
             assert own[0] * len(own) <= MAX_PADDING * sum(own)
 
 
-def test_the_choice_has_a_reason() -> None:
-    attention, reason = choose_attention(torch.device("cpu"), torch.float32, 64)
-    assert attention.name in reason
+def test_queries_and_keys_are_turned_and_values_are_not(attention: PagedAttention) -> None:
+    """A turn by one angle everywhere changes no product of a query and a key of the same step, but what is stored."""
+    torch.manual_seed(0)
+    step = metadata([5], [5], 4)
+    qkv, angle = torch.randn(5, 48), torch.rand(1, 1, 8).repeat(5, 1, 2) * 6
+    outs, caches = [], []
+    for angles in (unturned(5, 16), (angle.cos(), angle.sin())):
+        cache = tuple(torch.zeros(2, 4, 1, 16) for _ in range(2))
+        outs.append(attention.run(qkv, angles, cache, attention.plan(step)))
+        caches.append(cache)
+    assert torch.allclose(*outs, atol=1e-5)
+    assert not torch.allclose(caches[0][0], caches[1][0], atol=1e-2)
+    assert torch.equal(caches[0][1], caches[1][1])
