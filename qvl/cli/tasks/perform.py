@@ -57,7 +57,7 @@ def perform(task: Task[Any], how: How, who: Who, *, extra: Callable[[Sequence[It
     pages = None if how.pages is None else Pages.parse(how.pages)
     reading = Reading(task.accepts, pages, lambda: resolution_for(model, how.dpi), sys.stdin.buffer.read)
     found = items(sources, reading)
-    failed = [Outcome[Any](item, error=item.error) for item in found if item.error is not None]
+    failed: list[Outcome[Any]] = [Outcome(item, error=item.error) for item in found if item.error is not None]
     sink = open_sink(how.output, found, task, as_json=how.as_json)
     besides = None if extra is None else extra(found)
     if len(failed) < len(found):  # else there is nothing to load a model for
