@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: many tests share few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,12 @@ for _name in ("http_proxy", "https_proxy", "all_proxy"):  # every server of thes
 # process of theirs would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The same examples on every run, and no word about how long they take: a test fails for its code, not for its machine.
+# HYPOTHESIS_PROFILE=default searches with fresh ones.
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 @pytest.fixture(scope="session")
