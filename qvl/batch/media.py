@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import mimetypes
+import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -33,7 +34,7 @@ def _is_here(address: str) -> bool:
 
 def _path_of(address: str, base: Path) -> Path:
     is_url = address.lower().startswith("file://")
-    return base / Path(unquote(urlsplit(address).path) if is_url else address).expanduser()
+    return base / os.path.expanduser(unquote(urlsplit(address).path) if is_url else address)
 
 
 def _data_url(path: Path, kind: MediaKind) -> str:

@@ -72,7 +72,7 @@ def _medium(item: str, stdin: BinaryIO) -> MediaPart:
         return MediaPart("image", stdin.read())
     if "://" in item or item.startswith("data:"):
         return MediaPart(media_kind(item), item)
-    path = Path(item).expanduser()
+    path = Path(os.path.expanduser(item))
     if not path.is_file():
         raise InvalidRequest(f"no such file: {item}")
     return MediaPart(media_kind(path), path)

@@ -5,6 +5,7 @@ Pure but for looking whether a file exists. Does not know the terminal or the co
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def local_path(word: str) -> Path:
     word = _unquoted(word)
     if word.startswith("file://"):
         word = unquote(urlsplit(word).path)
-    return Path(word).expanduser()
+    return Path(os.path.expanduser(word))
 
 
 def _unquoted(word: str) -> str:

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import io
 import mimetypes
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -110,7 +111,7 @@ def _as_url(source: Any, kind: MediaKind) -> str:
 
 
 def _path(source: str | Path) -> Path:
-    return Path(str(source).removeprefix("file://")).expanduser()
+    return Path(os.path.expanduser(str(source).removeprefix("file://")))
 
 
 def _read(path: Path) -> bytes:

@@ -5,6 +5,7 @@ Knows folders of this machine. Downloads nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from qvl.errors import ConfigError, suggest
 
 DEMO = "demo"
+_PLACES = "./, ./models, $QVL_MODELS, ~/models or the Hugging Face cache"
 
 
 def demo_folder() -> Path:
@@ -27,7 +29,7 @@ def find_model(model: str) -> Path:
     """
     if model == DEMO and not _is_checkpoint(Path(DEMO)):
         return demo_folder()
-    given = Path(model).expanduser()
+    given = Path(os.path.expanduser(model))
     if _is_checkpoint(given):
         return given.resolve()
     if given.is_dir():
@@ -40,17 +42,24 @@ def find_model(model: str) -> Path:
     cached = _in_hub_cache(model)
     if cached is not None:
         return cached
-    looked = ", ".join(str(place) for place in _places())
-    raise ConfigError(f"no checkpoint folder '{model}' here or in {looked}{suggest(last, _names())}", param="model")
+    raise ConfigError(f"no checkpoint folder '{model}' in {_PLACES}{_hint(model, last)}", param="model")
+
+
+def _hint(model: str, last: str) -> str:
+    """A name that is nearly right; else, for a name of the hub, how it gets here."""
+    close = suggest(last, _names())
+    if close or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return close
+    return f"; qvl downloads nothing, `hf download {model}` (of huggingface_hub) does"
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    return os.path.isfile(folder / "config.json")  # False also where one may not look
 
 
 def _places() -> list[Path]:
     named = os.environ.get("QVL_MODELS", "").split(os.pathsep)
-    places = [Path(), Path("models"), *(Path(p) for p in named if p), Path.home() / "models"]
+    places = [Path(), Path("models"), *(Path(p) for p in named if p), Path(os.path.expanduser("~/models"))]
     return [place.resolve() for place in places if place.is_dir()]
 
 
@@ -58,13 +67,14 @@ def _names() -> Iterator[str]:
     """Names of the checkpoints there are, for a suggestion."""
     yield DEMO
     for place in _places():
-        yield from (folder.name for folder in place.iterdir() if _is_checkpoint(folder))
+        with contextlib.suppress(OSError):  # a folder that is not ours to read
+            yield from (folder.name for folder in place.iterdir() if _is_checkpoint(folder))
 
 
 def _in_hub_cache(model: str) -> Path | None:
     """The newest snapshot of "owner/name" that an earlier download left in the Hugging Face cache."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", str(home / "hub")))
+    home = Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     if model.count("/") != 1:
         return None
     snapshots = hub / f"models--{model.replace('/', '--')}" / "snapshots"

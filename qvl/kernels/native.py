@@ -36,14 +36,21 @@ def load_native(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     if os.environ.get(SWITCH) == "0":
         raise NativeUnavailable(f"{SWITCH}=0")
     compiler = find_compiler()
+    name = f"{source.stem}-{fingerprint(source, [*compiler, *flags])}.so"
     folder = cache_folder()
-    library = folder / f"{source.stem}-{fingerprint(source, [*compiler, *flags])}.so"
+    try:
+        if folder is not None:
+            return _load(folder / name, source, compiler, flags)
+        with tempfile.TemporaryDirectory(prefix="qvl-kernels-") as scratch:  # a library in use needs its file no more
+            return _load(Path(scratch) / name, source, compiler, flags)
+    except OSError as error:  # a full disk, a folder whose files may not be executed
+        raise NativeUnavailable(f"the compiled library cannot be kept or loaded: {error}") from None
+
+
+def _load(library: Path, source: Path, compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     if not library.exists():
         build(source, compiler, library, flags)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise NativeUnavailable(f"the compiled library does not load: {error}") from None
+    return ctypes.CDLL(str(library))
 
 
 def find_compiler() -> list[str]:
@@ -59,19 +66,20 @@ def find_compiler() -> list[str]:
     raise NativeUnavailable("there is no C compiler (install gcc)")
 
 
-def cache_folder() -> Path:
-    """A folder that nobody else can write to."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "qvl" / "kernels"
+def cache_folder() -> Path | None:
+    """A folder of this user's that nobody else can write to; None where there is no such place."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qvl" / "kernels"
     try:
+        if not folder.is_absolute():
+            raise FileNotFoundError("no home")  # a container's user without a name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         private = status.st_uid == os.getuid() and not status.st_mode & 0o022
         if private and os.access(folder, os.W_OK):
             return folder
     except OSError:
-        pass  # a read-only home: build for this process only
-    return Path(tempfile.mkdtemp(prefix="qvl-kernels-"))
+        pass  # a read-only home, or none
+    return None
 
 
 def fingerprint(source: Path, compiler: list[str]) -> str:

@@ -19,12 +19,15 @@ def data_folder() -> Path:
     """Where qvl keeps what belongs to its user: QVL_HOME, else the system's place for such data."""
     home = os.environ.get("QVL_HOME")
     if home:
-        return Path(home).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "qvl"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qvl"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qvl"
+        return Path(os.path.expanduser(home))
+    named, usual = {
+        "darwin": (None, "~/Library/Application Support"),
+        "win32": (os.environ.get("LOCALAPPDATA"), "~/AppData/Local"),
+    }.get(sys.platform, (os.environ.get("XDG_DATA_HOME"), "~/.local/share"))
+    folder = Path(named or os.path.expanduser(usual)) / "qvl"
+    if not folder.is_absolute():
+        raise ConfigError("there is no home folder to keep conversations in; name one with QVL_HOME=/some/folder")
+    return folder
 
 
 def connect(path: Path) -> sqlite3.Connection:

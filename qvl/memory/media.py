@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -191,7 +192,7 @@ def _as_png(picture: Any) -> bytes:
 
 
 def _path(source: str | Path) -> Path:
-    return Path(str(source).removeprefix("file://")).expanduser().absolute()
+    return Path(os.path.expanduser(str(source).removeprefix("file://"))).absolute()
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -53,6 +55,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert says in err
     assert err.startswith("qvl: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["check", "no-such-model"], "~/models"),
+        (["check", "Qwen/Qwen2-VL-7B-Instruct"], "hf download Qwen/Qwen2-VL-7B-Instruct"),
+        (["ask", "What?", "~nobody-of-that-name/a.png"], "no such file: ~nobody"),
+        (["chat"], "QVL_HOME"),
+    ],
+)
+def test_a_user_without_a_home(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container that runs under a number without a name."""
+
+    def nameless(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    for name in ("HOME", "QVL_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_CACHE", "QVL_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
+    assert run(arguments) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_version_names_what_decides_answers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,19 @@ def test_the_library_is_built_once_in_a_private_folder(monkeypatch: pytest.Monke
     native.load_native(cpu_linear.SOURCE)
     assert library.stat().st_mtime_ns == built
     folder.chmod(0o777)
-    assert native.cache_folder() != folder
+    assert native.cache_folder() is None
+
+
+def test_without_a_home_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's user without a name: "~" is no folder, and the temporary one does not fill up."""
+    compiled(torch.bfloat16)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert native.load_native(cpu_linear.SOURCE)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(NativeUnavailable, match="kept or loaded"):
+        native.load_native(cpu_linear.SOURCE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
