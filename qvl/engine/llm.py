@@ -151,6 +151,11 @@ class LLM:
         """
         return self._driver.deltas(self._chat_reader(messages, _one(sampling_params), how)())
 
+    @property
+    def model(self) -> str:
+        """The name that the model is served by."""
+        return self.engine.config.served_name
+
     def picture_rule(self) -> PictureRule | None:
         """How the model sees pictures; None where the options decide it otherwise for each."""
         return self.engine.config.picture_rule
