@@ -58,7 +58,8 @@ class EngineConfig:
     """A resolved engine. Sizes in bytes or tokens as named; nothing is None but `num_blocks` before it was measured.
 
     `max_model_len_given`: the user asked for it, so it is never lowered in silence. `limits` are the pixel defaults of
-    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step.
+    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step. `async_scheduling`: a step is
+    launched while the one before it still runs.
     """
 
     spec: ModelSpec
@@ -80,6 +81,8 @@ class EngineConfig:
     encoder_budget_tokens: int
     limit_mm_per_prompt: Mapping[str, int]
     limits: PixelLimits
+    enforce_eager: bool
+    async_scheduling: bool
     num_threads: int
     seed: int
     policy: MediaPolicy
@@ -176,6 +179,8 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         encoder_budget_tokens=options.encoder_budget_tokens or batched,
         limit_mm_per_prompt=dict(options.limit_mm_per_prompt),
         limits=PixelLimits(**options.mm_processor_kwargs),  # type: ignore[arg-type]  # options checked whole numbers
+        enforce_eager=options.enforce_eager,
+        async_scheduling=device == "cuda" if options.async_scheduling is None else options.async_scheduling,
         num_threads=options.num_threads or facts.num_cores,
         seed=options.seed,
         policy=_resolve_policy(options),

@@ -1,5 +1,10 @@
 """The engine: requests in, tokens out, one step at a time. Synchronous, single-threaded, one device.
 
+With `async_scheduling` a call of `step` launches the next step before it waits for the one that was launched before:
+
+    host    | plan 2, launch 2 | take in 1 | plan 3, launch 3 | take in 2 |
+    device  |     step 1      |     step 2             |     step 3   ...
+
 Knows how scheduler and runner are put together and what a request must look like to enter. Does not know sockets, text,
 or who is asking.
 """
@@ -19,7 +24,7 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.device import device_name
 from qvl.engine.grammar import Grammars
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput, TokenOutput
-from qvl.engine.runner import ModelRunner
+from qvl.engine.runner import Flight, ModelRunner
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
 from qvl.errors import InvalidRequest
@@ -46,6 +51,7 @@ class Engine:
         self.info = engine_info(self.config, self.runner, time.monotonic() - started)
         self.grammars = grammars or Grammars(config.spec, rehearsed=False)
         self._seeds = random.Random(self.config.seed)
+        self._flight: Flight | None = None  # launched, and not taken in yet
 
     def add(self, request: AddRequest, pixels: Items[Pixels | None] = ()) -> None:
         """Queue a request; `pixels` are uint8 [frames, h, w, 3], one per `request.media`.
@@ -70,15 +76,29 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     def step(self) -> list[TokenOutput]:
-        """One forward pass: what every request that gained a token (or failed) in it has to say."""
+        """One forward pass: what every request that gained a token (or failed) has to say.
+
+        With `async_scheduling` that is what the pass before found, and nothing the first time.
+        """
         batch = self.scheduler.schedule()
-        if not batch and (grammar := self.scheduler.unprepared) is not None:
+        if not batch and self._flight is None and (grammar := self.scheduler.unprepared) is not None:
             grammar.wait(GRAMMAR_WAIT_SECONDS)
-        result = self.runner.run(batch)
-        return self.scheduler.finish(batch, result)
+        flight = self.runner.launch(batch) if batch else None
+        outputs = self._take_in()
+        if flight is not None:
+            self.runner.sample(flight)
+            self._flight = flight
+            if not self.config.async_scheduling:
+                outputs = self._take_in()
+        return outputs
+
+    def _take_in(self) -> list[TokenOutput]:
+        """Wait for the step that was launched before, if there is one."""
+        flight, self._flight = self._flight, None
+        return [] if flight is None else self.scheduler.finish(flight.batch, self.runner.collect(flight))
 
     def stats(self) -> EngineStats:
         """Gauges and counters for metrics."""

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from qvl.engine.batch import ScheduledSeq
-from qvl.engine.sequence import Sequence as SequenceState
+from qvl.engine.rows import SequenceRows
+from qvl.engine.transfer import upload
 from qvl.layers.attention import AttentionMetadata
+
+UNKNOWN = -1  # in place of a token id that only the device knows yet
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,90 +41,102 @@ class StepInputs:
     token_ids: Tensor  # int64 [n]
     positions: Tensor  # int64 [3, n]
     metadata: AttentionMetadata
-    last_rows: Tensor  # int64 [m], rows whose logits choose a token
+    last_tokens: Tensor  # int64 [m], which of the n tokens have logits that choose a token
+    sampling_rows: Tensor  # int64 [m], rows of those sequences
+    places: Numbers  # the same, on the host
     media: list[MediaRows]
 
 
-class BlockTables:
-    """Block tables as arrays, kept from step to step: a decode adds one number to a table of hundreds, once a block."""
+@dataclass(frozen=True, slots=True)
+class DecodeNumbers:
+    """What one decode of a step is: arrays of b numbers each."""
 
-    def __init__(self) -> None:
-        self._kept: dict[str, _Table] = {}
-
-    def of(self, entries: Sequence[ScheduledSeq], block_size: int) -> npt.NDArray[np.int32]:
-        """Blocks of every sequence up to its last token, padded with block 0: int32 [b, most]."""
-        counts = [-(-entry.end // block_size) for entry in entries]
-        tables = np.zeros((len(entries), max(counts)), dtype=np.int32)
-        before, self._kept = self._kept, {}
-        for line, entry, count in zip(tables, entries, counts, strict=True):
-            seq = entry.seq
-            table = before.get(seq.request_id)
-            # A preempted sequence comes back with other blocks, another request may bear the name of one that ended.
-            if table is None or table.seq is not seq or table.num_preemptions != seq.num_preemptions:
-                table = _Table(seq, seq.num_preemptions, np.zeros(0, dtype=np.int32))
-            known = len(table.blocks)
-            if known < count:
-                table.blocks = np.append(table.blocks, np.asarray(seq.block_table[known:], dtype=np.int32))
-            line[:count] = table.blocks[:count]
-            self._kept[seq.request_id] = table
-        return tables
+    token_ids: Numbers  # UNKNOWN where the id is on the device only
+    positions: Numbers
+    slots: Numbers
+    rows: Numbers
+    seq_lens: Numbers
 
 
-@dataclass(slots=True)
-class _Table:
-    seq: SequenceState
-    num_preemptions: int
-    blocks: npt.NDArray[np.int32]
+def decode_numbers(
+    entries: Sequence[ScheduledSeq], rows: Numbers, tables: SequenceRows, block_size: int
+) -> DecodeNumbers:
+    """Of entries with one generated token each."""
+    starts = np.array([entry.start for entry in entries], dtype=np.int64)
+    return DecodeNumbers(
+        token_ids=np.array([decode_id(entry) for entry in entries], dtype=np.int64),
+        positions=starts + tables.rope_deltas[rows],
+        slots=slots(rows, starts, tables, block_size),
+        rows=rows,
+        seq_lens=starts + 1,
+    )
 
 
 def build_inputs(
-    entries: Sequence[ScheduledSeq], num_decodes: int, block_size: int, device: torch.device, known: BlockTables
+    entries: Sequence[ScheduledSeq], num_decodes: int, block_size: int, tables: SequenceRows
 ) -> StepInputs:
     """Tensors for `entries`, of which the first `num_decodes` have one token each."""
     query_lens = [entry.num_tokens for entry in entries]
     context_lens = [entry.end for entry in entries]
     bounds = [0, *itertools.accumulate(query_lens)]
-    tables = known.of(entries, block_size)
-    longs = (
-        np.fromiter(itertools.chain.from_iterable(token_ids(entry) for entry in entries), np.int64, bounds[-1]),
-        position_axes(entries, num_decodes),
-        slots(entries, tables, block_size),
-        np.asarray([bounds[i + 1] - 1 for i, entry in enumerate(entries) if entry.samples], dtype=np.int64),
+    rows = tables.place(entries)
+    samples = [i for i, entry in enumerate(entries) if entry.samples]
+    starts = np.array([entry.start for entry in entries], dtype=np.int64)
+    index = np.repeat(starts - bounds[:-1], query_lens) + np.arange(bounds[-1])
+    ids, positions, slot_mapping, last, all_rows, sampling_rows, cu_seqlens, seq_lens = upload(
+        [
+            np.fromiter(itertools.chain.from_iterable(map(token_ids, entries)), np.int64, bounds[-1]),
+            position_axes(entries, num_decodes),
+            slots(np.repeat(rows, query_lens), index, tables, block_size),
+            np.asarray([bounds[i + 1] - 1 for i in samples], dtype=np.int64),
+            rows,
+            rows[samples],
+            np.asarray(bounds, np.int32),
+            np.asarray(context_lens, np.int32),
+        ],
+        tables.device,
     )
-    ids, positions, slot_mapping, last_rows = to_device(longs, device)
-    ints = (np.asarray(bounds, np.int32), np.asarray(context_lens, np.int32), tables)
-    cu_seqlens, seq_lens, block_table = to_device(ints, device)
+    if any(entry.start >= entry.seq.num_tokens for entry in entries[:num_decodes]):
+        ids[:num_decodes] = known_ids(ids[:num_decodes], all_rows[:num_decodes], tables)
     metadata = AttentionMetadata(
         cu_seqlens_q=cu_seqlens,
         seq_lens=seq_lens,
-        block_table=block_table,
+        block_table=tables.block_tables.index_select(0, all_rows),
         slot_mapping=slot_mapping,
         query_lens=query_lens,
         context_lens=context_lens,
         block_size=block_size,
         num_decodes=num_decodes,
     )
-    return StepInputs(ids, positions, metadata, last_rows, media_rows(entries, bounds))
+    return StepInputs(ids, positions, metadata, last, sampling_rows, rows[samples], media_rows(entries, bounds))
+
+
+def known_ids(ids: Tensor, rows: Tensor, tables: SequenceRows) -> Tensor:
+    """`ids` int64 [b] with the last sampled token of its row in place of each UNKNOWN."""
+    return torch.where(ids < 0, tables.last_tokens.index_select(0, rows), ids)
+
+
+def decode_id(entry: ScheduledSeq) -> int:
+    """The id of the one token that `entry` computes, UNKNOWN while it is on the device only."""
+    known = entry.seq.token_ids
+    return known[entry.start] if entry.start < len(known) else UNKNOWN
 
 
 def token_ids(entry: ScheduledSeq) -> list[int]:
-    """The ids of the tokens that `entry` computes."""
-    return entry.seq.token_ids[entry.start : entry.end]
+    """The ids of the tokens that `entry` computes; only the one of a decode may be unknown."""
+    return entry.seq.token_ids[entry.start : entry.end] or [UNKNOWN]
 
 
-def position_axes(entries: Sequence[ScheduledSeq], num_decodes: int) -> npt.NDArray[np.int64]:
+def position_axes(entries: Sequence[ScheduledSeq], num_decodes: int) -> Numbers:
     """M-RoPE positions int64 [3, n]; those of decodes, generated tokens all, are one number each."""
     decoded = np.asarray([entry.start + entry.seq.rope_delta for entry in entries[:num_decodes]], dtype=np.int64)
     prefilled = [entry.seq.positions(entry.start, entry.num_tokens) for entry in entries[num_decodes:]]
     return np.concatenate([np.broadcast_to(decoded, (3, num_decodes)), *prefilled], axis=1)
 
 
-def slots(entries: Sequence[ScheduledSeq], tables: npt.NDArray[np.int32], block_size: int) -> npt.NDArray[np.int64]:
-    """Where each token's keys and values go: block * block_size + offset, int64 [n]."""
-    lengths = [entry.num_tokens for entry in entries]
-    rows = np.repeat(np.arange(len(entries)), lengths)
-    index = np.concatenate([np.arange(entry.start, entry.end) for entry in entries])
-    found: npt.NDArray[np.int64] = tables[rows, index // block_size].astype(np.int64) * block_size + index % block_size
+def slots(rows: Numbers, index: Numbers, tables: SequenceRows, block_size: int) -> Numbers:
+    """Where the keys and values of token `index[i]` of row `rows[i]` go: block * block_size + offset, int64 [n]."""
+    found: Numbers = tables.host_tables[rows, index // block_size].astype(np.int64) * block_size + index % block_size
     return found
 
 
@@ -135,12 +151,3 @@ def media_rows(entries: Sequence[ScheduledSeq], bounds: Sequence[int]) -> list[M
             first, last = max(span.offset, entry.start), min(span.end, entry.end)
             found.append(MediaRows(span.digest, row + first - entry.start, first - span.offset, last - first))
     return found
-
-
-def to_device(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """Arrays of one dtype, end to end in one buffer, copied in one go; views of it, in order and shape."""
-    buffer = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    if device.type == "cuda":
-        buffer = buffer.pin_memory().to(device, non_blocking=True)
-    parts = torch.split(buffer, [array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

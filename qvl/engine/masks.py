@@ -16,7 +16,6 @@ import numpy as np
 
 from qvl.engine.batch import ScheduledSeq
 from qvl.engine.grammar import Words, token_words
-from qvl.engine.sampler import TokenMask
 
 MOST_SECONDS = 1.0  # for all rows of a step, after the scores are there; usually it is less than a millisecond
 TOO_SLOW = "the constraint on this answer has become too complex to compute in time"
@@ -37,7 +36,10 @@ class Masks:
         return token_words(token_ids, self._num_words)
 
     def start(self, sampling: Sequence[ScheduledSeq]) -> Masking | None:
-        """Begin; `sampling` are the step's rows in their order. None when none of them is constrained."""
+        """Begin; `sampling` are the step's rows in their order. None when none of them is constrained.
+
+        All their tokens must be known by now: a grammar allows what may follow the last one.
+        """
         rows = [i for i, entry in enumerate(sampling) if entry.seq.grammar is not None]
         if not rows:
             return None
@@ -63,7 +65,10 @@ class Masks:
 
 @dataclass(slots=True)
 class Masking:
-    """The masks of one step, under way. `errors` says after `gather` which requests cannot go on, and why."""
+    """The masks of one step, under way. `errors` says after `gather` which requests cannot go on, and why.
+
+    `rows` are the places of the constrained `entries` among those that sample.
+    """
 
     masks: Masks
     entries: list[ScheduledSeq]
@@ -72,8 +77,11 @@ class Masking:
     futures: list[Future[str | None]]
     errors: dict[str, str] = field(default_factory=dict)
 
-    def gather(self) -> TokenMask:
-        """Waits for the threads. A row that failed has every bit set: what it chooses is thrown away."""
+    def gather(self) -> dict[int, Words]:
+        """What each constrained row may choose, a bit per token. Waits for the threads.
+
+        Every line has at least one bit that may be sampled; one that failed has all: what it chooses is thrown away.
+        """
         late = {future for future in wait(self.futures, MOST_SECONDS).not_done if not future.cancel()}
         words = self.words
         if late:
@@ -84,7 +92,7 @@ class Masking:
             if error is not None:
                 self.errors[entry.seq.request_id] = error
                 line.fill(-1)
-        return TokenMask(self.rows, words)
+        return dict(zip(self.rows, words, strict=True))
 
     def _fill(self, entry: ScheduledSeq, line: Words, future: Future[str | None]) -> str | None:
         """What the thread found; a row that only stood behind a late one is computed here."""
@@ -96,7 +104,7 @@ class Masking:
     def _finish(self, entry: ScheduledSeq, line: Words) -> str | None:
         """Take out what the model never says, and what must not come yet while anything else may."""
         np.bitwise_and(line, self.masks.allowed, out=line)
-        banned = entry.seq.sampling.banned(entry.seq.num_output)
+        banned = entry.seq.sampling.banned(entry.end - entry.seq.num_prompt_tokens)
         if banned:
             rest = line & ~self.masks.words_of(banned)
             if rest.any():

@@ -57,6 +57,8 @@ class EngineOptions:
     `quantization` is "int8" or "int4", on a CPU: weights are rounded while they are loaded.
     `limit_mm_per_prompt` counts pictures and videos of one request. `mm_processor_kwargs` (`min_pixels`, `max_pixels`,
     `fps`, `num_frames`) are the defaults of every picture and video. `num_blocks` overrides the measured KV cache size.
+    `enforce_eager` leaves CUDA graphs out. `async_scheduling` plans and launches a step while the one before it still
+    runs; None: on a GPU.
     `seed` makes requests without a seed of their own repeatable, given the same order of requests.
     `allow_any_local_path` lets requests name any file of this machine: for in-process use only.
     `trust_remote_code` is accepted and does nothing: qvl never runs code from a checkpoint.
@@ -80,6 +82,8 @@ class EngineOptions:
     encoder_budget_tokens: int | None = None
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=_mm_defaults)
     mm_processor_kwargs: Mapping[str, int | float] = field(default_factory=dict)
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
     num_threads: int | None = None
     seed: int = 0
     allowed_local_media_path: str | None = None

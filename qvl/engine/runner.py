@@ -5,10 +5,14 @@ Knows devices and tensors. Decides nothing: which tokens, which blocks and which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,15 +20,19 @@ from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import DTYPES, is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
-from qvl.engine.inputs import BlockTables, StepInputs, build_inputs
-from qvl.engine.masks import Masks
+from qvl.engine.grammar import Words
+from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder
+from qvl.engine.inputs import StepInputs, build_inputs, decode_numbers
+from qvl.engine.masks import Masking, Masks
 from qvl.engine.memory import kv_cache_bytes, measure_cost, usable_bytes
-from qvl.engine.sampler import SampledToken, Sampler, SamplerRow
+from qvl.engine.rows import SequenceRows
+from qvl.engine.sampler import FAILED, Drawing, Sampler, SamplerRow
 from qvl.engine.vision import MediaEncoder
 from qvl.layers.attention import KVCache, make_kv_cache
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.registry import build_model
 from qvl.models.weights import LoadFormat, load_weights
+from qvl.types import TokenLogprob
 
 NOT_FINITE = (
     "the model's scores for this request are not finite numbers (an overflow of the number format); "
@@ -35,9 +43,31 @@ STEP_OUT_OF_MEMORY = (
 )
 
 
+@dataclass(slots=True)
+class Flight:
+    """A step that was launched: what of `batch` is computed, and what it left on the device.
+
+    `errors` says which requests cannot be computed, and why. `logits` and `best` [m, vocab] and [m] wait for `sample`.
+    """
+
+    batch: ScheduledBatch
+    entries: Items[ScheduledSeq]
+    num_decodes: int
+    errors: dict[str, str] = field(default_factory=dict)
+    sampling: list[ScheduledSeq] = field(default_factory=list)
+    places: npt.NDArray[np.int64] | None = None  # rows of those that sample, here and on the device
+    rows: Tensor | None = None
+    logits: Tensor | None = None
+    best: Tensor | None = None
+    masking: Masking | None = None
+    waits: bool = False  # what may be sampled depends on a token that the host does not know yet
+    drawing: Drawing | None = None
+
+
 class ModelRunner:
     """Loads the model of `config` onto its device and runs steps; `config` has its `num_blocks` afterwards.
 
+    `launch`, `sample`, `collect`: only the last one waits for the device, and another step may be launched before it.
     Raises `CheckpointError` and `ConfigError` (a given max_model_len does not fit into the memory that is left).
     """
 
@@ -47,52 +77,94 @@ class ModelRunner:
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
         self.model = load_model(config, self.device)
-        self.config = size_kv_cache(config, self.model)
-        assert self.config.num_blocks is not None
+        self.config = config = size_kv_cache(config, self.model)
+        assert config.num_blocks is not None
         self.kv_cache: KVCache = make_kv_cache(
-            config.spec.text, self.config.num_blocks, config.block_size, self.model.dtype, self.device
+            config.spec.text, config.num_blocks, config.block_size, self.model.dtype, self.device
         )
-        self.block_tables = BlockTables()
+        width = -(-config.max_model_len // config.block_size)
+        self.tables = SequenceRows(config.max_num_seqs, width, self.device)
         self.encoder_cache: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_bytes)
         self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
-        ids = config.spec.ids
-        self.sampler = Sampler(config.spec.text.vocab_size, never_sampled=ids.never_sampled, device=self.device)
-        self.masks = Masks(config.spec.text.vocab_size, ends=ids.eos, never=ids.never_sampled)
+        ids, vocab_size = config.spec.ids, config.spec.text.vocab_size
+        self.sampler = Sampler(vocab_size, config.max_num_seqs, never_sampled=ids.never_sampled, device=self.device)
+        self.masks = Masks(vocab_size, ends=ids.eos, never=ids.never_sampled)
+        self.decodes: DecodeSteps | None = None
+        if self.device.type == "cuda" and self.model.attention.graph_safe:
+            self.prepare_decodes(None if config.enforce_eager else CudaRecorder(self.device))
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> StepResult:
-        """Encode the step's pictures, compute its tokens, sample. What goes wrong for one request is in `errors`."""
-        failed = self.encoder.encode(batch.encode)
-        step = healthy_part(batch, failed)
-        sampled: dict[str, SampledToken] = {}
-        if step.entries:
-            try:
-                sampled = self._compute(step)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                release_cached_memory(self.device)
-                step.errors.update({entry.seq.request_id: STEP_OUT_OF_MEMORY for entry in step.entries})
-        return result_of(batch, sampled, step.errors)
+    def prepare_decodes(self, recorder: Recorder | None) -> None:
+        """Run steps of decodes alone over static memory from now on."""
+        self.decodes = DecodeSteps(
+            self.model,
+            self.kv_cache,
+            self.tables,
+            self.sampler,
+            capacity=self.config.max_num_seqs,
+            max_model_len=self.config.max_model_len,
+            block_size=self.config.block_size,
+            recorder=recorder,
+        )
 
-    def _compute(self, step: _Step) -> dict[str, SampledToken]:
-        """Forward pass and sampling: the token of every entry that samples, by request."""
-        sampling = [entry for entry in step.entries if entry.samples]
-        masking = self.masks.start(sampling)
-        inputs = build_inputs(step.entries, step.num_decodes, self.config.block_size, self.device, self.block_tables)
+    @torch.inference_mode()
+    def launch(self, batch: ScheduledBatch) -> Flight:
+        """Encode the step's pictures and compute its tokens; its samples too, unless they must wait for the host.
+
+        What goes wrong for one request is in `errors`.
+        """
+        failed = self.encoder.encode(batch.encode)
+        flight = healthy_part(batch, failed)
+        with self._memory_may_run_out(flight):
+            if flight.entries:
+                self._compute(flight)
+                if not flight.waits:
+                    self._draw(flight)
+        return flight
+
+    @torch.inference_mode()
+    def sample(self, flight: Flight) -> None:
+        """The rest of `launch`, once the tokens of the step before are known to the sequences."""
+        with self._memory_may_run_out(flight):
+            if flight.logits is not None:
+                self._draw(flight)
+
+    @contextmanager
+    def _memory_may_run_out(self, flight: Flight) -> Iterator[None]:
+        """Then every request of the step fails, and the engine goes on."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_cached_memory(self.device)
+            flight.logits = flight.drawing = None
+            flight.errors.update({entry.seq.request_id: STEP_OUT_OF_MEMORY for entry in flight.entries})
+
+    def _compute(self, flight: Flight) -> None:
+        """The forward pass, up to the logits of those that sample."""
+        entries = flight.entries
+        flight.sampling = [entry for entry in entries if entry.samples]
+        constrained = [entry for entry in flight.sampling if entry.seq.grammar is not None]
+        flight.waits = any(entry.end > entry.seq.num_tokens for entry in constrained)
+        if constrained and not flight.waits:
+            flight.masking = self.masks.start(flight.sampling)
+        if self.decodes is not None and flight.num_decodes == len(entries):
+            self._decode(flight, self.decodes)
+            return
+        inputs = build_inputs(entries, flight.num_decodes, self.config.block_size, self.tables)
         hidden_states = self._embed(inputs)
         hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata)
-        if not sampling:
-            return {}
-        logits = self.model.logits(hidden_states[inputs.last_rows])
-        mask = None if masking is None else masking.gather()
-        tokens = self.sampler.sample(logits, [sampler_row(entry) for entry in sampling], mask)
-        for entry, token in zip(sampling, tokens, strict=True):
-            if token.failed:
-                step.errors[entry.seq.request_id] = NOT_FINITE
-        if masking is not None:
-            step.errors.update(masking.errors)
-        return {entry.seq.request_id: token for entry, token in zip(sampling, tokens, strict=True)}
+        if flight.sampling:
+            flight.places, flight.rows = inputs.places, inputs.sampling_rows
+            flight.logits = self.model.logits(hidden_states.index_select(0, inputs.last_tokens))
+            flight.best = self.sampler.best(flight.logits)
+            self.tables.remember(flight.rows, flight.best)
+
+    def _decode(self, flight: Flight, decodes: DecodeSteps) -> None:
+        flight.places = self.tables.place(flight.entries)
+        decoded = decodes.run(decode_numbers(flight.entries, flight.places, self.tables, self.config.block_size))
+        flight.rows, flight.logits, flight.best = decoded.rows, decoded.logits, decoded.best
 
     def _embed(self, inputs: StepInputs) -> Tensor:
         """Token embeddings [n, hidden], with those of pictures in the rows of their pads."""
@@ -102,20 +174,40 @@ class ModelRunner:
             hidden_states[rows.row : rows.row + rows.count] = embeddings[rows.start : rows.start + rows.count]
         return hidden_states
 
+    def _draw(self, flight: Flight) -> None:
+        """Choose the tokens, leave them for the next step, and begin to copy them to the host."""
+        logits, best, places, rows = flight.logits, flight.best, flight.places, flight.rows
+        if logits is None or best is None or places is None or rows is None:
+            return
+        masking = self.masks.start(flight.sampling) if flight.waits else flight.masking
+        allowed: dict[int, Words] = {}
+        if masking is not None:
+            allowed = masking.gather()
+            flight.errors.update(masking.errors)
+        ruled = [i for i, entry in enumerate(flight.sampling) if not entry.seq.sampling.is_plain]
+        drawn = self.sampler.draw(
+            logits, best, [sampler_row(i, flight.sampling[i], int(places[i]), allowed.get(i)) for i in ruled]
+        )
+        if ruled:
+            self.tables.remember(rows, drawn.tokens)
+        flight.drawing = drawn.fetch()
+        flight.logits = None
 
-@dataclass(slots=True)
-class _Step:
-    """The entries of a batch that can be computed, and why the others cannot."""
+    def collect(self, flight: Flight) -> StepResult:
+        """What the step found. Waits for the device."""
+        if flight.drawing is None:
+            return StepResult([0] * len(flight.batch.sampling), errors=flight.errors)
+        tokens, logprobs = flight.drawing.wait()
+        if FAILED in tokens:
+            bad = (entry for entry, token in zip(flight.sampling, tokens, strict=True) if token == FAILED)
+            flight.errors.update({entry.seq.request_id: NOT_FINITE for entry in bad})
+        return result_of(flight, tokens, logprobs)
 
-    entries: Sequence[ScheduledSeq]
-    num_decodes: int
-    errors: dict[str, str] = field(default_factory=dict)
 
-
-def healthy_part(batch: ScheduledBatch, failed: dict[bytes, str]) -> _Step:
+def healthy_part(batch: ScheduledBatch, failed: dict[bytes, str]) -> Flight:
     """`batch` without the sequences that need a picture of `failed` (digest -> reason) in this step."""
     if not failed:
-        return _Step(batch.seqs, batch.num_decodes)
+        return Flight(batch, batch.seqs, batch.num_decodes)
     errors: dict[str, str] = {}
     for entry in batch.seqs:
         needed = (entry.seq.spans[i].digest for i in entry.seq.spans_in(entry.start, entry.num_tokens))
@@ -124,31 +216,41 @@ def healthy_part(batch: ScheduledBatch, failed: dict[bytes, str]) -> _Step:
             errors[entry.seq.request_id] = reason
     kept = [entry.seq.request_id not in errors for entry in batch.seqs]
     entries = [entry for entry, keep in zip(batch.seqs, kept, strict=True) if keep]
-    return _Step(entries, sum(kept[: batch.num_decodes]), errors)
+    return Flight(batch, entries, sum(kept[: batch.num_decodes]), errors)
 
 
-def result_of(batch: ScheduledBatch, sampled: dict[str, SampledToken], errors: dict[str, str]) -> StepResult:
-    """One token per sampling entry of `batch`, in its order; those of failed requests are placeholders."""
-    missing = SampledToken(0)
-    tokens = [sampled.get(entry.seq.request_id, missing) for entry in batch.sampling]
-    asked = any(token.logprob is not None for token in tokens)
+def result_of(flight: Flight, tokens: list[int], logprobs: dict[int, TokenLogprob]) -> StepResult:
+    """One token per sampling entry of the batch, in its order; those of failed requests are placeholders.
+
+    `tokens` and `logprobs` (by place) are those of `flight.sampling`.
+    """
+    wanted = flight.batch.sampling
+    if len(wanted) == len(tokens) and not logprobs:
+        return StepResult(tokens, errors=flight.errors)
+    places = {entry.seq.request_id: i for i, entry in enumerate(flight.sampling)}
+    found = [places.get(entry.seq.request_id) for entry in wanted]
     return StepResult(
-        token_ids=[token.token_id for token in tokens],
-        logprobs=[token.logprob for token in tokens] if asked else [],
-        errors=errors,
+        token_ids=[0 if place is None else tokens[place] for place in found],
+        logprobs=[None if place is None else logprobs.get(place) for place in found] if logprobs else [],
+        errors=flight.errors,
     )
 
 
-def sampler_row(entry: ScheduledSeq) -> SamplerRow:
-    """What the sampler needs to know of a sequence."""
-    seq = entry.seq
+def sampler_row(index: int, entry: ScheduledSeq, line: int, allowed: Words | None) -> SamplerRow:
+    """What the sampler needs to know of a sequence with rules; `index` is its place among those that sample."""
+    seq, sampling = entry.seq, entry.seq.sampling
+    position = entry.end - seq.num_prompt_tokens
     return SamplerRow(
+        index=index,
         owner=seq,
-        sampling=seq.sampling.params,
-        seed=seq.sampling.seed,
-        banned=() if seq.grammar is not None else seq.sampling.banned(seq.num_output),  # see Masks
+        line=line,
+        sampling=sampling.params,
+        seed=sampling.seed,
+        banned=() if allowed is not None else sampling.banned(position),  # see Masks
         token_ids=seq.token_ids,
         num_prompt_tokens=seq.num_prompt_tokens,
+        num_tokens=entry.end,
+        allowed=allowed,
     )
 
 

@@ -1,112 +1,159 @@
-"""From logits to token ids: penalties, bans, filters, and noise that depends on a request's seed and position alone.
+"""From logits to token ids: the best token of every row, and for rows with rules penalties, bans, filters and noise.
 
-Knows tensors [rows, vocab] and sampling rules. Does not know models, blocks or when an answer ends. There is no
-generator state: the noise of a token is a hash of (seed, position, token id), so a seeded answer is the same whatever
-else runs beside it, and however often it was preempted.
+Knows tensors [rows, vocab] and sampling rules. Does not know models, blocks or when an answer ends. Nothing here waits
+for the device: what was chosen stays there for the next step, and a copy of it is under way to the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qvl.engine.penalties import CountTables, apply_penalties, wants_penalties
+from qvl.engine.noise import gumbel, noise_keys
+from qvl.engine.penalties import TokenCounts
+from qvl.engine.sequence import is_greedy, wants_penalties
+from qvl.engine.transfer import Fetch, put
 from qvl.types import SamplingParams, TokenLogprob
 
-MIN_TEMPERATURE = 1e-5  # below this, dividing by the temperature would overflow and the choice is the greedy one anyway
 FEW_CANDIDATES = 1024
+ROWS_AT_ONCE = 64  # rows with rules are computed in parts: filters take many times the memory of the logits
 FAILED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerRow:
-    """One row of logits: `token_ids` are prompt and output so far.
+    """Row `index` of the logits, which has rules of its own. `token_ids` are prompt and output as far as they are known
+    here, `num_tokens` counts those that only the device knows, too.
 
     `sampling` is resolved (no None but in `logprobs` and `seed`); `seed` is used instead of `sampling.seed`; `banned`
-    ids may not be chosen this time.
+    ids may not be chosen this time; bit i of `allowed`, where there is one, says whether token i may. `line`: where its
+    counts of tokens are kept.
     """
 
+    index: int
     owner: object
+    line: int
     sampling: SamplingParams
     seed: int
     banned: Sequence[int]
     token_ids: Sequence[int]
     num_prompt_tokens: int
+    num_tokens: int
+    allowed: npt.NDArray[np.int32] | None = None
 
     @property
     def position(self) -> int:
         """How many tokens were generated before this one."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What one row gave: a token id, or `failed` when its logits were not numbers."""
+@dataclass(slots=True)
+class Drawn:
+    """What the rows of a step gave, on the device: `tokens` int64 [m], FAILED where logits were not numbers.
 
-    token_id: int
-    logprob: TokenLogprob | None = None
-
-    @property
-    def failed(self) -> bool:
-        return self.token_id == FAILED
-
-
-@dataclass(frozen=True, slots=True)
-class TokenMask:
-    """The tokens that some rows may choose: bit i of int32 `words` [k, ceil(vocab / 32)] for token i of row `rows[k]`.
-
-    Every line has at least one bit that `never_sampled` leaves.
+    `tables` has log-probabilities as bits, per group of rows: their indices, and int32 [k, 1 + 2 * top].
     """
 
-    rows: Sequence[int]
-    words: npt.NDArray[np.int32]
+    tokens: Tensor
+    tables: list[tuple[list[SamplerRow], Tensor]] = field(default_factory=list)
+
+    def fetch(self) -> Drawing:
+        """Begin to copy it to the host."""
+        parts = [self.tokens.to(torch.int32), *(table.flatten() for _, table in self.tables)]
+        return Drawing(self, Fetch(parts[0] if len(parts) == 1 else torch.cat(parts)))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """`Drawn` on its way to the host."""
+
+    drawn: Drawn
+    copy: Fetch
+
+    def wait(self) -> tuple[list[int], dict[int, TokenLogprob]]:
+        """The tokens of all rows, and the log-probabilities of those that asked, by index."""
+        host = self.copy.wait()
+        start = len(self.drawn.tokens)
+        tokens: list[int] = host[:start].tolist()
+        logprobs: dict[int, TokenLogprob] = {}
+        for rows, table in self.drawn.tables:
+            lines = host[start : start + table.numel()].reshape(table.shape)
+            start += table.numel()
+            for row, line in zip(rows, lines, strict=True):
+                if tokens[row.index] != FAILED:
+                    logprobs[row.index] = _read_logprob(tokens[row.index], line, row.sampling.logprobs or 0)
+        return tokens, logprobs
 
 
 class Sampler:
-    """Chooses one token per row. `never_sampled` ids are banned in every row."""
+    """Chooses one token per row. `never_sampled` ids are banned in every row; `num_lines` bounds `SamplerRow.line`."""
 
-    def __init__(self, vocab_size: int, *, never_sampled: Iterable[int], device: torch.device) -> None:
+    def __init__(self, vocab_size: int, num_lines: int, *, never_sampled: Iterable[int], device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self.counts = TokenCounts(num_lines, vocab_size, device)
         self._never = torch.tensor(sorted(never_sampled), dtype=torch.int64, device=device)
         self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)[None]
-        self._counts = CountTables()
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplerRow], mask: TokenMask | None = None) -> list[SampledToken]:
-        """Tokens for float32 logits [m, vocab], which are overwritten. Waits for the device once, at the end."""
+    def best(self, logits: Tensor) -> Tensor:
+        """The most likely token of every row, FAILED where logits are not numbers. [m, vocab] -> int64 [m]
+
+        Fit for a graph. The logits are as they were afterwards.
+        """
         # A sum is not finite as soon as one of its terms is not: one pass, no [m, vocab] mask.
-        healthy = logits.sum(dim=1).isfinite()
+        healthy = logits.sum(dim=1, dtype=torch.float32).isfinite()
+        kept = logits.index_select(1, self._never)
+        logits.index_fill_(1, self._never, -torch.inf)
+        tokens = torch.where(healthy, logits.argmax(dim=1), FAILED)
+        logits.index_copy_(1, self._never, kept)
+        return tokens
+
+    def draw(self, logits: Tensor, best: Tensor, rows: Sequence[SamplerRow]) -> Drawn:
+        """`best` for all rows of logits [m, vocab], but for `rows` what their rules say."""
+        if not rows:
+            return Drawn(best)
+        drawn = Drawn(best.clone())
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            self._draw_some(logits, best, rows[start : start + ROWS_AT_ONCE], drawn)
+        return drawn
+
+    def _draw_some(self, logits: Tensor, best: Tensor, rows: Sequence[SamplerRow], drawn: Drawn) -> None:
+        index = self._index([row.index for row in rows])
+        part = logits.index_select(0, index).float()
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-        raw = torch.log_softmax(logits[self._index(wanted)], dim=1) if wanted else None
-        self._penalise(logits, rows)
-        self._bias(logits, rows)
-        self._ban(logits, rows)
-        if mask is not None:
-            self._keep(logits, mask)
-        tokens = torch.where(healthy, self._choose(logits, rows), FAILED)
-        parts = [tokens.to(torch.int32)]
+        raw = torch.log_softmax(part.index_select(0, self._index(wanted)), dim=1) if wanted else None
+        penalised = [i for i, row in enumerate(rows) if wants_penalties(row.sampling)]
+        counted = [rows[i] for i in penalised]
+        lines = self._penalise(part, penalised, counted) if penalised else None
+        self._bias(part, rows)
+        self._ban(part, rows)
+        self._keep(part, rows)
+        healthy = best.index_select(0, index) != FAILED
+        tokens = torch.where(healthy, self._choose(part, rows), FAILED)
+        if lines is not None:
+            self.counts.count(counted, lines, tokens.index_select(0, self._index(penalised)))
+        drawn.tokens.index_copy_(0, index, tokens)
         if raw is not None:
             num_top = max(rows[i].sampling.logprobs or 0 for i in wanted)
-            parts += _pack_logprobs(raw, tokens[self._index(wanted)], num_top)
-        host = torch.cat(parts).cpu().numpy()
-        return _unpack(host, rows, wanted)
+            table = _pack_logprobs(raw, tokens.index_select(0, self._index(wanted)), num_top)
+            drawn.tables.append(([rows[i] for i in wanted], table))
 
     def _choose(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         """Every row by the cheapest way that its rules allow. [m, vocab] -> [m] int64"""
         kinds = [_kind(row.sampling, self.vocab_size) for row in rows]
-        ways = {"greedy": self._take_best, "free": self._draw, "filtered": self._draw_filtered}
+        ways = {"greedy": self._take_best, "free": self._draw, "few": self._draw_filtered, "many": self._draw_filtered}
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
-        for kind in set(kinds):
+        for kind in sorted(set(kinds)):
             members = [i for i, other in enumerate(kinds) if other == kind]
             if len(members) == len(rows):
                 return ways[kind](logits, rows)
             index = self._index(members)
-            tokens[index] = ways[kind](logits[index], [rows[i] for i in members])
+            tokens.index_copy_(0, index, ways[kind](logits.index_select(0, index), [rows[i] for i in members]))
         return tokens
 
     def _take_best(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
@@ -120,7 +167,7 @@ class Sampler:
         """From what top_k and top_p leave."""
         temperature, top_p = self._column(rows, "temperature"), self._column(rows, "top_p")
         counts = [_top_k(row.sampling, self.vocab_size) for row in rows]
-        top_k = self._put(np.asarray(counts, dtype=np.int64))[:, None]
+        top_k = self._index(counts)[:, None]
         if max(counts) <= FEW_CANDIDATES:
             values, ids = logits.topk(max(counts), dim=1)
             values = values / temperature
@@ -128,7 +175,7 @@ class Sampler:
         scaled = logits / temperature
         total = scaled.logsumexp(dim=1, keepdim=True)
         if self.device.type == "cpu" and self.vocab_size > FEW_CANDIDATES:
-            # The few best are nearly always all that top_p leaves. Asking costs a GPU more than sorting.
+            # The few best are nearly always all that top_p leaves. Asking a GPU would mean to wait for it.
             values, ids = scaled.topk(FEW_CANDIDATES, dim=1)
             enough = (values - total).exp().sum(dim=1, keepdim=True) > top_p
             if bool((enough | (top_k <= FEW_CANDIDATES)).all()):
@@ -141,19 +188,25 @@ class Sampler:
         if any((row.sampling.min_p or 0.0) > 0.0 for row in rows):
             floor = values.amax(dim=1, keepdim=True) + self._column(rows, "min_p").log()
             values = values.masked_fill(values < floor, -torch.inf)
-        keys = self._put(noise_keys([row.seed for row in rows], [row.position for row in rows]))
+        keys = put(noise_keys([row.seed for row in rows], [row.position for row in rows]), self.device)
         best = (values + gumbel(keys, ids)).argmax(dim=1, keepdim=True)
         return ids.expand(len(rows), -1).gather(1, best)[:, 0].to(torch.int64)
 
     def _column(self, rows: Sequence[SamplerRow], name: str) -> Tensor:
         """One number of every row's rules, [m, 1]."""
-        return self._put(np.asarray([getattr(row.sampling, name) for row in rows], dtype=np.float32))[:, None]
+        return put(np.asarray([getattr(row.sampling, name) for row in rows], dtype=np.float32), self.device)[:, None]
 
-    def _penalise(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
-        chosen = [i for i, row in enumerate(rows) if wants_penalties(row.sampling)]
-        if chosen:
-            tables = self._counts.of([rows[i] for i in chosen])
-            apply_penalties(logits, chosen, tables, [rows[i].sampling for i in chosen])
+    def _penalise(self, logits: Tensor, places: Sequence[int], rows: Sequence[SamplerRow]) -> Tensor:
+        """Penalise the rows `places` of `logits`, in place; the lines of their counts, int64 [k]."""
+        for row in rows:
+            self.counts.prepare(row)
+        lines = self._index([row.line for row in rows])
+        if len(places) == len(logits):
+            logits.copy_(self.counts.apply(logits, rows, lines))
+        else:
+            index = self._index(places)
+            logits.index_copy_(0, index, self.counts.apply(logits.index_select(0, index), rows, lines))
+        return lines
 
     def _bias(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
         where: list[tuple[int, int]] = []
@@ -164,8 +217,10 @@ class Sampler:
                     where.append((i, token_id))
                     values.append(value)
         if where:
-            index = self._put(np.asarray(where, dtype=np.int64).T)
-            logits.index_put_((index[0], index[1]), self._put(np.asarray(values, dtype=np.float32)), accumulate=True)
+            index = self._index(where)
+            rows_index, columns = index[:, 0], index[:, 1]
+            biased = logits[rows_index, columns] + put(np.asarray(values, dtype=np.float32), self.device)
+            logits.index_put_((rows_index, columns), biased)
 
     def _ban(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
         logits.index_fill_(1, self._never, -torch.inf)
@@ -173,27 +228,28 @@ class Sampler:
             (i, token_id) for i, row in enumerate(rows) for token_id in row.banned if 0 <= token_id < self.vocab_size
         ]
         if now:
-            index = self._put(np.asarray(now, dtype=np.int64).T)
-            logits.index_put_((index[0], index[1]), torch.full((), -torch.inf, device=self.device))
+            index = self._index(now)
+            logits.index_put_((index[:, 0], index[:, 1]), logits.new_full((), -torch.inf))
 
-    def _keep(self, logits: Tensor, mask: TokenMask) -> None:
-        """-inf for what `mask` leaves out, in its rows."""
+    def _keep(self, logits: Tensor, rows: Sequence[SamplerRow]) -> None:
+        """-inf for what is not `allowed`, in rows that say so."""
+        places = [i for i, row in enumerate(rows) if row.allowed is not None]
+        if not places:
+            return
+        words = np.stack([row.allowed for row in rows if row.allowed is not None])
         if self.device.type == "cpu":
-            bits = np.unpackbits(mask.words.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
+            bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
             outside = torch.from_numpy(bits) == 0
         else:
-            outside = ~unpack_bits(self._put(mask.words), self.vocab_size)
-        if len(mask.rows) == len(logits):
+            outside = ~unpack_bits(put(words, self.device), self.vocab_size)
+        if len(places) == len(logits):
             logits.masked_fill_(outside, -torch.inf)
         else:
-            index = self._index(mask.rows)
-            logits[index] = logits[index].masked_fill(outside, -torch.inf)
+            index = self._index(places)
+            logits.index_copy_(0, index, logits.index_select(0, index).masked_fill(outside, -torch.inf))
 
-    def _index(self, numbers: Sequence[int]) -> Tensor:
-        return self._put(np.asarray(numbers, dtype=np.int64))
-
-    def _put(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+    def _index(self, numbers: Sequence[object]) -> Tensor:
+        return put(np.asarray(numbers, dtype=np.int64), self.device)
 
 
 def unpack_bits(words: Tensor, count: int) -> Tensor:
@@ -202,16 +258,13 @@ def unpack_bits(words: Tensor, count: int) -> Tensor:
     return ((words[:, :, None] >> bit) & 1).flatten(1)[:, :count].to(torch.bool)
 
 
-def is_greedy(sampling: SamplingParams) -> bool:
-    """Whether the most likely token is always the one."""
-    return (sampling.temperature or 0.0) < MIN_TEMPERATURE or sampling.top_k == 1
-
-
 def _kind(sampling: SamplingParams, vocab_size: int) -> str:
     if is_greedy(sampling):
         return "greedy"
-    is_free = _top_k(sampling, vocab_size) == vocab_size and (sampling.top_p or 1.0) >= 1.0
-    return "free" if is_free else "filtered"
+    top_k = _top_k(sampling, vocab_size)
+    if top_k <= FEW_CANDIDATES and top_k < vocab_size:
+        return "few"
+    return "free" if top_k == vocab_size and (sampling.top_p or 1.0) >= 1.0 else "many"
 
 
 def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
@@ -235,58 +288,15 @@ def _filter_sorted(values: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor) 
     return values.masked_fill(outside, -torch.inf)
 
 
-def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
-    """Two 32-bit words per row from its 64-bit seed and its position (splitmix64, twice). -> [m, 2]"""
-    state = np.asarray(seeds, dtype=np.int64).view(np.uint64)
-    state = _mix64(_mix64(state) + np.asarray(positions, dtype=np.uint64))
-    return state.view(np.int32).reshape(-1, 2)
-
-
-def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Gumbel noise by hashing. int32 keys [m, 2], int32 ids [m or 1, c] -> float32 [m, c]"""
-    bits = _mix32(_mix32(ids ^ keys[:, :1]) ^ keys[:, 1:])
-    # Small uniforms decide whether an unlikely token wins, so they keep full precision: 31 bits, and never 0 or 1.
-    uniform = ((bits & 0x7FFFFFFF).to(torch.float32) + 0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
-    exponential = uniform.neg_().log1p_().neg_()
-    return exponential.log_().neg_()
-
-
-def _mix32(x: Tensor) -> Tensor:
-    """A bijective 32-bit hash (two rounds of xor-shift and multiply); int32 products wrap on purpose."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _pack_logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> list[Tensor]:
-    """Chosen log-probability, and ids and log-probabilities of the best `num_top`, as int32 bits for the one copy."""
+def _pack_logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Tensor:
+    """Log-probability of the chosen; ids and log-probabilities of the best, as bits: int32 [k, 1 + 2 * num_top]"""
     chosen = raw.gather(1, tokens.clamp(min=0)[:, None])
     top, ids = raw.topk(num_top, dim=1)
-    columns = (chosen.view(torch.int32), ids.to(torch.int32), top.view(torch.int32))
-    return [torch.cat(columns, dim=1).flatten()]
+    return torch.cat((chosen.view(torch.int32), ids.to(torch.int32), top.view(torch.int32)), dim=1)
 
 
-def _unpack(host: npt.NDArray[np.int32], rows: Sequence[SamplerRow], wanted: Sequence[int]) -> list[SampledToken]:
-    tokens = host[: len(rows)].tolist()
-    if not wanted:
-        return [SampledToken(token) for token in tokens]
-    table = host[len(rows) :].reshape(len(wanted), -1)
-    num_top = table.shape[1] // 2
-    logprobs: dict[int, TokenLogprob] = {}
-    for line, i in zip(table, wanted, strict=True):
-        if tokens[i] == FAILED:
-            continue
-        keep = rows[i].sampling.logprobs or 0
-        floats = line.view(np.float32)
-        top = zip(line[1 : 1 + keep].tolist(), floats[1 + num_top : 1 + num_top + keep].tolist(), strict=True)
-        logprobs[i] = TokenLogprob(tokens[i], float(floats[0]), tuple(top))
-    return [SampledToken(token, logprobs.get(i)) for i, token in enumerate(tokens)]
+def _read_logprob(token: int, line: npt.NDArray[np.int32], keep: int) -> TokenLogprob:
+    num_top = len(line) // 2
+    floats = line.view(np.float32)
+    top = zip(line[1 : 1 + keep].tolist(), floats[1 + num_top : 1 + num_top + keep].tolist(), strict=True)
+    return TokenLogprob(token, float(floats[0]), tuple(top))

@@ -136,7 +136,7 @@ class Scheduler:
         for seq in self.running:
             if step.tokens_left == 0:
                 return
-            if seq not in step and seq.num_to_compute > 0 and not seq.is_decoding:
+            if len(seq.token_ids) + seq.num_pending > seq.num_computed and not seq.is_decoding and seq not in step:
                 num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
                 if num_tokens > 0:
                     step.add(seq, num_tokens)
@@ -242,7 +242,9 @@ class Scheduler:
             if result.errors and seq.request_id in result.errors:
                 outputs.append(self._fail(seq, result.errors[seq.request_id]))
                 continue
-            self._settle(seq, entry.start + entry.num_tokens)
+            end = entry.start + entry.num_tokens
+            if end // self.blocks.block_size > seq.num_registered or seq.pinned:
+                self._settle(seq, end)
             if entry.samples:
                 outputs.append(self._append(seq, token_id, logprob))
         self._add("generated_tokens", sum(len(output.token_ids) for output in outputs))
@@ -262,25 +264,19 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
         seq.append(token_id)
-        reason, stop_reason = self._why_done(seq, token_id)
+        rules = seq.sampling
+        reason: FinishReason | None = None
+        stop_reason = None
+        if (token_id in rules.stop_ids or token_id in rules.final_ids) and rules.ends(token_id, seq.num_output):
+            reason = "stop"
+            stop_reason = token_id if token_id in rules.params.stop_token_ids else None
+        elif len(seq.token_ids) >= seq.limit:
+            reason = "length"
         if reason is not None:
             self._end(seq, reason)
             self._add("finished", 1)
-        return TokenOutput(
-            request_id=seq.request_id,
-            token_ids=[token_id],
-            logprobs=None if logprob is None else [logprob],
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=seq.num_cached_tokens or 0,
-        )
-
-    def _why_done(self, seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-        """Finish reason after `token_id` was appended, and the stop token id that a caller asked for."""
-        rules = seq.sampling
-        if (token_id in rules.stop_ids or token_id in rules.final_ids) and rules.ends(token_id, seq.num_output):
-            return "stop", token_id if token_id in rules.params.stop_token_ids else None
-        return ("length" if len(seq.token_ids) >= seq.limit else None), None
+        logprobs = None if logprob is None else [logprob]
+        return TokenOutput(seq.request_id, [token_id], logprobs, reason, stop_reason, seq.num_cached_tokens or 0)
 
     def _fail(self, seq: Sequence, message: str) -> TokenOutput:
         self._end(seq, "error")

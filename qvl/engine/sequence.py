@@ -23,6 +23,8 @@ from qvl.prompt import Span, block_keys, extend_key, mrope_positions, root_key
 from qvl.specs import ModelSpec
 from qvl.types import FinishReason, SamplingParams
 
+MIN_TEMPERATURE = 1e-5  # below this, dividing by the temperature would overflow and the choice is the greedy one anyway
+
 
 class Status(enum.Enum):
     """Where a sequence stands; every sequence ends in FINISHED exactly once."""
@@ -30,6 +32,20 @@ class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    """Whether the most likely token is always the one."""
+    return (sampling.temperature or 0.0) < MIN_TEMPERATURE or sampling.top_k == 1
+
+
+def wants_penalties(sampling: SamplingParams) -> bool:
+    """Whether any of the three penalties changes the scores."""
+    return (
+        sampling.repetition_penalty not in (None, 1.0)
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,7 @@ class SamplingState:
     batch. `stop_ids`: the end tokens (unless `ignore_eos`) and `stop_token_ids`. `masked_ids` may not be sampled
     while the answer is shorter than `min_tokens`; they include the end tokens even with `ignore_eos`. `final_ids`: the
     end tokens of a constrained answer, which `min_tokens` and `ignore_eos` only put off while anything else may follow.
+    `is_plain`: every token is the most likely one, and nothing else is asked about it.
     """
 
     params: SamplingParams
@@ -48,6 +65,7 @@ class SamplingState:
     stop_ids: frozenset[int]
     masked_ids: tuple[int, ...]
     final_ids: frozenset[int] = frozenset()
+    is_plain: bool = False
 
     @classmethod
     def create(cls, params: SamplingParams, eos: tuple[int, ...], fallback_seed: int) -> SamplingState:
@@ -57,7 +75,9 @@ class SamplingState:
         stop_ids = asked if params.ignore_eos else asked | frozenset(eos)
         masked_ids = tuple(sorted(asked | frozenset(eos))) if params.min_tokens else ()
         final_ids = frozenset(eos) if params.constraint is not None else frozenset()
-        return cls(params, seed % (1 << 63), stop_ids, masked_ids, final_ids)
+        asks_more = params.constraint is not None or params.logprobs is not None or bool(params.logit_bias)
+        is_plain = is_greedy(params) and not (asks_more or masked_ids or wants_penalties(params))
+        return cls(params, seed % (1 << 63), stop_ids, masked_ids, final_ids, is_plain)
 
     def banned(self, num_output: int) -> tuple[int, ...]:
         """Ids that may not become output token number `num_output` (from 0), beside those the model never samples."""

@@ -21,13 +21,13 @@ from qvl.types import Grid, SamplingParams, TokenLogprob
 
 Pixels = npt.NDArray[np.uint8]
 PATCH, FACTOR = 14, 28
+USUAL: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1, "num_blocks": 256}
 read_spec = cache(load_spec)
 
 
 def make_config(folder: Path, **options: Any) -> EngineConfig:
     """fp32 on one thread, with a cache of 256 blocks unless `options` say otherwise."""
-    usual: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1, "num_blocks": 256}
-    chosen = EngineOptions(model=str(folder), **{**usual, **options})
+    chosen = EngineOptions(model=str(folder), **{**USUAL, **options})
     return resolve(chosen, read_facts(chosen.device))
 
 

@@ -12,7 +12,14 @@ import torch
 from qvl.engine.engine import Engine
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.errors import ConfigError, InvalidRequest, PromptTooLong
+from tests.engine import harness
 from tests.engine.harness import Ask, greedy, make_config, make_engine, pixels, run, run_alone, words
+
+
+@pytest.fixture(params=[False, True], ids=["in-turn", "ahead"], autouse=True)
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds with `async_scheduling`, too."""
+    monkeypatch.setitem(harness.USUAL, "async_scheduling", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +130,9 @@ def test_aborting_gives_everything_back(checkpoint: Path) -> None:
         pass
     engine.step()
     assert engine.abort("b")  # decoding
-    assert not engine.has_work
     engine.check_integrity()
+    assert not (engine.has_work and engine.step())  # what was under way says nothing more
+    assert not engine.has_work
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_used_fraction, stats.aborted) == (0, 0, 0.0, 3)
 

@@ -12,7 +12,7 @@ import torch
 from qvl.engine.engine import Engine
 from qvl.engine.intake import Intake
 from qvl.engine.messages import read_dialogue
-from qvl.engine.sampler import Sampler, gumbel, noise_keys
+from qvl.engine.noise import gumbel, noise_keys
 from qvl.media.resize import resize_bicubic
 from qvl.models.preprocess import patchify, resize
 from qvl.specs import ProcessorSpec
@@ -20,7 +20,7 @@ from qvl.tokenizer import Tokenizer
 from qvl.types import ChatRequest, SamplingParams
 from tests.engine.harness import Ask, Outcome, greedy, make_config, make_engine, pixels, run, words
 from tests.engine.oracle import Dialogue, Oracle, assistant, picture, user
-from tests.engine.test_sampler import params, random_logits, row
+from tests.engine.test_sampler import draw, make_sampler, params, random_logits, row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -51,20 +51,20 @@ def dialogues() -> list[Dialogue]:
 def our_logits(engine: Engine, dialogue: Dialogue) -> torch.Tensor:
     """fp32 [vocab] behind the last token of the prompt."""
     seen: list[torch.Tensor] = []
-    sampler: Sampler = engine.runner.sampler
-    sample = sampler.sample
+    sampler = engine.runner.sampler
+    best = sampler.best
 
-    def spy(logits: torch.Tensor, rows: Any) -> Any:
+    def spy(logits: torch.Tensor) -> torch.Tensor:
         seen.append(logits.float().cpu().clone()[0])
-        return sample(logits, rows)
+        return best(logits)
 
-    sampler.sample = spy  # type: ignore[method-assign]
+    sampler.best = spy  # type: ignore[method-assign]
     intake = Intake(engine.config, Tokenizer.from_folder(engine.config.spec.folder, engine.config.spec.ids))
     prepared = intake.prepare_chat(ChatRequest(read_dialogue(dialogue), SamplingParams(max_tokens=1, temperature=0.0)))
     engine.add(prepared.request("r"), [media.pixels for media in prepared.media])
     while engine.has_work:
         engine.step()
-    sampler.sample = sample  # type: ignore[method-assign]
+    sampler.best = best  # type: ignore[method-assign]
     return seen[0]
 
 
@@ -168,8 +168,8 @@ def test_the_sampler_draws_the_same_noise_and_tokens() -> None:
     logits[1, 3] = torch.nan
     found = []
     for device in (torch.device("cpu"), CUDA):
-        sampler = Sampler(logits.shape[1], never_sampled=(7,), device=device)
-        found.append([token.token_id for token in sampler.sample(logits.clone().to(device), rows)])
+        sampler = make_sampler((7,), device)
+        found.append([token.token_id for token in draw(sampler, logits.clone().to(device), rows)])
     assert found[0] == found[1]
     assert found[0][1] == -1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,15 +16,19 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from qvl.engine.sampler import Sampler, SamplerRow, gumbel, noise_keys
-from qvl.types import SamplingParams
+from qvl.engine.noise import gumbel, noise_keys
+from qvl.engine.sampler import FAILED, Sampler, SamplerRow
+from qvl.types import SamplingParams, TokenLogprob
 
 VOCAB = 211
 CPU = torch.device("cpu")
 
 
-def make_sampler(never: tuple[int, ...] = ()) -> Sampler:
-    return Sampler(VOCAB, never_sampled=never, device=CPU)
+LINES = 10_000
+
+
+def make_sampler(never: tuple[int, ...] = (), device: torch.device = CPU, vocab: int = VOCAB) -> Sampler:
+    return Sampler(vocab, LINES, never_sampled=never, device=device)
 
 
 def params(**changes: object) -> SamplingParams:
@@ -38,7 +43,29 @@ def row(
     output: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> SamplerRow:
-    return SamplerRow(object(), sampling, seed, banned, [*prompt, *output], len(prompt))
+    """A row that will get its place and a line of its own in `draw`."""
+    ids = [*prompt, *output]
+    return SamplerRow(0, object(), 0, sampling, seed, banned, ids, len(prompt), len(ids))
+
+
+@dataclass
+class Found:
+    token_id: int
+    logprob: TokenLogprob | None
+
+    @property
+    def failed(self) -> bool:
+        return self.token_id == FAILED
+
+
+def draw(sampler: Sampler, logits: torch.Tensor, rows: list[SamplerRow], lines: list[int] | None = None) -> list[Found]:
+    """What the sampler chooses when every row has rules; line i is row i's unless `lines` says otherwise."""
+    lines = lines or list(range(len(rows)))
+    placed = [replace(row, index=i, line=line) for i, (row, line) in enumerate(zip(rows, lines, strict=True))]
+    before = logits.clone()
+    tokens, logprobs = sampler.draw(logits, sampler.best(logits), placed).fetch().wait()
+    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "the logits of others may be read again"
+    return [Found(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +77,7 @@ def test_greedy_rows_take_the_first_maximum() -> None:
     logits[3, 7] = logits[3, 9] = 50.0
     want = logits.argmax(dim=1).tolist()
     assert want[3] == 7
-    assert [token.token_id for token in make_sampler().sample(logits, [row(params())] * 5)] == want
+    assert [token.token_id for token in draw(make_sampler(), logits, [row(params())] * 5)] == want
 
 
 @pytest.mark.parametrize(
@@ -75,7 +102,7 @@ def test_frequencies_are_the_probabilities_of_transformers_warpers(rules: dict[s
         warpers.append(MinPLogitsWarper(rules["min_p"]))
     want = warpers(torch.zeros(1, 1, dtype=torch.int64), logits.clone())[0].softmax(dim=0)
     draws = 8000
-    sampled = make_sampler().sample(logits.repeat(draws, 1), [row(params(**rules), seed=s) for s in range(draws)])
+    sampled = draw(make_sampler(), logits.repeat(draws, 1), [row(params(**rules), seed=s) for s in range(draws)])
     counts = torch.zeros(VOCAB)
     for token in sampled:
         counts[token.token_id] += 1
@@ -100,7 +127,7 @@ def test_a_look_at_the_few_best_chooses_as_a_full_sort_does(monkeypatch: pytest.
         found = []
         for few in (10**6, 16, 64):
             monkeypatch.setattr("qvl.engine.sampler.FEW_CANDIDATES", few)
-            found.append([token.token_id for token in make_sampler().sample(logits.clone(), rows)])
+            found.append([token.token_id for token in draw(make_sampler(), logits.clone(), rows)])
         assert found[0] == found[1] == found[2]
 
 
@@ -120,14 +147,14 @@ def test_noise_is_uniform_in_every_direction() -> None:
 def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
     logits = random_logits(6, seed=9)
     mine = params(temperature=1.0, top_p=0.9)
-    alone = [make_sampler().sample(logits[:1].clone(), [row(mine, 42, output=(5,) * n)])[0].token_id for n in range(20)]
+    alone = [draw(make_sampler(), logits[:1].clone(), [row(mine, 42, output=(5,) * n)])[0].token_id for n in range(20)]
     assert len(set(alone)) > 3  # the position matters
     others = [params(), params(temperature=2.0), params(temperature=1.0, top_k=3), params(temperature=0.5, min_p=0.3)]
     for n, want in enumerate(alone):
         rows = [row(rule, seed=n + i) for i, rule in enumerate(others)] + [row(mine, 42, output=(5,) * n)]
         batch = torch.cat([logits[1:5], logits[:1]])
-        assert make_sampler().sample(batch, rows)[-1].token_id == want
-    seeds = {make_sampler().sample(logits[:1].clone(), [row(mine, s)])[0].token_id for s in range(40)}
+        assert draw(make_sampler(), batch, rows)[-1].token_id == want
+    seeds = {draw(make_sampler(), logits[:1].clone(), [row(mine, s)])[0].token_id for s in range(40)}
     assert len(seeds) > 3
 
 
@@ -140,7 +167,7 @@ def test_repetition_penalty_equals_transformers() -> None:
         best = int(scores.argmax())
         scores[0, prompt[0]] = scores[0, best] * 1.2  # wins unless it is penalised
         oracle = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[*prompt, *output]]), scores.clone())
-        got = make_sampler().sample(scores, [rows[i]])[0].token_id
+        got = draw(make_sampler(), scores, [rows[i]])[0].token_id
         assert got == int(oracle.argmax()) == best
 
 
@@ -149,7 +176,7 @@ def test_presence_and_frequency_read_the_output_only() -> None:
     base[0, 10], base[0, 11], base[0, 12] = 3.0, 2.9, 2.0
 
     def best(rule: SamplingParams, prompt: tuple[int, ...], output: tuple[int, ...]) -> int:
-        return make_sampler().sample(base.clone(), [row(rule, prompt=prompt, output=output)])[0].token_id
+        return draw(make_sampler(), base.clone(), [row(rule, prompt=prompt, output=output)])[0].token_id
 
     presence, frequency = params(presence_penalty=0.5), params(frequency_penalty=0.5)
     assert best(presence, prompt=(10, 11), output=()) == 10
@@ -159,22 +186,42 @@ def test_presence_and_frequency_read_the_output_only() -> None:
     assert best(frequency, prompt=(1,), output=(10, 10, 10, 11, 11)) == 12
 
 
-def test_penalty_counts_follow_requests_that_come_and_go() -> None:
-    """The table of counts is a cache: whatever joins, pauses or returns, the choice is that of a fresh table."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_penalty_counts_follow_requests_that_come_and_go(ahead: bool) -> None:
+    """Counts are kept where they are used: the choice is that of counts made afresh, whatever joins, pauses, returns or
+    takes over a line, and (`ahead`) when the host does not know the last token of those who were there before.
+    """
     generator = torch.Generator().manual_seed(0)
     sampler = make_sampler()
     rule = params(frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.1)
     requests = [(object(), [i + 1, 50, 51]) for i in range(7)]
-    for step in range(40):
-        chosen = [r for r in requests if torch.rand((), generator=generator) < 0.5] or requests[:1]
-        logits = torch.randn(len(chosen), VOCAB, generator=generator)
-        rows = [SamplerRow(owner, rule, 0, (), ids, 3) for owner, ids in chosen]
-        fresh = [make_sampler().sample(logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(rows)]
-        got = [token.token_id for token in sampler.sample(logits, rows)]
-        assert got == fresh, step
-        for (_, ids), token in zip(chosen, got, strict=True):
-            ids.append(token)
-    assert len(sampler._counts) == 7
+    before: set[object] = set()
+    for step in range(60):
+        lines = [i for i in range(7) if torch.rand((), generator=generator) < 0.6] or [0]
+        logits = torch.randn(len(lines), VOCAB, generator=generator)
+        rows = [SamplerRow(0, requests[i][0], 0, rule, 0, (), requests[i][1], 3, len(requests[i][1])) for i in lines]
+        want = [draw(make_sampler(), logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(rows)]
+        known = [r.token_ids[:-1] if ahead and r.owner in before else r.token_ids for r in rows]
+        asked = [replace(r, token_ids=ids) for r, ids in zip(rows, known, strict=True)]
+        assert [token.token_id for token in draw(sampler, logits, asked, lines)] == want, step
+        for i, token in zip(lines, want, strict=True):
+            requests[i][1].append(token)
+        before |= {row.owner for row in rows}
+        if step % 5 == 4:
+            requests[step % 7] = (object(), [step, 50, step + 1])
+
+
+def test_a_history_that_was_lost_is_counted_again() -> None:
+    sampler = make_sampler()
+    rule, owner = params(repetition_penalty=5.0), object()
+    ids = [1, 2, 3]
+    logits = torch.zeros(1, VOCAB)
+    logits[0, :4] = torch.tensor([2.0, 9.0, 8.0, 7.0])
+    for step in range(3):
+        line = step % 2  # as after a preemption: the line of before is another's now
+        mine = SamplerRow(0, owner, 0, rule, 0, (), list(ids), 3, len(ids))
+        assert draw(sampler, logits.clone(), [mine], [line])[0].token_id == 0  # 2 is more than 9 / 5
+        ids += [1, 1]
 
 
 def test_bans_hold_whatever_the_bias_says() -> None:
@@ -182,7 +229,7 @@ def test_bans_hold_whatever_the_bias_says() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 20] = 90.0
     biased = params(logit_bias={21: 100.0, 40: 5.0, VOCAB + 3: 100.0}, temperature=1.0, seed=1)
-    tokens = sampler.sample(logits.repeat(300, 1), [row(biased, seed=s) for s in range(300)])
+    tokens = draw(sampler, logits.repeat(300, 1), [row(biased, seed=s) for s in range(300)])
     chosen = {token.token_id for token in tokens}
     assert not chosen & {20, 21}
     assert 40 in chosen
@@ -191,7 +238,7 @@ def test_bans_hold_whatever_the_bias_says() -> None:
 def test_banned_ids_of_one_row_stay_free_in_another() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[:, 30], logits[:, 31], logits[:, 32] = 9.0, 8.0, 1.0
-    first, second = make_sampler().sample(logits, [row(params(), banned=(30, 31, VOCAB)), row(params())])
+    first, second = draw(make_sampler(), logits, [row(params(), banned=(30, 31, VOCAB)), row(params())])
     assert (first.token_id, second.token_id) == (32, 30)
 
 
@@ -201,7 +248,7 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
     best = logits.argmax(dim=1).tolist()
     bias = params(logit_bias={best[0]: -100.0}, logprobs=3, temperature=0.1, top_k=1)
     rows = [row(bias), row(params()), row(params(logprobs=0, temperature=2.0), seed=5)]
-    first, second, third = make_sampler().sample(logits, rows)
+    first, second, third = draw(make_sampler(), logits, rows)
     assert second.logprob is None
     assert first.logprob is not None
     assert third.logprob is not None
@@ -219,11 +266,11 @@ def test_a_row_that_is_not_numbers_fails_alone(bad: float) -> None:
     logits = random_logits(4)
     rules = [params(), params(logprobs=2), params(temperature=1.0, top_p=0.5), params(temperature=1.0, seed=3)]
     rows = [row(rule, seed=i) for i, rule in enumerate(rules)]
-    want = [token.token_id for token in make_sampler().sample(logits.clone(), rows)]
+    want = [token.token_id for token in draw(make_sampler(), logits.clone(), rows)]
     for broken in range(4):
         hurt = logits.clone()
         hurt[broken, 17] = bad
-        got = make_sampler().sample(hurt, rows)
+        got = draw(make_sampler(), hurt, rows)
         assert [token.failed for token in got] == [i == broken for i in range(4)]
         assert [token.token_id for token in got if not token.failed] == [w for i, w in enumerate(want) if i != broken]
         assert got[broken].logprob is None

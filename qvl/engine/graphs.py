@@ -1,0 +1,172 @@
+"""Steps of decodes alone over static memory: padded to a few sizes, each recorded once as a CUDA graph and replayed.
+
+    numbers int64 [5, capacity]      |  b decodes  | padding to the bucket |  (not computed)  |
+      ids, positions, slots, rows, lengths            0, 0, -1, nobody's, 0
+
+One copy from the host fills `numbers`; everything else a decode needs lies on the device (`SequenceRows`). A padded row
+stores no keys and values and attends to nothing. Knows buckets and recordings. Does not know requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qvl.engine.inputs import DecodeNumbers, known_ids
+from qvl.engine.rows import SequenceRows
+from qvl.engine.sampler import Sampler
+from qvl.layers.attention import AttentionMetadata, KVCache
+from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
+
+logger = logging.getLogger("qvl.engine")
+
+COST = "decodes run eagerly, which costs milliseconds a token while few requests run"
+
+
+class Recorder(Protocol):
+    """Turns work over static memory into something that does the same again with little effort."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]: ...
+
+
+class CudaRecorder:
+    """CUDA graphs that share their memory: one is replayed at a time, and what it leaves is used before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Runs `work` once before it is recorded: compiling and loading kernels, as first use does, no graph may do."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            work()
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the recording is invalid already: the first error counts
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph.replay
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a step of b decodes left on the device; valid until the next one."""
+
+    logits: Tensor  # [b, vocab]
+    best: Tensor  # int64 [b], the most likely token, FAILED where logits are not numbers
+    rows: Tensor  # int64 [b]
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, ... and `most`: from 8 on at most 7 rows are computed in vain."""
+    return sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})
+
+
+class DecodeSteps:
+    """Runs steps of up to `capacity` decodes. Without a `recorder` they run eagerly, in the same sizes."""
+
+    def __init__(
+        self,
+        model: Qwen2VLForConditionalGeneration,
+        kv_cache: KVCache,
+        tables: SequenceRows,
+        sampler: Sampler,
+        *,
+        capacity: int,
+        max_model_len: int,
+        block_size: int,
+        recorder: Recorder | None,
+    ) -> None:
+        self.model, self.kv_cache, self.tables, self.sampler = model, kv_cache, tables, sampler
+        self.sizes = bucket_sizes(capacity)
+        self._max_model_len, self._block_size = max_model_len, block_size
+        self._padding = np.zeros((5, capacity), dtype=np.int64)
+        self._padding[2], self._padding[3] = -1, tables.padding
+        self._numbers = torch.from_numpy(self._padding.copy()).to(tables.device)
+        self._bounds = torch.arange(capacity + 1, dtype=torch.int32, device=tables.device)
+        self._best = torch.zeros(capacity, dtype=torch.int64, device=tables.device)
+        self._logits: Tensor | None = None
+        self._replays: dict[int, Callable[[], None]] = {}
+        if recorder is not None:
+            self._record(recorder)
+
+    @property
+    def num_recorded(self) -> int:
+        return len(self._replays)
+
+    def _record(self, recorder: Recorder) -> None:
+        """Every size, the largest first: the others fit into its memory."""
+        started = time.monotonic()
+        try:
+            for size in reversed(self.sizes):
+                self._replays[size] = recorder.record(lambda size=size: self._compute(size))  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001  # a driver, a compiler, an operation that no graph takes
+            self._replays.clear()
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            logger.warning("no CUDA graphs: %s; %s", reason, COST)
+            return
+        finally:
+            if self.tables.device.type == "cuda":
+                torch.cuda.empty_cache()  # what was tried on the recorder's stream is of no use elsewhere
+        logger.info("recorded %d CUDA graphs of decodes in %.1f s", len(self.sizes), time.monotonic() - started)
+
+    def run(self, numbers: DecodeNumbers) -> Decoded:
+        """One step; the caches, the last tokens and what is returned are ready in the order of the stream."""
+        count = len(numbers.rows)
+        size = next(size for size in self.sizes if size >= count)
+        self._fill(numbers, count)
+        replay = self._replays.get(size)
+        if replay is None:
+            self._compute(size)
+        else:
+            replay()
+        assert self._logits is not None
+        return Decoded(self._logits[:count], self._best[:count], self._numbers[3, :count])
+
+    def _fill(self, numbers: DecodeNumbers, count: int) -> None:
+        # Page-locked memory of its own for every step: the copy of the step before may still be under way.
+        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        lines = host.numpy()
+        lines[:] = self._padding
+        fields = (numbers.token_ids, numbers.positions, numbers.slots, numbers.rows, numbers.seq_lens)
+        for line, values in zip(lines, fields, strict=True):
+            line[:count] = values
+        self._numbers.copy_(host, non_blocking=True)
+
+    def _compute(self, size: int) -> None:
+        """The work of a step of `size` decodes, all of it on the device."""
+        ids, positions, slots, rows, seq_lens = self._numbers[:, :size]
+        metadata = AttentionMetadata(
+            cu_seqlens_q=self._bounds[: size + 1],
+            seq_lens=seq_lens.to(torch.int32),
+            block_table=self.tables.block_tables.index_select(0, rows),
+            slot_mapping=slots,
+            query_lens=[1] * size,
+            context_lens=[self._max_model_len] * size,  # an upper bound: only the device knows the lengths of a replay
+            block_size=self._block_size,
+            num_decodes=size,
+        )
+        hidden_states = self.model.embed(known_ids(ids, rows, self.tables))
+        hidden_states = self.model(hidden_states, positions.expand(3, size), self.kv_cache, metadata)
+        logits = self.model.logits(hidden_states)
+        best = self.sampler.best(logits)
+        self.tables.remember(rows, best)
+        if self._logits is None:
+            self._logits = torch.empty((len(self._best), logits.shape[1]), dtype=logits.dtype, device=logits.device)
+        self._logits[:size].copy_(logits)
+        self._best[:size].copy_(best)
