@@ -98,10 +98,11 @@ async def _start(service: Service, on_started: Started | None) -> None:
     try:
         await service.backend.start()
     except QvlError as failure:
-        logger.error("the backend cannot start: %s", failure.message)
         service.start_error = error = failure
     if on_started is not None:
         on_started(error)
+    elif error is not None:
+        logger.error("the backend cannot start: %s", error.message)
 
 
 async def _known(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ Knows uvicorn and signals. Does not know routes or engines.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
@@ -139,7 +140,8 @@ def bind(options: ServerOptions, *, shared: bool = False) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {reason}", param="port") from error
+        other = "; take another port: --port N, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {reason}{other}", param="port") from error
     listener.set_inheritable(False)
     return listener
 

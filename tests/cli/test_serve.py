@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,3 +187,16 @@ def test_a_folder_that_cannot_be_served_ends_with_its_reason(checkpoint: Path, t
     assert done.stdout == ""
     assert "llama" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_told_once(checkpoint: Path, tmp_path: Path) -> None:
+    """What is found only while loading comes after the line that HTTP is up, as one line too."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "cut"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    command = [sys.executable, "-m", "qvl.cli", "serve", str(folder), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    up, reason = done.stderr.splitlines()
+    assert "HTTP is up" in up
+    assert reason.startswith("qvl: model.safetensors is truncated")
