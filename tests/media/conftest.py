@@ -86,24 +86,26 @@ class Site(BaseHTTPRequestHandler):
 
     def page_endless(self) -> None:
         self.answer_open()
-        while True:
-            self.wfile.write(bytes(1 << 16))
-            self.server.sent += 1 << 16
+        try:
+            while self.server.sent < 1 << 30:
+                self.wfile.write(bytes(1 << 16))
+                self.server.sent += 1 << 16
+        except ConnectionError:
+            self.server.was_left.set()
 
     def page_drip(self) -> None:
         """A byte now and then: no single read is slow."""
         self.answer_open()
-        for _ in range(200):
+        while not self.server.over.wait(0.05):
             self.wfile.write(b"x")
             self.wfile.flush()
-            time.sleep(0.05)
 
     def page_slow(self) -> None:
         time.sleep(0.2)
         self.answer(200, self.server.files["red.png"])
 
     def page_silent(self) -> None:
-        time.sleep(3)
+        self.server.over.wait()
 
     def page_cut(self) -> None:
         self.answer(200, b"half", Content_Length="8")
@@ -128,6 +130,8 @@ class Server(ThreadingHTTPServer):
         self.files = files
         self.seen: list[tuple[str, dict[str, str]]] = []
         self.sent = 0
+        self.was_left = threading.Event()  # the fetcher hung up in the middle of "endless"
+        self.over = threading.Event()
 
     def url(self, path: str = "", host: str | None = None) -> str:
         return f"http://{host or self.server_address[0]}:{self.server_port}/{path}"
@@ -138,6 +142,7 @@ def serving(host: str, files: dict[str, bytes]) -> Iterator[Server]:
     with Server(host, files) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
+        server.over.set()
         server.shutdown()
 
 
