@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl.kernels.fp8 import Rounded, round_rows
 from qvl.kernels.gpu import gpu_kernels
 from qvl.kernels.native import NativeUnavailable, load_native
 
@@ -51,14 +52,16 @@ def kernels_for(x: Tensor) -> Any | None:
     return cpu_kernels() if x.device.type == "cpu" and x.dtype == torch.float32 else None
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, eight_bits: bool = False
+) -> tuple[Tensor | Rounded, Tensor]:
     """(norm(x + residual) * weight, x + residual), all [n, size]; the mean square is taken in fp32.
 
-    `residual` may be overwritten with the sum. Without it: (norm(x) * weight, x).
+    `residual` may be overwritten with the sum. Without it: (norm(x) * weight, x). The norm comes in fp8 if asked for.
     """
     contiguous = x.is_contiguous() and (residual is None or residual.is_contiguous())
     if x.is_cuda and contiguous and (gpu := gpu_kernels()) is not None:
-        return gpu.add_rms_norm(x, residual, weight, eps)
+        return gpu.add_rms_norm(x, residual, weight, eps, eight_bits)
     library = kernels_for(x)
     if library is not None and contiguous:
         out = torch.empty_like(x)
@@ -70,13 +73,14 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     total = x if residual is None else x + residual
     wide = total.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight, total
+    out = wide.to(x.dtype) * weight
+    return round_rows(out) if eight_bits else out, total
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:  # [n, 2 * size] -> [n, size]
-    """silu(first half) * second half."""
+def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:  # [n, 2 * size] -> [n, size]
+    """silu(first half) * second half, in fp8 if asked for."""
     if gate_up.is_cuda and gate_up.is_contiguous() and (gpu := gpu_kernels()) is not None:
-        return gpu.silu_and_mul(gate_up)
+        return gpu.silu_and_mul(gate_up, eight_bits)
     library = kernels_for(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     if library is not None and gate_up.is_contiguous():
@@ -84,7 +88,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:  # [n, 2 * size] -> [n, size]
         library.qvl_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size, torch.get_num_threads())
         return out
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    out = F.silu(gate) * up
+    return round_rows(out) if eight_bits else out
 
 
 def quick_gelu(x: Tensor) -> Tensor:  # any shape
@@ -100,7 +105,10 @@ def quick_gelu(x: Tensor) -> Tensor:  # any shape
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [n, heads, head_dim], fp32 [n, 1, head_dim] twice
-    """Turn each pair (i, i + head_dim / 2) by its angle; computed in fp32, returned in the dtype of x."""
+    """Turn each pair (i, i + head_dim / 2) by its angle; computed in fp32, returned in the dtype of x.
+
+    x itself may be overwritten, and be what is returned.
+    """
     rows, heads, dim = x.shape
     contiguous = x.stride(2) == 1 and x.stride(1) == dim and cos.is_contiguous() and sin.is_contiguous()
     if x.is_cuda and contiguous and (gpu := gpu_kernels()) is not None:

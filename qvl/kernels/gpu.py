@@ -64,11 +64,16 @@ def tiles_for(capability: Capability, dtype: torch.dtype, head_dim: int) -> Tile
         # Triton multiplies on tensor cores from 8.0 on, and never in full fp32.
         return Tiles(0, 0, 0, 1, decode_block=16, tensor_cores=False, early=False)
     wide = head_dim > 128
-    early = capability >= (9, 0) and capability < (12, 0)
+    early = early_on(capability)
     if shared_memory(capability) < 128 * KIB:
         return Tiles(64, 32 if wide else 64, 4, 2, decode_block=32 if wide else 64, tensor_cores=True, early=early)
     stages = 3 if capability >= (9, 0) and not wide else 2
     return Tiles(128, 32 if wide else 64, 8, stages, decode_block=32 if wide else 64, tensor_cores=True, early=early)
+
+
+def early_on(capability: Capability | None) -> bool:
+    """Whether a kernel can start there while the one before it ends."""
+    return capability is not None and (9, 0) <= capability < (12, 0)
 
 
 def launch_early(early: bool) -> dict[str, bool]:

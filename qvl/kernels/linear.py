@@ -1,23 +1,83 @@
-"""The product of activations with weights, whatever device and dtypes.
+"""The product of activations with weights, whatever device and dtypes, and the matrices of few bits.
 
 Knows which file of this package computes it. Does not know which layer asks.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.cpu_linear import choose_cpu_linear
-from qvl.kernels.cpu_quantised import kernels
+from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
+from qvl.kernels.fp8 import Fp8Matrix, require_fp8
+from qvl.kernels.gpu import capability_of, early_on, gpu_problem, told, warn_of
+
+
+class FewRows(Protocol):
+    """`qvl.kernels.triton_linear`, as it is used; a test may put something else there."""
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        scales: Tensor | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+        early: bool = False,
+    ) -> Tensor: ...
+
+
+FEW = 4  # rows up to which the GPU kernel is faster than the library; as MOST_ROWS in triton_linear.py
+MULTIPLE = 16  # of the width of a matrix, so that 16 bytes are read at a time
+WRONG = 2e-2
+SLOWER = "torch's products are used instead: a token of a single request takes about 15 % longer"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, in] times weight [out, in] transposed, plus bias [out]: [n, out] in the dtype of x."""
     if weight.device.type == "cpu":
         return choose_cpu_linear(weight.dtype)(x, weight, bias)
+    if takes_few(x) and (few := few_rows(x.device, x.dtype)) is not None:
+        return few.product(x, weight, bias=bias)
     return F.linear(x, weight, bias)
+
+
+def takes_few(x: Tensor) -> bool:
+    """Whether the kernel for few rows can take x."""
+    return x.is_cuda and 1 <= x.shape[0] <= FEW and x.shape[1] % MULTIPLE == 0 and x.is_contiguous()
+
+
+@functools.cache
+def few_rows(device: torch.device, dtype: torch.dtype) -> FewRows | None:
+    """`qvl.kernels.triton_linear` when it runs there, tried out once; warns when it does not."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
+        return None
+    try:
+        from qvl.kernels import triton_linear
+
+        problem = triton_linear.problem_of(device, dtype, early_on(capability_of(device)))
+    except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
+        problem = f"the kernel for products of few rows did not run ({told(error)})"
+    if problem is not None:
+        warn_of(problem, SLOWER)
+        return None
+    return triton_linear
+
+
+def empty_matrix(form: str, rows: int, width: int, device: torch.device | str) -> QuantisedMatrix | Fp8Matrix:
+    """A matrix whose numbers will be held as "int8", "int4" (on a CPU) or "fp8"."""
+    if form == "fp8":
+        return Fp8Matrix.empty(rows, width, device)
+    return QuantisedMatrix.empty({"int8": 8, "int4": 4}[form], rows, width)
 
 
 def compute_dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -26,8 +86,12 @@ def compute_dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str = "none") -> str:
-    """How products are computed there, in words; on a CPU this makes the choice (and builds the kernel) if need be."""
-    if device.type != "cpu":
-        return f"torch {dtype}"
-    plain = choose_cpu_linear(dtype).reason
-    return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"
+    """How products are computed there, in words; this makes the choices (and builds the kernels) if need be."""
+    if device.type == "cpu" and quantization != "fp8":
+        plain = choose_cpu_linear(dtype).reason
+        return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"
+    few = few_rows(device, dtype)
+    plain = f"torch {dtype}" if few is None else f"triton up to {FEW} rows, torch {dtype} above"
+    if quantization == "none":
+        return plain
+    return f"{require_fp8(device, dtype, capability_of(device))}; {plain}"

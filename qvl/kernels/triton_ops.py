@@ -11,30 +11,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qvl.kernels.fp8 import Rounded
 from qvl.kernels.gpu import launch_early
 
 BLOCK = 1024
 HEADS_EACH = 4  # heads that one program of `rope_and_store` turns
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, eight_bits: bool = False
+) -> tuple[Tensor | Rounded, Tensor]:
     """(norm(x + residual) * weight, x + residual) of contiguous [n, size]; `residual` is overwritten with the sum."""
     size = x.shape[1]
-    out = torch.empty_like(x)
-    block = triton.next_power_of_2(size)
     total = x if residual is None else residual
+    out, codes, scales = outputs(x, size, eight_bits)
+    block = triton.next_power_of_2(size)
     _add_rms_norm[(len(x),)](
-        x, total, weight, out, size, eps, ADD=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512))
-    )
+        x, total, weight, codes, scales, size, eps, ADD=residual is not None, EIGHT_BITS=eight_bits, BLOCK=block,
+        num_warps=warps_for(block),
+    )  # fmt: skip
     return out, total
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
     """silu(first half) * second half of contiguous [n, 2 * size]: [n, size]."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, size)
-    _silu_and_mul[(rows, triton.cdiv(size, BLOCK))](gate_up, out, size, BLOCK=BLOCK, num_warps=4)
+    out, codes, scales = outputs(gate_up, size, eight_bits)
+    # A row must be whole to know its largest number; without that, more programs are better.
+    block = triton.next_power_of_2(size) if eight_bits else BLOCK
+    _silu_and_mul[(rows, triton.cdiv(size, block))](
+        gate_up, codes, scales, size, EIGHT_BITS=eight_bits, BLOCK=block, num_warps=warps_for(block)
+    )
     return out
+
+
+def round_rows(x: Tensor) -> Rounded:
+    """Contiguous x [n, size] in fp8."""
+    out = Rounded.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _round_rows[(len(x),)](x, out.codes, out.scales, x.shape[1], BLOCK=block, num_warps=warps_for(block))
+    return out
+
+
+def outputs(x: Tensor, size: int, eight_bits: bool) -> tuple[Tensor | Rounded, Tensor, Tensor]:
+    """Memory for a result [n, size] in the dtype of x or in fp8, its numbers, its scales (when it has some)."""
+    out = x.new_empty(len(x), size)
+    if not eight_bits:
+        return out, out, out
+    rounded = Rounded.empty_like(out)
+    return rounded, rounded.codes, rounded.scales
+
+
+def warps_for(block: int) -> int:
+    """8 to 64 numbers for each thread."""
+    return min(16, max(1, block // 512))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -45,14 +75,13 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (i, i + head_dim / 2) turned by their angles; x [n, heads, head_dim] with heads contiguous in a row."""
+    """x [n, heads, head_dim], heads contiguous in a row: its pairs (i, i + dim / 2) turned by their angles in place."""
     rows, heads, dim = x.shape
-    out = x.new_empty(rows, heads, dim)
     _rotate[(rows,)](
-        x, cos, sin, out, x.stride(0), heads, dim // 2, HEADS=triton.next_power_of_2(heads),
+        x, cos, sin, x.stride(0), heads, dim // 2, HEADS=triton.next_power_of_2(heads),
         HALF=triton.next_power_of_2(dim // 2), num_warps=4,
     )  # fmt: skip
-    return out
+    return x
 
 
 def rope_and_store(
@@ -118,9 +147,21 @@ def _rope_and_store(
 
 
 @triton.jit
-def _add_rms_norm(x_ptr, total_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(
+    x_ptr,
+    total_ptr,
+    weight_ptr,
+    out_ptr,
+    scales_ptr,
+    size,
+    eps,
+    ADD: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: one row."""
-    row = tl.program_id(0).to(tl.int64) * size
+    token = tl.program_id(0)
+    row = token.to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     live = at < size
     total = tl.load(total_ptr + row + at, mask=live, other=0.0)
@@ -132,20 +173,43 @@ def _add_rms_norm(x_ptr, total_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.cons
     wide = total.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     weight = tl.load(weight_ptr + at, mask=live, other=0.0)
-    tl.store(out_ptr + row + at, wide.to(total.dtype) * weight, mask=live)
+    _store(out_ptr + row + at, scales_ptr + token, wide.to(total.dtype) * weight, live, EIGHT_BITS)
 
 
 @triton.jit
-def _silu_and_mul(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _silu_and_mul(x_ptr, out_ptr, scales_ptr, size, EIGHT_BITS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK outputs of one row."""
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
+    row = token.to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = at < size
     gate = tl.load(x_ptr + row * 2 * size + at, mask=live, other=0.0)
     up = tl.load(x_ptr + row * 2 * size + size + at, mask=live, other=0.0)
     wide = gate.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out_ptr + row * size + at, silu * up, mask=live)
+    _store(out_ptr + row * size + at, scales_ptr + token, silu * up, live, EIGHT_BITS)
+
+
+@triton.jit
+def _round_rows(x_ptr, out_ptr, scales_ptr, size, BLOCK: tl.constexpr):
+    """One program: one row."""
+    token = tl.program_id(0)
+    row = token.to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    live = at < size
+    _store(out_ptr + row + at, scales_ptr + token, tl.load(x_ptr + row + at, mask=live, other=0.0), live, True)
+
+
+@triton.jit
+def _store(to, scale_to, value, live, EIGHT_BITS: tl.constexpr):
+    """A row as it is, or in fp8 with the scale that makes its largest number the largest of fp8."""
+    if EIGHT_BITS:
+        wide = value.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
+        tl.store(scale_to, scale)
+        tl.store(to, (wide / scale).to(to.dtype.element_ty), mask=live)
+    else:
+        tl.store(to, value, mask=live)
 
 
 @triton.jit
@@ -159,19 +223,18 @@ def _quick_gelu(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x_ptr, cos_ptr, sin_ptr, out_ptr, x_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate(x_ptr, cos_ptr, sin_ptr, x_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     """One program: all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     dims = tl.arange(0, HALF)
     live = (head < heads)[:, None] & (dims < half)[None, :]
-    at = head[:, None] * 2 * half + dims[None, :]
-    low = tl.load(x_ptr + token * x_stride + at, mask=live, other=0.0)
-    high = tl.load(x_ptr + token * x_stride + at + half, mask=live, other=0.0)
+    at = x_ptr + token * x_stride + head[:, None] * 2 * half + dims[None, :]
+    low = tl.load(at, mask=live, other=0.0)
+    high = tl.load(at + half, mask=live, other=0.0)
     cos = tl.load(cos_ptr + token * 2 * half + dims, mask=dims < half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * 2 * half + dims, mask=dims < half, other=0.0)[None, :]
     a = low.to(tl.float32)
     b = high.to(tl.float32)
-    out = out_ptr + token * heads * 2 * half + at
-    tl.store(out, (a * cos - b * sin).to(low.dtype), mask=live)
-    tl.store(out + half, (b * cos + a * sin).to(low.dtype), mask=live)
+    tl.store(at, (a * cos - b * sin).to(low.dtype), mask=live)
+    tl.store(at + half, (b * cos + a * sin).to(low.dtype), mask=live)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvl.kernels.cpu_quantised import QuantisedMatrix
-from qvl.kernels.linear import linear
+from qvl.kernels.fp8 import Fp8Matrix, Rounded
+from qvl.kernels.linear import empty_matrix, linear
 
 
 class Linear(nn.Module):
@@ -39,15 +40,23 @@ class Linear(nn.Module):
         rows = sum(self.parts)
         self.weight: nn.Parameter | None = _constant(torch.empty(rows, in_features, dtype=dtype, device="meta"))
         self.bias = _constant(torch.empty(rows, dtype=compute_dtype, device="meta")) if bias else None
-        self.matrix: QuantisedMatrix | None = None
+        self.matrix: QuantisedMatrix | Fp8Matrix | None = None
 
-    def quantise(self, bits: int) -> None:
-        """Hold codes of `bits` bits from now on, all zero; the matrix is given up."""
+    def quantise(self, form: str, device: torch.device | str) -> None:
+        """Hold codes of this form ("int8", "int4" or "fp8") from now on; the matrix is given up."""
         self.weight = None
-        self.matrix = QuantisedMatrix.empty(bits, sum(self.parts), self.in_features)
+        self.matrix = empty_matrix(form, sum(self.parts), self.in_features, device)
         self.codes, self.scales = _constant(self.matrix.codes), _constant(self.matrix.scales)
 
-    def forward(self, x: Tensor) -> Tensor:  # [n, in_features] -> [n, sum(parts)]
+    @property
+    def eight_bits(self) -> bool:
+        """It takes activations in fp8, so whoever computes them may round them at once."""
+        return isinstance(self.matrix, Fp8Matrix)
+
+    def forward(self, x: Tensor | Rounded) -> Tensor:  # [n, in_features] -> [n, sum(parts)]
+        if isinstance(self.matrix, Fp8Matrix):
+            return self.matrix.product(x, self.bias)
+        assert isinstance(x, Tensor)
         if self.matrix is not None:
             return self.matrix.product(x, self.bias)
         assert self.weight is not None

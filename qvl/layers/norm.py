@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvl.kernels.fp8 import Rounded
 from qvl.kernels.fused import add_rms_norm
 
 
@@ -21,12 +22,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # [n, size] -> [n, size]
-        return add_rms_norm(hidden_states, None, self.weight, self.eps)[0]
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, eight_bits: bool = False
+    ) -> tuple[Tensor | Rounded, Tensor]:
+        """(norm(hidden_states + residual), hidden_states + residual), both [n, size]; may overwrite `residual`.
 
-    def add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(hidden_states + residual), hidden_states + residual), both [n, size]; may overwrite `residual`."""
-        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
+        Without a residual the second is hidden_states itself. `eight_bits`: the matrix behind takes the norm in fp8.
+        """
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps, eight_bits)
 
 
 class LayerNorm(nn.Module):

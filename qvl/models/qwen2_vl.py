@@ -14,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from qvl.kernels.attention import choose_attention
+from qvl.kernels.fp8 import Rounded
 from qvl.kernels.fused import silu_and_mul
 from qvl.kernels.gpu import capability_of
-from qvl.kernels.linear import compute_dtype_for, describe_linear
+from qvl.kernels.linear import MULTIPLE, FewRows, compute_dtype_for, describe_linear, few_rows, takes_few
 from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope
+from qvl.models.few_rows import decode_few
 from qvl.models.vision import VisionTower
 from qvl.specs import ModelSpec, TextSpec
 from qvl.types import Grid
+
+# Rows of a prefill that go through an MLP at a time: its widest activation takes 76 kB a row in the 7B. So many rows
+# fill the multiprocessors of an H200 evenly in the narrow product behind it.
+MLP_ROWS = 2304
 
 
 class Attention(nn.Module):
@@ -39,7 +45,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,  # [n, hidden]
+        hidden_states: Tensor | Rounded,  # [n, hidden]
         angles: tuple[Tensor, Tensor],
         attention: PagedAttention,
         kv: tuple[Tensor, Tensor],
@@ -57,8 +63,10 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(spec.hidden_size, (size, size), bias=False, dtype=dtype, compute_dtype=compute_dtype)
         self.down_proj = Linear(size, spec.hidden_size, bias=False, dtype=dtype, compute_dtype=compute_dtype)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden_states)))
+    def forward(self, hidden_states: Tensor | Rounded) -> Tensor:
+        if len(hidden_states) <= MLP_ROWS:
+            return self.down_proj(silu_and_mul(self.gate_up_proj(hidden_states), self.down_proj.eight_bits))
+        return torch.cat([self(hidden_states[at : at + MLP_ROWS]) for at in range(0, len(hidden_states), MLP_ROWS)])
 
 
 class DecoderLayer(nn.Module):
@@ -73,20 +81,18 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        delta: Tensor | None,  # [n, hidden], what the layer before adds; None for the first
-        residual: Tensor,  # [n, hidden]
+        delta: Tensor,  # [n, hidden], what the layer before adds
+        residual: Tensor | None,  # [n, hidden]; None for the first layer
         angles: tuple[Tensor, Tensor],
         attention: PagedAttention,
         kv: tuple[Tensor, Tensor],
         plan: Any,
     ) -> tuple[Tensor, Tensor]:
-        if delta is None:
-            hidden_states = self.input_layernorm(residual)
-        else:
-            hidden_states, residual = self.input_layernorm.add(delta, residual)
-        delta = self.self_attn(hidden_states, angles, attention, kv, plan)
-        hidden_states, residual = self.post_attention_layernorm.add(delta, residual)
-        return self.mlp(hidden_states), residual
+        attn, mlp = self.self_attn, self.mlp
+        hidden_states, residual = self.input_layernorm(delta, residual, attn.qkv_proj.eight_bits)
+        delta = attn(hidden_states, angles, attention, kv, plan)
+        hidden_states, residual = self.post_attention_layernorm(delta, residual, mlp.gate_up_proj.eight_bits)
+        return mlp(hidden_states), residual
 
 
 class Decoder(nn.Module):
@@ -118,13 +124,15 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     )
 
-    # What `quantization` rounds, by the beginnings of names, and to how many bits. The patch embedding is small and
-    # stays as it is. The tower is computed once per picture and the head decides between words: both keep 8 bits.
-    QUANTISED: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    # What `quantization` rounds, by the beginnings of names, and to what. The patch embedding is small and stays as it
+    # is. The tower is computed once per picture and the head decides between words: both keep 8 bits, or 16 beside fp8,
+    # whose numbers are coarser.
+    QUANTISED: Mapping[str, Mapping[str, str]] = MappingProxyType(
         {
             "none": {},
-            "int8": {"model.layers.": 8, "lm_head": 8, "visual.blocks.": 8, "visual.merger.": 8},
-            "int4": {"model.layers.": 4, "lm_head": 8, "visual.blocks.": 8, "visual.merger.": 8},
+            "int8": {"model.layers.": "int8", "lm_head": "int8", "visual.blocks.": "int8", "visual.merger.": "int8"},
+            "int4": {"model.layers.": "int4", "lm_head": "int8", "visual.blocks.": "int8", "visual.merger.": "int8"},
+            "fp8": {"model.layers.": "fp8"},
         }
     )
 
@@ -158,12 +166,12 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
         self.checkpoint_shapes = {"visual.patch_embed.proj.weight": (vision.embed_dim, *patch)}
 
-    def bits_of(self, path: str) -> int | None:
-        """Bits of the codes that stand for the matrix of the layer called `path`; None: it keeps its numbers."""
+    def form_of(self, path: str) -> str | None:
+        """What the matrix of the layer called `path` is held in; None: it keeps its numbers."""
         tied = self.spec.text.tie_word_embeddings
         name = "lm_head" if tied and path == "model.embed_tokens" else path
         rules = self.QUANTISED[self.quantization].items()
-        return next((bits for start, bits in rules if name.startswith(start)), None)
+        return next((form for start, form in rules if name.startswith(start)), None)
 
     def encode_media(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patches [sum of patches, patch_dim] of all pictures and videos of a step: [sum of tokens, hidden]."""
@@ -179,11 +187,23 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         """[n, hidden], positions int64 [3, n]: after the final norm [n, hidden]; the cache gains n tokens."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
-        delta, residual = None, hidden_states.to(self.compute_dtype, copy=True)  # norms add to it in place
+        few = self.few_rows(hidden_states)
+        if few is not None:
+            return decode_few(few, self.model, hidden_states, angles, self.attention, kv_cache, plan)
+        # Norms add to what they are given in place.
+        delta, residual = hidden_states.to(self.compute_dtype, copy=True), None
         for layer, kv in zip(self.model.layers, kv_cache, strict=True):
             delta, residual = layer(delta, residual, angles, self.attention, kv, plan)
-        assert delta is not None
-        return self.model.norm.add(delta, residual)[0]
+        out, _ = self.model.norm(delta, residual)
+        assert isinstance(out, Tensor)
+        return out
+
+    def few_rows(self, hidden_states: Tensor) -> FewRows | None:
+        """The kernels that compute so few rows faster, where they run and take these matrices."""
+        sizes = (self.spec.text.hidden_size, self.spec.text.intermediate_size)
+        if not takes_few(hidden_states) or any(size % MULTIPLE for size in sizes):
+            return None
+        return few_rows(self.device, self.compute_dtype)
 
     def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> fp32 [m, vocab]
         """Scores over the vocabulary; the caller passes the rows that need them."""

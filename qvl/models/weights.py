@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qvl.errors import CheckpointError
 from qvl.kernels.cpu_quantised import QuantisedMatrix
+from qvl.kernels.fp8 import Fp8Matrix
 from qvl.layers.linear import Linear
 from qvl.layers.norm import LayerNorm, RMSNorm
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -215,10 +216,10 @@ def check_tied(embedding: Source | None, head: Source) -> None:
 def materialise(model: Qwen2VLForConditionalGeneration, device: torch.device | str) -> None:
     """Memory for every parameter (`Module.to_empty` would import 30 MB of tracing machinery for it)."""
     for path, module in model.named_modules():
-        bits = model.bits_of(path) if isinstance(module, Linear) else None
-        if bits is not None:
+        form = model.form_of(path) if isinstance(module, Linear) else None
+        if form is not None:
             assert isinstance(module, Linear)
-            module.quantise(bits)
+            module.quantise(form, device)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -239,7 +240,7 @@ def copy(source: Source, module: nn.Module, leaf: str, slot: Slot) -> None:
         target[start : start + piece.numel()].copy_(piece)
 
 
-def quantised_matrix(module: nn.Module, leaf: str) -> QuantisedMatrix | None:
+def quantised_matrix(module: nn.Module, leaf: str) -> QuantisedMatrix | Fp8Matrix | None:
     """The codes that stand for this parameter."""
     return module.matrix if isinstance(module, Linear) and leaf == "weight" else None
 
@@ -268,10 +269,10 @@ def fill_repeated(flat: Tensor, block: Tensor) -> None:
         target.copy_(block[: target.numel()])
 
 
-def write_repeated(matrix: QuantisedMatrix, block: Tensor) -> None:
+def write_repeated(matrix: QuantisedMatrix | Fp8Matrix, block: Tensor) -> None:
     """The rows that `fill_repeated` would give an ordinary matrix."""
     count = max(1, len(block) // matrix.width)
-    twice = block.repeat(2 + count * matrix.width // len(block))
+    twice = block.to(matrix.codes.device).repeat(2 + count * matrix.width // len(block))
     for row in range(0, matrix.rows, count):
         numbers = min(count, matrix.rows - row) * matrix.width
         start = row * matrix.width % len(block)

@@ -21,7 +21,7 @@ def test_rms_norm_adds_the_residual() -> None:
     norm = RMSNorm(12, 1e-5, torch.float32)
     norm.weight = torch.nn.Parameter(torch.randn(12), requires_grad=False)
     x, residual = torch.randn(4, 12), torch.randn(4, 12)
-    out, total = norm.add(x.clone(), residual.clone())
+    out, total = norm(x.clone(), residual.clone())
     assert torch.allclose(total, x + residual)
     assert torch.allclose(out, F.rms_norm(x + residual, (12,), norm.weight, 1e-5), atol=1e-6)
 
