@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
-from qvl.cli.tasks import ocr
+from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -57,6 +57,12 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("batch")(batch.batch)
 app.command("ocr", rich_help_panel="Tasks")(ocr.ocr)
+app.command("translate", rich_help_panel="Tasks")(translate.translate)
+app.command("table", rich_help_panel="Tasks")(table.table)
+app.command("solve", rich_help_panel="Tasks")(solve.solve)
+app.command("describe", rich_help_panel="Tasks")(describe.describe)
+app.command("extract", rich_help_panel="Tasks")(extract.extract)
+app.command("ground", rich_help_panel="Tasks")(ground.ground)
 app.command("check")(check.check)
 app.add_typer(bench.app, name="bench")
 app.command("version")(version.version)

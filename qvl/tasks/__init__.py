@@ -12,7 +12,37 @@ from __future__ import annotations
 
 from qvl.tasks.base import Model, Result, Task
 from qvl.tasks.description import Describe, describe
+from qvl.tasks.fields import Extract, extract
+from qvl.tasks.grounding import Ground, ground
+from qvl.tasks.markdown_table import Table
 from qvl.tasks.run import Outcome, each
+from qvl.tasks.schema import Schema
+from qvl.tasks.solution import Solution, Solve, solve
+from qvl.tasks.tables import ReadTable, table
 from qvl.tasks.text import Ocr, ocr
+from qvl.tasks.translation import Translate, translate
 
-__all__ = ["Describe", "Model", "Ocr", "Outcome", "Result", "Task", "describe", "each", "ocr"]
+__all__ = [
+    "Describe",
+    "Extract",
+    "Ground",
+    "Model",
+    "Ocr",
+    "Outcome",
+    "ReadTable",
+    "Result",
+    "Schema",
+    "Solution",
+    "Solve",
+    "Table",
+    "Task",
+    "Translate",
+    "describe",
+    "each",
+    "extract",
+    "ground",
+    "ocr",
+    "solve",
+    "table",
+    "translate",
+]

@@ -8,9 +8,12 @@ from typing import Any
 from qvl.errors import ConfigError, suggest
 from qvl.tasks.base import Task
 from qvl.tasks.description import Describe
+from qvl.tasks.solution import Solve
+from qvl.tasks.tables import ReadTable
 from qvl.tasks.text import Ocr
+from qvl.tasks.translation import Translate
 
-TASKS: Mapping[str, Task[Any]] = {task.name: task for task in (Ocr(), Describe())}
+TASKS: Mapping[str, Task[Any]] = {task.name: task for task in (Ocr(), Translate(), ReadTable(), Solve(), Describe())}
 
 
 def question(name: str) -> tuple[str, dict[str, Any]]:

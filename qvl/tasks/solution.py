@@ -1,0 +1,101 @@
+"""`solve`: a problem of mathematics, step by step, with the final answer apart from the steps.
+
+Knows the questions and where models put their final answer. Does not know mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes
+from qvl.tasks.run import one
+from qvl.types import Part, TextPart
+
+Language = Literal["en", "zh"]
+
+# The words that Qwen's models of mathematics are trained and measured with.
+PROMPTS: dict[Language, str] = {
+    "en": "Solve the problem in the picture. Please reason step by step, and put your final answer within \\boxed{}.",
+    "zh": "解答图中的题目。请逐步推理，并把最终答案放在\\boxed{}中。",
+}
+TEXT_PROMPTS: dict[Language, str] = {
+    "en": "Solve the problem below. Please reason step by step, and put your final answer within \\boxed{}.",
+    "zh": "解答下面的题目。请逐步推理，并把最终答案放在\\boxed{}中。",
+}
+NO_ANSWER = "no final answer was found: the steps are all there is"
+
+_SAID = re.compile(
+    r"^\W*(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?|(?:最终)?答案(?:是|为)?)\s*[:：]?\s*(\S.*?)\W*$", re.I | re.M
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """`steps` is all that was said; `answer` the final answer alone (may be LaTeX), None where none was marked."""
+
+    steps: str
+    answer: str | None
+
+    def __str__(self) -> str:
+        return self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solve(Task[Solution]):
+    """`answer_only` prints the final answer alone."""
+
+    name: ClassVar[str] = "solve"
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"image", "text"})
+
+    max_tokens: int = 4096
+    lang: Language = "en"
+    answer_only: bool = False
+
+    @property
+    def prompt(self) -> str:
+        return PROMPTS[self.lang]
+
+    def read(self, answer: str) -> Solution:
+        return Solution(answer.strip(), final_answer(answer))
+
+    def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Solution]:
+        is_text = all(isinstance(part, TextPart) for part in parts)
+        completion = ask(asked(TEXT_PROMPTS[self.lang] if is_text else self.prompt, parts), self.sampling)
+        solution = self.read(completion.text)
+        missing = (NO_ANSWER,) if solution.answer is None else ()
+        return self.result(solution, (*missing, *cut_notes(completion)))
+
+    def text(self, value: Solution) -> str:
+        return value.steps if value.answer is None or not self.answer_only else value.answer
+
+    def data(self, value: Solution) -> Any:
+        return {"answer": value.answer, "steps": value.steps}
+
+
+def final_answer(text: str) -> str | None:
+    r"""What stands in the last \boxed{...}, else behind the last "Answer:"."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed.strip() or None
+    said = _SAID.findall(text)
+    return str(said[-1]).strip("*$ ").removesuffix(".").strip() or None if said else None
+
+
+def _last_boxed(text: str) -> str | None:
+    """Braces may nest; one that never closes (the answer was cut) does not count."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for at in range(start, len(text)):
+            escaped = text[at - 1] == "\\"
+            depth += 0 if escaped else (text[at] == "{") - (text[at] == "}")
+            if depth == 0:
+                return text[start:at]
+    return None
+
+
+def solve(source: Any, *, lang: Language = "en", model: Model | None = None, page: int | None = None) -> Solution:
+    """The solution of a problem in a picture (`source`, `model` and `page` as for `ocr`) or of a `TextPart`."""
+    return one(Solve(lang=lang), source, model, page)
