@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -159,8 +159,9 @@ def _refuse_io(url: str, flags: int, options: dict[str, str]) -> Any:
     raise OSError("a video may not refer to other files")
 
 
-def _open(data: bytes, policy: MediaPolicy) -> tuple[InputContainer, VideoStream]:
-    """Open a file in memory. Playlists and other formats that name further files are not among the containers."""
+def open_video(source: bytes | BinaryIO, policy: MediaPolicy) -> tuple[InputContainer, VideoStream]:
+    """Open a file, in memory or on disk. Playlists and other formats that name further files are not among the
+    containers."""
     import av
 
     options = {
@@ -169,7 +170,8 @@ def _open(data: bytes, policy: MediaPolicy) -> tuple[InputContainer, VideoStream
         "protocol_whitelist": "none",
         _LIBRARY_LIMIT: str(policy.max_frame_pixels),
     }
-    container = av.open(io.BytesIO(data), mode="r", options=options, io_open=_refuse_io)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    container = av.open(file, mode="r", options=options, io_open=_refuse_io)
     try:
         if not container.streams.video:
             raise BadMedia("the file has no video in it")
@@ -189,7 +191,7 @@ def _open(data: bytes, policy: MediaPolicy) -> tuple[InputContainer, VideoStream
 
 def _probe(data: bytes, policy: MediaPolicy) -> tuple[int, float | None]:
     """Packets of the video, counted (headers lie, or do not say), and frames in a second, None where nothing says."""
-    container, stream = _open(data, policy)
+    container, stream = open_video(data, policy)
     with container:
         total = 0
         for packet in container.demux(stream):
@@ -217,14 +219,14 @@ def _check(count: int, width: int, height: int, policy: MediaPolicy) -> None:
 
 def _collect(data: bytes, indices: npt.NDArray[np.int64], stack: FrameStack, policy: MediaPolicy) -> int:
     """Decode the whole video, keep the wanted frames; the number of frames there were (fewer may have been kept)."""
-    container, stream = _open(data, policy)
+    container, stream = open_video(data, policy)
     with container:
         wanted = iter(indices.tolist())
         next_wanted = next(wanted, -1)
         seen = 0
         for frame in _decode(container, stream, policy):
             if seen == next_wanted:
-                stack.add(_upright(frame))
+                stack.add(upright(frame))
                 next_wanted = next(wanted, -1)
             seen += 1
     return seen
@@ -236,7 +238,7 @@ def _decode(container: InputContainer, stream: VideoStream, policy: MediaPolicy)
         yield frame
 
 
-def _upright(frame: VideoFrame) -> Pixels:
+def upright(frame: VideoFrame) -> Pixels:
     """RGB [h, w, 3], turned as the camera says."""
     pixels = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
     quarters = round(frame.rotation / 90) % 4

@@ -1,0 +1,196 @@
+"""`watch`: what happens in a video. A short clip is asked about at once, a long one in parts, with a summary over them.
+
+Knows the questions, and what to do when a part does not fit after all. `film` says which frames go where. Does not know
+files or the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from qvl.errors import BadAnswer, InvalidRequest, PayloadTooLarge, PromptTooLong, QvlError
+from qvl.tasks.base import Ask, Kind, Model, Result, Sighted, Task, asked, cut_notes
+from qvl.tasks.film import Film, Shot, Stretch, plan
+from qvl.tasks.run import one
+from qvl.types import MediaPart, Message, Part, TextPart
+
+QUESTION = "Describe the video."
+SUMMARY = """These are notes about the parts of one video, in order.
+
+{notes}
+
+From these notes alone, answer for the whole video, briefly and without naming the parts: {question}"""
+UNTOLD_CONTEXT = 8192  # tokens; what to keep to with a model that does not say
+_TEMPLATE_TOKENS = 64  # what a conversation has around its question and its pictures
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was answered about a part of a video, in seconds."""
+
+    begin: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The answer about a whole video, and about its parts. Empty where a summary of several was not wanted."""
+
+    answer: str
+    parts: tuple[Seen, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(Task[Watched]):
+    """An answer to `question`, from `fps` frames of every second between `begin` and `end` (seconds).
+
+    `context` is the most tokens that a question to the model may have; `tell` hears how far the work is.
+    """
+
+    name: ClassVar[str] = "watch"
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"video"})
+
+    question: str = QUESTION
+    fps: float = 2.0
+    begin: float = 0.0
+    end: float | None = None
+    summary: bool = True
+    context: int | None = None
+    tell: Tell | None = field(default=None, compare=False)
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise InvalidRequest("the question is empty", param="question")
+        if not 0 < self.fps <= 60:
+            raise InvalidRequest("fps must be above 0 and at most 60", param="fps")
+        if self.begin < 0 or (self.end is not None and self.end <= self.begin):
+            raise InvalidRequest("the end must lie behind the beginning", param="to")
+
+    @property
+    def prompt(self) -> str:
+        return self.question.strip()
+
+    def for_model(self, model: Model) -> Watch:
+        """With the model's context."""
+        return dataclasses.replace(self, context=model.context() if isinstance(model, Sighted) else None)
+
+    @property
+    def room(self) -> int:
+        """Tokens for the frames of one question."""
+        text = len(self.prompt.encode()) + _TEMPLATE_TOKENS  # no tokenizer makes more tokens than there are bytes
+        return (self.context or UNTOLD_CONTEXT) - self.max_tokens - text
+
+    def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Watched]:
+        part = next(part for part in parts if isinstance(part, MediaPart))
+        notes: list[str] = []
+        with Film(part) as film:
+            stretches = plan(film.facts, fps=self.fps, begin=self.begin, end=self.end, room=self.room)
+            seen = self._watch(ask, film, stretches, notes)
+        if len(seen) == 1:
+            return self.result(Watched(seen[0].text, tuple(seen)), tuple(dict.fromkeys(notes)))
+        answer = ""
+        if self.summary:
+            try:
+                answer = self._summary(ask, seen, notes)
+            except QvlError as error:
+                notes.append(f"there is no summary: {error.message}")
+        return self.result(Watched(answer, tuple(seen)), tuple(dict.fromkeys(notes)))
+
+    def _watch(self, ask: Ask, film: Film, stretches: Sequence[Stretch], notes: list[str]) -> list[Seen]:
+        """All parts, in order. When one fails, what was seen before it is kept and the rest is left."""
+        seen: list[Seen] = []
+        try:
+            for number, shot in enumerate(film.shots(stretches), start=1):
+                if self.tell is not None and len(stretches) > 1:
+                    self.tell(f"part {number} of {len(stretches)}: {shot.stretch.title}")
+                seen += self._look(ask, shot, notes)
+        except QvlError as error:
+            if not seen:
+                raise
+            notes.append(
+                f"only watched until {Stretch(0, seen[-1].end, (), 0).title.partition('-')[2]}: {error.message}"
+            )
+        return seen
+
+    def _look(self, ask: Ask, shot: Shot, notes: list[str]) -> list[Seen]:
+        """A part, in two halves where it is too long for the model after all."""
+        try:
+            completion = ask(asked(self.prompt, (shot.part,)), self.sampling)
+        except QvlError as error:
+            if not (_is_too_long(error) and shot.can_be_halved):
+                raise
+            return [seen for half in shot.halves() for seen in self._look(ask, half, notes)]
+        notes += cut_notes(completion)
+        return [Seen(shot.stretch.begin, shot.stretch.end, self._text(completion.text))]
+
+    def _summary(self, ask: Ask, seen: Sequence[Seen], notes: list[str]) -> str:
+        """One answer over all parts; where they are too many for the model, over summaries of their halves."""
+        listed = "\n".join(f"[{_title(part)}] {part.text}" for part in seen)
+        text = SUMMARY.format(notes=listed, question=self.prompt)
+        try:
+            completion = ask((Message("user", (TextPart(text),)),), self.sampling)
+        except QvlError as error:
+            if not (_is_too_long(error) and len(seen) > 2):
+                raise
+            middle = len(seen) // 2
+            halves = [seen[:middle], seen[middle:]]
+            return self._summary(
+                ask, [Seen(half[0].begin, half[-1].end, self._summary(ask, half, notes)) for half in halves], notes
+            )
+        notes += cut_notes(completion)
+        return self._text(completion.text)
+
+    def _text(self, answer: str) -> str:
+        if not answer.strip():
+            raise BadAnswer("the model gave an empty answer")
+        return answer.strip()
+
+    def read(self, answer: str) -> Watched:
+        """An answer about a whole clip."""
+        return Watched(self._text(answer), ())
+
+    def text(self, value: Watched) -> str:
+        if len(value.parts) < 2:
+            return value.answer
+        listed = "\n".join(f"[{_title(part)}] {part.text}" for part in value.parts)
+        return f"{listed}\n\n{value.answer}" if value.answer else listed
+
+    def data(self, value: Watched) -> dict[str, Any]:
+        parts = [{"from": round(seen.begin, 3), "to": round(seen.end, 3), "answer": seen.text} for seen in value.parts]
+        return {"answer": value.answer or None, "parts": parts}
+
+
+def _title(seen: Seen) -> str:
+    return Stretch(seen.begin, seen.end, (), 0).title
+
+
+def _is_too_long(error: QvlError) -> bool:
+    """Whether a server refused a question for its length; others than qvl's say it in words."""
+    too_long = r"(?i)maximum (?:context|model) length|context (?:length|window)|too many tokens|longer than the maximum"
+    return isinstance(error, PromptTooLong | PayloadTooLarge) or (
+        isinstance(error, InvalidRequest) and re.search(too_long, error.message) is not None
+    )
+
+
+def watch(
+    source: Any,
+    question: str = QUESTION,
+    *,
+    fps: float = 2.0,
+    begin: float = 0.0,
+    end: float | None = None,
+    model: Model | None = None,
+) -> Watched:
+    """What happens in a video: a path, an address or the bytes of a file, between `begin` and `end` (seconds).
+
+    `model` is a `qvl.Client` or a `qvl.LLM`; None asks the server on this machine, else the bundled checkpoint.
+    """
+    return one(Watch(question=question, fps=fps, begin=begin, end=end), source, model, None)
