@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
-from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate
+from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate, watch
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -63,6 +63,7 @@ app.command("solve", rich_help_panel="Tasks")(solve.solve)
 app.command("describe", rich_help_panel="Tasks")(describe.describe)
 app.command("extract", rich_help_panel="Tasks")(extract.extract)
 app.command("ground", rich_help_panel="Tasks")(ground.ground)
+app.command("watch", rich_help_panel="Tasks")(watch.watch)
 app.command("check")(check.check)
 app.add_typer(bench.app, name="bench")
 app.command("version")(version.version)

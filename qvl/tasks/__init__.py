@@ -21,6 +21,7 @@ from qvl.tasks.solution import Solution, Solve, solve
 from qvl.tasks.tables import ReadTable, table
 from qvl.tasks.text import Ocr, ocr
 from qvl.tasks.translation import Translate, translate
+from qvl.tasks.watching import Watch, Watched, watch
 
 __all__ = [
     "Describe",
@@ -37,6 +38,8 @@ __all__ = [
     "Table",
     "Task",
     "Translate",
+    "Watch",
+    "Watched",
     "describe",
     "each",
     "extract",
@@ -45,4 +48,5 @@ __all__ = [
     "solve",
     "table",
     "translate",
+    "watch",
 ]
