@@ -51,7 +51,7 @@ class Scripted:
 
     @property
     def target(self) -> Target:
-        return Target(Address("http", "127.0.0.1", self.port, ""), "m", timeout=20.0)
+        return Target(Address("http", "127.0.0.1", self.port, ""), "m", timeout=120.0)
 
     def serve(self, listener: socket.socket) -> None:
         while True:
@@ -212,7 +212,7 @@ async def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(HttpError, match="no connection to 127"):
-        await get(Address("http", "127.0.0.1", port, ""), "/v1/models", api_key=None, timeout=5)
+        await get(Address("http", "127.0.0.1", port, ""), "/v1/models", api_key=None, timeout=120)
 
 
 async def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ async def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.Monkey
 async def test_plain_http_is_not_taken_for_tls() -> None:
     """A server that speaks plain HTTP where TLS was asked for is an error, not a fallback."""
     with scripted(SIZED, close=True, speaks_first=True) as server:
-        target = Target(Address("https", "127.0.0.1", server.port, ""), "m", timeout=20.0)
+        target = Target(Address("https", "127.0.0.1", server.port, ""), "m", timeout=120.0)
         assert (await ask_once(target)).error.startswith("no connection to 127.0.0.1")
 
 

@@ -101,6 +101,31 @@ def test_without_arguments_it_explains_itself(capsys: pytest.CaptureFixture[str]
     assert all(command in out for command in ("serve", "ask", "check", "bench", "version"))
 
 
+def test_a_terminal_without_utf_8() -> None:
+    """What cannot be shown is a question mark; a text that cannot be understood is a mistake, told in one line."""
+    server = "from qvl.backends.echo import EchoBackend; from tests.server.live import live\n"
+    code = f"""{server}
+import sys
+from qvl.cli.app import main
+with live(EchoBackend("parrot")) as running:
+    sys.argv[1:] = ["ask", *sys.argv[1:], "--base-url", running.url]
+    main()
+"""
+
+    def said(text: bytes, encoding: str) -> subprocess.CompletedProcess[bytes]:
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+        command = [sys.executable.encode(), b"-c", code.encode(), text]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False
+        )
+
+    assert said("苹果 ok".encode(), "ascii").stdout == b"?? ok\n"
+    assert said("苹果".encode(), "gbk").stdout == "苹果\n".encode("gbk")
+    wrong = said("苹果".encode("gbk"), "utf-8")
+    assert (wrong.returncode, wrong.stdout) == (2, b"")
+    assert wrong.stderr.startswith(b"qvl: a text on the command line")
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"), [("qvl ser", "serve"), ("qvl serve --max-num-s", "--max-num-seqs"), ("qvl bench sh", "shape")]
 )
@@ -109,7 +134,7 @@ def test_a_shell_completes_commands_and_flags(typed: str, offered: str) -> None:
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_QVL_COMPLETE": "complete_bash"}
     done = subprocess.run(
         [sys.executable, "-m", "qvl.cli"], cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True,
-        timeout=60, check=False,
+        timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout.split() == [offered]
 
@@ -120,7 +145,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert b"Traceback" not in err
 
 

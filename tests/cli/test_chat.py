@@ -60,7 +60,7 @@ def command(url: str, *flags: str) -> list[str]:
 
 def piped(lines: str, home: Path, url: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(url, *flags), cwd=ROOT, env=environment(home), input=lines, capture_output=True, text=True, timeout=60,
+        command(url, *flags), cwd=ROOT, env=environment(home), input=lines, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ class Person:
     def type(self, text: str) -> None:
         os.write(self._keyboard, text.encode())
 
-    def sees(self, pattern: str, seconds: float = 40.0) -> str:
+    def sees(self, pattern: str, seconds: float = 120.0) -> str:
         """Wait until `pattern` shows in what came since the last time; returns what came."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen)):
@@ -94,7 +94,7 @@ class Person:
         for _ in range(8):
             self.type("\x03")
             try:
-                self.sees(pattern, seconds=5.0)
+                self.sees(pattern, seconds=15.0)
             except AssertionError:
                 continue
             return
@@ -102,7 +102,7 @@ class Person:
 
     def leaves(self) -> int:
         self.type("\x04")
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 @contextmanager
@@ -219,7 +219,7 @@ def test_ctrl_c_before_the_first_word_leaves_a_question_to_retry(home: Path) -> 
         someone.type("/undo\r")
         someone.sees("taken back")
         someone.process.send_signal(signal.SIGTERM)
-        assert someone.process.wait(30) != 0
+        assert someone.process.wait(120) != 0
 
 
 def test_what_a_line_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_a_checkpoint_becomes_a_server_and_drains(checkpoint: Path) -> None:
             assert completion.usage.completion_tokens == 8
             assert "".join(delta.text for delta in client.stream("Hello", greedy)) == completion.text
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
 
 
 def test_a_folder_that_cannot_be_served_ends_with_its_reason(checkpoint: Path, tmp_path: Path) -> None:

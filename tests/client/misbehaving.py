@@ -51,7 +51,7 @@ def misbehaving(answers: Sequence[bytes]) -> Iterator[Misbehaving]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(5)
+        thread.join(60)
 
 
 def _read(peer: socket.socket) -> bytes:

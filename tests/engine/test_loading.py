@@ -19,7 +19,7 @@ from qvl.media.given_up import check_wanted, given_up_by, turn
 
 
 def test_all_at_the_same_time_and_in_order() -> None:
-    together = threading.Barrier(5, timeout=30)
+    together = threading.Barrier(5, timeout=120)
 
     def load(number: int) -> int:
         together.wait()  # nobody passes before all five are here
@@ -42,7 +42,7 @@ def test_the_first_error_in_order_is_the_one_that_is_told() -> None:
             later_failed.set()
             raise BadMedia("picture 3")
         if number == 1:
-            later_failed.wait(30)
+            later_failed.wait(120)
             raise BadMedia("picture 1")
         return number
 
@@ -122,7 +122,7 @@ def test_a_fetch_that_nobody_waits_for_ends() -> None:
         thread.join(0.6)
         assert thread.is_alive(), "nobody has given it up yet"
         left.set()
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
     assert "given up" in ended[0].message
 

@@ -369,7 +369,7 @@ def test_a_killed_process_leaves_the_question_and_no_half_turn(tmp_path: Path, h
     assert child.stdout.readline() == b"asking\n"
     if "sleep" in how:
         os.kill(child.pid, signal.SIGKILL)
-    child.wait(timeout=60)
+    child.wait(timeout=300)
     with Store(path) as store:
         talk = Conversation(store, Model(1000).ask, words_counted, 1000, id="crash")
         assert [text_of(turn.message) for turn in talk.turns] == ["first", "answer 1", "second", "answer 2", "third"]
