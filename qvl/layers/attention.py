@@ -1,4 +1,4 @@
-"""The attention seam: what a step tells the layers about its sequences, the paged cache, and attention inside pictures.
+"""The attention seam: what a step tells the layers about its sequences, and the paged cache.
 
 Knows shapes and the interface of a paged attention. Does not know requests, nor which implementation runs:
 `qvl.kernels` chooses one per device.
@@ -6,13 +6,10 @@ Knows shapes and the interface of a paged attention. Does not know requests, nor
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.specs import TextSpec
@@ -78,20 +75,3 @@ def make_kv_cache(
         (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
         for _ in range(spec.num_layers)
     ]
-
-
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Full attention inside each of consecutive segments of the given lengths.
-
-    q, k, v [n, heads, head_dim] with sum(lengths) == n: [n, heads * head_dim].
-    Neighbouring segments of one length (the slices of a video, pictures of one size) go through in one batch.
-    """
-    outputs = []
-    start = 0
-    for length, group in itertools.groupby(lengths):
-        count = len(list(group))
-        rows = slice(start, start + count * length)
-        start += count * length
-        batch = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
-        outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1).flatten(1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -62,6 +62,11 @@ class Linear(nn.Module):
         assert self.weight is not None
         return linear(x, self.weight, self.bias)
 
+    def part(self, x: Tensor, rows: slice) -> Tensor:  # [n, in_features] -> [n, rows of the slice]
+        """The columns `rows` of the result alone; not for codes."""
+        assert self.weight is not None
+        return linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+
     def rows(self, ids: Tensor) -> Tensor:  # int [n] -> [n, in_features]
         """Single rows of the matrix: what an embedding is."""
         if self.matrix is not None:

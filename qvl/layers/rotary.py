@@ -6,6 +6,7 @@ from in a prompt.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,7 +58,14 @@ def vision_angles(
     grids: Sequence[Grid], merge_size: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:  # cos, sin fp32 [patches, 1, head_dim]
     """Half of the frequencies follow the row of a patch, the other half its column."""
-    positions = torch.from_numpy(vision_positions(grids, merge_size)).float()
-    angles = (positions[:, :, None] * inverse_frequencies(head_dim // 2, VISION_THETA)).flatten(1)
-    angles = torch.cat((angles, angles), dim=-1)[:, None].to(device)
-    return angles.cos(), angles.sin()
+    positions = torch.from_numpy(vision_positions(grids, merge_size).astype(np.float32))
+    if device.type == "cuda":
+        positions = positions.pin_memory().to(device, non_blocking=True)
+    half = (positions[:, :, None] * frequencies_on(device, head_dim // 2)).flatten(1)
+    return tuple(torch.cat((x, x), dim=-1)[:, None] for x in (half.cos(), half.sin()))  # type: ignore[return-value]
+
+
+@functools.cache
+def frequencies_on(device: torch.device, dim: int) -> Tensor:
+    """The tower's, copied to a device once."""
+    return inverse_frequencies(dim, VISION_THETA).to(device)

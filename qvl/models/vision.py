@@ -1,19 +1,20 @@
 """The vision tower of Qwen2-VL: patches in, tokens of the decoder's width out.
 
-Knows its weights and that every temporal slice of every picture attends to itself only. Does not know pixels,
-requests or caches.
+Knows its weights and that every temporal slice of every picture attends to itself only. Many patches go through in
+parts: the widest activations of 65,536 would take gigabytes. Does not know pixels, requests or caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qvl.kernels.fused import rotate
+from qvl.kernels.gpu import capability_of
+from qvl.kernels.segments import Segments, preferred_order, segment_attention
 from qvl.layers.activation import ACTIVATIONS
-from qvl.layers.attention import segment_attention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import LayerNorm
 from qvl.layers.rotary import vision_angles
@@ -21,21 +22,63 @@ from qvl.specs import VisionSpec
 from qvl.types import Grid
 
 LAYER_NORM_EPS = 1e-6
+MLP_ROWS = 8192  # patches that go through an MLP at a time
+ATTENTION_BYTES = 128 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
 
 
 class VisionAttention(nn.Module):
-    """Full attention inside each segment."""
+    """Full attention inside each segment, behind a norm."""
 
     def __init__(self, spec: VisionSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = spec.num_heads
+        self.head_dim = spec.head_dim
         width = spec.embed_dim
         self.qkv = Linear(width, 3 * width, bias=True, dtype=dtype, compute_dtype=compute_dtype)
         self.proj = Linear(width, width, bias=True, dtype=dtype, compute_dtype=compute_dtype)
 
-    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
-        q, k, v = self.qkv(hidden_states).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        return self.proj(segment_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, lengths))
+    def forward(
+        self, hidden_states: Tensor, norm: LayerNorm, angles: tuple[Tensor, Tensor], segments: Segments
+    ) -> Tensor:
+        """What `proj` takes: [patches, embed_dim]."""
+        each = self.heads_at_once(hidden_states)
+        if each == self.num_heads:
+            return attend(self.qkv(norm(hidden_states)).unflatten(1, (3, each, -1)), angles, segments)
+        out = torch.empty_like(hidden_states)
+        for first in range(0, self.num_heads, each):
+            qkv = self.some_heads(hidden_states, norm, first, each)
+            out[:, first * self.head_dim : (first + each) * self.head_dim] = attend(qkv, angles, segments)
+        return out
+
+    def some_heads(self, hidden_states: Tensor, norm: LayerNorm, first: int, count: int) -> Tensor:
+        """Queries, keys and values of heads [first, first + count): [patches, 3, count, head_dim]."""
+        qkv = hidden_states.new_empty(len(hidden_states), 3, count, self.head_dim)
+        for rows in chunks(len(hidden_states)):
+            normed = norm(hidden_states[rows])
+            for i in range(3):
+                start = (i * self.num_heads + first) * self.head_dim
+                part = self.qkv.part(normed, slice(start, start + count * self.head_dim))
+                qkv[rows, i] = part.unflatten(1, (count, -1))
+        return qkv
+
+    def heads_at_once(self, hidden_states: Tensor) -> int:
+        """All of them, or the most that divide them evenly and stay below `ATTENTION_BYTES`."""
+        if self.qkv.weight is None:
+            return self.num_heads
+        one = 3 * self.head_dim * len(hidden_states) * hidden_states.element_size()
+        fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0 and n * one <= ATTENTION_BYTES]
+        return max(fitting, default=1)
+
+
+def attend(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    """[patches, 3, heads, head_dim] -> [patches, heads * head_dim]; may overwrite qkv."""
+    q, k, v = qkv.unbind(1)
+    return segment_attention(rotate(q, *angles), rotate(k, *angles), v, segments)
+
+
+def chunks(rows: int) -> Iterator[slice]:
+    """MLP_ROWS at a time."""
+    return (slice(at, min(at + MLP_ROWS, rows)) for at in range(0, rows, MLP_ROWS))
 
 
 class VisionMLP(nn.Module):
@@ -61,9 +104,13 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(spec, dtype, compute_dtype)
         self.mlp = VisionMLP(spec, dtype, compute_dtype)
 
-    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), cos, sin, lengths)
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+    def forward(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> None:
+        """Adds to hidden_states in place."""
+        heads = self.attn(hidden_states, self.norm1, angles, segments)
+        for rows in chunks(len(heads)):
+            part = hidden_states[rows]
+            part += self.attn.proj(heads[rows])
+            part += self.mlp(self.norm2(part))
 
 
 class PatchEmbed(nn.Module):
@@ -107,10 +154,13 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """[patches, patch_dim] in patch order, sum of the grids' patches: [tokens, hidden_size]."""
-        spec = self.spec
-        cos, sin = vision_angles(grids, spec.merge_size, spec.head_dim, pixel_values.device)
+        spec, device, dtype = self.spec, pixel_values.device, self.compute_dtype
+        capability = capability_of(device)
         lengths = [grid.h * grid.w for grid in grids for _ in range(grid.t)]
-        hidden_states = self.patch_embed(pixel_values.to(self.compute_dtype))
-        for block in self.blocks:
-            hidden_states = block(hidden_states, cos, sin, lengths)
+        segments = Segments.of(lengths, device, dtype, capability)
+        angles = vision_angles(grids, spec.merge_size, spec.head_dim, device)
+        hidden_states = self.patch_embed(pixel_values.to(dtype))
+        with preferred_order(dtype, capability):
+            for block in self.blocks:
+                block(hidden_states, angles, segments)
         return self.merger(hidden_states)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from qvl.kernels.fused import rotate, silu_and_mul
 from qvl.layers.activation import ACTIVATIONS
-from qvl.layers.attention import segment_attention
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope, vision_angles, vision_positions
 from qvl.types import Grid
@@ -71,18 +70,6 @@ def test_vision_angles_of_a_slice_repeat_in_time() -> None:
     cos, _ = vision_angles([Grid(3, 2, 2)], 2, 8, torch.device("cpu"))
     assert cos.shape == (12, 1, 8)
     assert torch.equal(cos[:4], cos[8:])
-
-
-def test_segments_do_not_see_each_other() -> None:
-    torch.manual_seed(0)
-    lengths = [4, 4, 6, 2, 2]
-    q, k, v = (torch.randn(18, 3, 8) for _ in range(3))
-    out = segment_attention(q, k, v, lengths)
-    alone = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in segment)).transpose(0, 1).flatten(1)
-        for segment in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    ]
-    assert torch.allclose(out, torch.cat(alone), atol=1e-6)
 
 
 def test_activations() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qvl.models import qwen2_vl, vision
 from qvl.models.registry import build_model
 from qvl.models.weights import load_weights
 from qvl.specs import load_spec
@@ -63,6 +64,23 @@ def test_a_picture_is_encoded_the_same_alone_and_in_company(models: tuple[Any, A
     patches = case.pixel_values.split([grid.num_patches for grid in grids])
     alone = torch.cat([ours.encode_media(p, [g]) for p, g in zip(patches, grids, strict=True)])
     assert oracle.relative_error(together, alone) < 1e-5
+
+
+def test_a_large_picture_in_parts_is_the_same(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads in groups, patches in chunks, and rows of the decoder in chunks."""
+    reference, ours = models
+    case = oracle.make_case(reference.config, "video-and-picture")
+    grids = [grid for _, grid in case.grids]
+    whole = ours.encode_media(case.pixel_values, grids)
+    positions = oracle.reference_positions(reference, case)
+    logits = oracle.our_logits(ours, case, positions, reference.config)
+    attention = ours.visual.blocks[0].attn
+    monkeypatch.setattr(vision, "ATTENTION_BYTES", 3 * 4 * attention.head_dim * len(case.pixel_values))  # one head
+    monkeypatch.setattr(vision, "MLP_ROWS", 7)
+    monkeypatch.setattr(qwen2_vl, "MLP_ROWS", 5)
+    assert attention.heads_at_once(torch.empty(len(case.pixel_values), 1)) == 1
+    assert oracle.relative_error(ours.encode_media(case.pixel_values, grids), whole) < 1e-5
+    assert oracle.relative_error(oracle.our_logits(ours, case, positions, reference.config), logits) < 1e-5
 
 
 def test_mixed_batches_equal_separate_prefills(models: tuple[Any, Any]) -> None:
