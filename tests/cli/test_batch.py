@@ -188,12 +188,12 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "qvl.cli", "batch", str(jobs), "-o", str(output), "--base-url", server.url]
         command += ["--concurrency", "2"]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not part.exists() or part.read_bytes().count(b"\n") < 5:
             assert time.monotonic() < end
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.splitlines() == [f"qvl: the answers so far are in {part}; the same command with --resume goes on"]
     with live(EchoBackend("parrot")) as server:
