@@ -7,6 +7,7 @@ command's work.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -83,11 +84,16 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of our output has gone (`qvl ask ... | head -1`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError:
+        # Bytes of another encoding become half characters in Python; files may have such names, texts may not.
+        return _fail("a text on the command line is not in the terminal's encoding; is LANG right?", 2)
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. A character that the terminal cannot show becomes a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
