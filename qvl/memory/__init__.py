@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from qvl.memory.conversation import AsyncConversation, Conversation, Reply
+from qvl.memory.costs import Measured
 from qvl.memory.counting import (
     AsyncServerCounter,
     AsyncTokenCounter,
@@ -18,7 +19,7 @@ from qvl.memory.counting import (
 )
 from qvl.memory.database import data_folder
 from qvl.memory.export import export_json, export_markdown
-from qvl.memory.fit import Fitted, Measured, Notice, fit
+from qvl.memory.fit import Fitted, Notice, fit
 from qvl.memory.media import Keep
 from qvl.memory.records import Forgotten, Hit, Info, Summary, Turn
 from qvl.memory.steps import Ask, Count, adrive, drive

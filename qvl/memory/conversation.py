@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 
 from qvl.client import collect, question
 from qvl.errors import BadMedia, ConfigError, InvalidRequest, MediaRefused, PayloadTooLarge, PromptTooLong, TooManyMedia
+from qvl.memory.costs import Measured
 from qvl.memory.counting import AsyncTokenCounter, TokenCounter
-from qvl.memory.fit import Fitted, Measured, Notice, fit
+from qvl.memory.fit import Fitted, Notice, fit
 from qvl.memory.records import Turn
 from qvl.memory.steps import AskCall, AsyncAskCall, Machine, Messages, adrive, drive
 from qvl.memory.store import Store, new_id

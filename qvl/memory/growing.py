@@ -1,8 +1,8 @@
 """Conversations that come whole with every request, a little longer each time, known again by how they begin.
 
-What was found out about an earlier request is found again for a later one: the tokens of exchanges, and the summaries
-of the turns that both begin with. Only who sends the same turns (and the same salt) meets their summary. Knows digests
-and bounds. Does not know backends, budgets or what a summary says.
+What was found out about an earlier request is found again for a later one: the tokens of exchanges, the summaries of
+the turns that both begin with, and where they were cut. Only who sends the same turns (and the same salt) meets their
+summary. Knows digests and bounds. Does not know backends, budgets or what a summary says.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from qvl.memory.fit import Measured
+from qvl.memory.costs import Measured
 from qvl.memory.summary import Running
 from qvl.types import ChatRequest, Message, TextPart
 
 MOST_EXCHANGES = 100_000  # an integer each
-MOST_SUMMARIES = 4096  # some kilobytes each
+MOST_BEGINNINGS = 4096  # with a summary of some kilobytes each
 _DIGEST_BYTES = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +73,38 @@ class Growing:
     def __init__(self) -> None:
         self._exchanges = Measured().exchanges
         self._summaries: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
-
-    def measured(self) -> Measured:
-        """For one `fit` whose `keys` are `Names.messages`. What a server takes at most is found out by each anew."""
-        if len(self._exchanges) > MOST_EXCHANGES:
-            self._exchanges.clear()
-        return Measured(self._exchanges)
+        self._cuts: OrderedDict[bytes, None] = OrderedDict()
 
     def running(self, beginnings: Sequence[bytes]) -> Running | None:
         """The summary that stands for the most of the first messages, where there is one."""
-        for covers in range(len(beginnings) - 1, 0, -1):
-            found = self._summaries.get(beginnings[covers])
-            if found is not None:
-                self._summaries.move_to_end(beginnings[covers])
-                return Running(found[0], covers, found[1])
-        return None
+        covers = _longest(beginnings, self._summaries)
+        if covers is None:
+            return None
+        text, tokens = self._summaries[beginnings[covers]]
+        return Running(text, covers, tokens)
 
-    def remember(self, beginnings: Sequence[bytes], running: Running) -> None:
-        """For the next request that begins with the same turns."""
-        self._summaries[beginnings[running.covers]] = running.text, running.tokens
-        self._summaries.move_to_end(beginnings[running.covers])
-        while len(self._summaries) > MOST_SUMMARIES:
-            self._summaries.popitem(last=False)
+    def measured(self, beginnings: Sequence[bytes]) -> Measured:
+        """For one `fit` whose `keys` are `Names.messages`. What a server takes at most is found out by each anew."""
+        if len(self._exchanges) > MOST_EXCHANGES:
+            self._exchanges.clear()
+        return Measured(self._exchanges, cut=_longest(beginnings, self._cuts))
+
+    def remember(self, beginnings: Sequence[bytes], running: Running | None, cut: int | None) -> None:
+        """For the next request that begins with the same turns: their summary, and from where on they were sent."""
+        if running is not None:
+            _keep(self._summaries, beginnings[running.covers], (running.text, running.tokens))
+        if cut is not None:
+            _keep(self._cuts, beginnings[cut], None)
+
+
+def _longest(beginnings: Sequence[bytes], known: OrderedDict[bytes, T]) -> int | None:
+    """How many messages the longest known one of `beginnings` has."""
+    return next((length for length in range(len(beginnings) - 1, 0, -1) if beginnings[length] in known), None)
+
+
+def _keep(known: OrderedDict[bytes, T], beginning: bytes, value: T) -> None:
+    """What was not kept again for the longest time leaves."""
+    known[beginning] = value
+    known.move_to_end(beginning)
+    while len(known) > MOST_BEGINNINGS:
+        known.popitem(last=False)

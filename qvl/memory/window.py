@@ -144,12 +144,32 @@ class Decision:
     with_summary: bool
 
 
+def keep_steadily(older: Sequence[Cost], fixed: Cost, budget: Budget, stayed: int | None) -> int:
+    """How many of the newest of `older` to keep where not all can stay, so that the next requests begin like this one.
+
+    What begins alike is found in the prefix cache, so more leaves at a time than must: a quarter of the room. Until
+    that is used up all that `stayed` the last time (and came since) stays again.
+    """
+    room, media = budget.room, _media_beside(fixed, budget)
+    most = keep_newest(older, fixed, room, media)
+    if most == len(older):
+        return most
+    less = None if media is None else max(fixed.media, media - media // 4)
+    least = keep_newest(older, fixed, room - (room - fixed.tokens) // 4, less)
+    return stayed if stayed is not None and least <= stayed <= most else max(least, min(1, most))
+
+
 def decide(
-    older: Sequence[Cost], newest: Cost, budget: Budget, strategy: Strategy, summary_tokens: int | None = None
+    older: Sequence[Cost],
+    newest: Cost,
+    budget: Budget,
+    strategy: Strategy,
+    summary_tokens: int | None = None,
+    stayed: int | None = None,
 ) -> Decision:
     """What to send. `newest` is the newest exchange with the system messages and everything else that always stays;
     `older` the exchanges before it that no summary covers, in order of time; `summary_tokens` the cost of the running
-    summary, None when there is none.
+    summary, None when there is none; `stayed`: of `older` those from where the last request was cut.
 
     Raises `PromptTooLong` when `newest` alone, or with strategy "none" everything, does not fit.
     """
@@ -163,7 +183,7 @@ def decide(
         return Decision(0, len(older), False)
     with_summary = summary_tokens is not None and newest.tokens + summary_tokens <= room
     fixed = newest + Cost(summary_tokens or 0) if with_summary else newest
-    keep = keep_newest(older, fixed, room, media)
+    keep = keep_steadily(older, fixed, budget, stayed)
     full = newest + Cost(budget.summary)
     if strategy == "window" or keep == len(older) or full.tokens > room:
         return Decision(0, keep, with_summary)

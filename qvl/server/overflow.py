@@ -82,13 +82,13 @@ class Overflow:
         names = await asyncio.to_thread(names_of, request)
         newest = take_apart(once.messages).newest
         before = names.beginnings[: newest[0] + 1] if newest else ()
-        running = self._growing.running(before)
+        running, measured = self._growing.running(before), self._growing.measured(before)
         machine = fit(
             once.messages,
             budget,
             strategy=strategy,
             running=running,
-            measured=self._growing.measured(),
+            measured=measured,
             keys=names.messages,
         )
         try:
@@ -97,8 +97,7 @@ class Overflow:
             error.message += " (this is the newest turn with the system messages alone; nothing else can be left out)"
             error.args = (error.message,)
             raise
-        if fitted.running is not None and fitted.running is not running:
-            self._growing.remember(names.beginnings, fitted.running)
+        self._growing.remember(names.beginnings, fitted.running, measured.cut)
         return fitted
 
     async def _count(self, request: ChatRequest, messages: Messages) -> int:

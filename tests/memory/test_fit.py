@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qvl.errors import BadMedia, InvalidRequest, PromptTooLong, RequestFailed, TooManyMedia, Unavailable
 from qvl.memory import Budget, Fitted, Measured, Running, Strategy, adrive, drive, fit
-from qvl.memory.fit import MOST_FOLDS
+from qvl.memory.folding import MOST_FOLDS
 from qvl.memory.steps import Messages
 from qvl.types import Completion, MediaPart, Message, SamplingParams, TextPart
 from tests.memory.scripted import (
@@ -116,14 +116,29 @@ def test_a_request_never_exceeds_the_budget_and_every_turn_is_accounted_for(
     assert even(fitted.messages) == fitted.num_tokens <= room
     assert tuple(message for message in fitted.messages if message.role == "system") == pinned
     assert text_of(fitted.messages[-1]).endswith("newest question")
-    _check_accounts(talk, fitted, strategy)
+    _check_accounts(talk, fitted, strategy, covers)
 
 
-def _check_accounts(talk: list[Message], fitted: Fitted, strategy: Strategy) -> None:
+def _borders(talk: list[Message], turns: list[int], covers: int) -> set[int]:
+    """Where a request may begin: with the first turn of an exchange, with the first that no summary covers, and between
+    questions in a row that nobody has answered yet."""
+    pairs = zip([None, *turns], turns, strict=False)
+    users = {i for before, i in pairs if talk[i].role == "user" and (before is None or talk[before].role != "user")}
+    unanswered = set()
+    for index in reversed(turns):
+        if talk[index].role != "user":
+            break
+        unanswered.add(index)
+    uncovered = next((index for index in turns if index >= covers), turns[-1])
+    return {turns[0], uncovered, *users, *unanswered}
+
+
+def _check_accounts(talk: list[Message], fitted: Fitted, strategy: Strategy, covers: int) -> None:
     """Turns are sent as a suffix of the talk; the others are in the summary or in a notice that says "dropped"."""
     turns = [index for index, message in enumerate(talk) if message.role != "system"]
     sent = [message for message in fitted.messages if message.role != "system"]
     kept = turns[len(turns) - len(sent) :]
+    assert kept[0] in _borders(talk, turns, covers), "a question and its answers are not parted"
     for number, (message, index) in enumerate(zip(sent, kept, strict=True)):
         assert media_of([message]) == media_of([talk[index]])
         same = text_of(message) == text_of(talk[index])
@@ -194,6 +209,24 @@ def test_the_running_summary_is_merged_not_repeated() -> None:
     number = len(media_of(talk[: first.covers])) + 1
     assert f"[Picture {number}]" in asked
     assert media_of(request)[0] == media_of(grown[first.covers :])[0]
+
+
+def test_more_leaves_at_a_time_than_must_so_that_requests_begin_alike() -> None:
+    """A prefix cache finds what begins alike: of 60 requests most begin with the same turn as the one before."""
+    budget, measured = Budget.of(1000), Measured()
+    talk: list[Message] = []
+    firsts = []
+    for i in range(60):
+        talk.append(user(" ".join([f"q{i}"] * 10)))
+        fitted = run(talk, budget, Model(1000), strategy="window", measured=measured)
+        firsts.append(talk.index(fitted.messages[0]))
+        assert fitted.num_tokens > budget.room * 0.7 or firsts[-1] == 0
+        talk.append(said(" ".join([f"a{i}"] * 10)))
+    assert firsts == sorted(firsts), "what has left does not come back"
+    assert 2 <= len(set(firsts)) <= 15
+    assert run(talk[:-1], budget, Model(1000), strategy="window", measured=Measured(cut=2)).num_tokens <= budget.room
+    short = run([*talk[:40], user("q")], budget, Model(1000), strategy="window", measured=measured)
+    assert short.num_tokens > budget.room * 0.6, "after an undo the window fills up again"
 
 
 def test_between_folds_the_model_is_not_asked() -> None:
@@ -333,10 +366,11 @@ def test_the_number_of_pictures_that_a_server_takes_is_learnt() -> None:
     talk, measured = long_talk(9, pictures=True), Measured()
     model = Model(4000, count)
     fitted = run(talk, Budget.of(4000), model, measured=measured, strategy="window")
-    assert media_of(fitted.messages) == ["p6", "p7", "p8", "p9"]
-    assert measured.max_media == 4
+    assert media_of(fitted.messages) == ["p7", "p8", "p9"]
+    assert (measured.max_media, refused) == (4, [10])
     refused.clear()
-    run(talk, Budget.of(4000), model, measured=measured, strategy="window")
+    grown = [*talk, said("a9"), *long_talk(0, pictures=True)]
+    assert media_of(run(grown, Budget.of(4000), model, measured=measured, strategy="window").messages)[0] == "p7"
     assert refused == []
     with pytest.raises(TooManyMedia):
         run([user(*[picture(str(i)) for i in range(5)])], Budget.of(4000), model)

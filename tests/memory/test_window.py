@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl.errors import ConfigError, PromptTooLong
-from qvl.memory.window import Budget, Cost, decide, keep_newest, take_apart
+from qvl.memory.window import Budget, Cost, decide, keep_newest, keep_steadily, take_apart
 from qvl.types import Message, TextPart
 from tests.memory.scripted import said, user
 
@@ -49,6 +49,23 @@ def test_keep_newest_keeps_as_many_as_fit(older, fixed, tokens, media):  # type:
 
     oracle = max((n for n in range(1, len(older) + 1) if all(fits(m) for m in range(1, n + 1))), default=0)
     assert keep_newest(older, fixed, tokens, media) == oracle
+
+
+@given(st.lists(costs, max_size=12), costs, budgets, st.none() | st.integers(0, 14))
+def test_what_stays_steadily_fits_and_is_not_much_less_than_could(older, newest, budget, stayed):  # type: ignore[no-untyped-def]
+    if newest.tokens > budget.room:
+        return
+    media = None if budget.max_media is None else max(budget.max_media, newest.media)
+    most = keep_newest(older, newest, budget.room, media)
+    kept = keep_steadily(older, newest, budget, stayed)
+    assert kept <= most
+    if most == len(older) or kept == most:
+        return
+    assert kept >= 1, "one that could stay does"
+    one_more = sum((cost.tokens for cost in older[len(older) - kept - 1 :]), newest.tokens)
+    pictures = sum((cost.media for cost in older[len(older) - kept - 1 :]), newest.media)
+    quarter = (budget.room - newest.tokens) // 4
+    assert one_more > budget.room - quarter or (media is not None and pictures > media - media // 4)
 
 
 def test_folding_waits_until_it_must_and_then_makes_room_for_some_turns() -> None:

@@ -89,12 +89,12 @@ def test_the_oldest_turns_leave_and_the_answer_says_so(server: Live, teller: Tel
     answer = reply.json()
     assert answer["choices"][0]["message"]["content"] == "and now?"
     (sent,) = teller.requests
-    assert [text_of(message)[:12] for message in sent][:2] == ["Be polite.", "question  12"]
-    assert [message.role for message in sent] == ["system", *("user", "assistant") * 8, "user"]
-    assert answer["usage"]["prompt_tokens"] == 10 + 8 * 50 + 8
+    assert [text_of(message)[:12] for message in sent][:2] == ["Be polite.", "question  14"]
+    assert [message.role for message in sent] == ["system", *("user", "assistant") * 6, "user"]
+    assert answer["usage"]["prompt_tokens"] == 10 + 6 * 50 + 8
     assert answer["qvl"] == {
         "overflow": "window",
-        "dropped_messages": 24,
+        "dropped_messages": 28,
         "dropped_media": 0,
         "summarised_messages": 0,
         "summarised_media": 0,
@@ -103,7 +103,19 @@ def test_the_oldest_turns_leave_and_the_answer_says_so(server: Live, teller: Tel
     }
     seen = numbers(server)
     assert seen["qvl_overflowed_requests_total{strategy=window}"] == 1
-    assert seen["qvl_overflowed_messages_total{as=dropped}"] == 24
+    assert seen["qvl_overflowed_messages_total{as=dropped}"] == 28
+
+
+def test_a_growing_conversation_begins_alike_for_several_turns(server: Live, teller: Teller) -> None:
+    """So that its beginning is found in the prefix cache: more leaves at a time, and then nothing for a while."""
+    messages = talk(20, "question  20")
+    for i in range(21, 45):
+        answer = server.post(CHAT, {"messages": messages}).json()
+        messages += [turn("assistant", answer["choices"][0]["message"]["content"]), turn("user", f"question {i:3}")]
+    firsts = [text_of(request[1]) for request in teller.requests]
+    assert len(set(firsts)) <= 8
+    assert firsts == sorted(firsts), "what has left does not come back"
+    assert all(len(request) >= 2 + 2 * 4 for request in teller.requests)
 
 
 def test_what_fits_is_sent_as_it_is(server: Live, teller: Teller) -> None:
@@ -119,7 +131,7 @@ def test_the_first_chunk_of_a_stream_says_it(server: Live, n: int) -> None:
     events = server.post(CHAT, body).text.split("\n\n")
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
     assert [("qvl" in chunk) for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
-    assert chunks[0]["qvl"]["dropped_messages"] == 24
+    assert chunks[0]["qvl"]["dropped_messages"] == 28
     texts = [""] * n
     for chunk in chunks:
         for choice in chunk["choices"]:
@@ -132,7 +144,7 @@ def test_openai_clients_do_not_mind(server: Live, stream: bool) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
         made: Any = client.chat.completions.create(model="echo", messages=talk(20), stream=stream)  # type: ignore[call-overload]
         chunks = list(made) if stream else [made]
-    assert chunks[0].model_extra["qvl"]["dropped_messages"] == 24
+    assert chunks[0].model_extra["qvl"]["dropped_messages"] == 28
     assert "qvl" not in chunks[-1].model_extra or not stream
 
 
@@ -169,7 +181,7 @@ def test_a_last_message_that_leaves_less_for_the_answer_goes_alone(server: Live,
     assert "qvl" not in alone
 
 
-@pytest.mark.parametrize(("wish", "kept"), [(20, 11), (290, 5), (10**6, 5)])
+@pytest.mark.parametrize(("wish", "kept"), [(20, 8), (290, 4), (10**6, 4)])
 def test_room_is_kept_for_the_answer_that_is_asked_for(server: Live, teller: Teller, wish: int, kept: int) -> None:
     reply = server.post(CHAT, {"messages": talk(20), "max_tokens": wish})
     assert reply.status_code == 200, reply.text
@@ -280,7 +292,7 @@ def test_a_slow_summary_is_given_up(wide: Teller) -> None:
     with live(wide, ServerOptions(overflow="summary", summary_seconds=0.2)) as slow:
         told = slow.post(CHAT, {"messages": talk(60)}).json()["qvl"]
     assert "longer than 0.2 s" in told["summary_error"]
-    assert told["dropped_messages"] == 22
+    assert told["dropped_messages"] == 46
     assert wide.left == len(wide.summaries) == 1, "its work was ended too"
 
 
@@ -354,7 +366,7 @@ def test_pictures_are_counted_exactly(local: Live, turns: int, more: dict[str, A
     kept = [messages[0], *messages[1 + left :]]
     assert local.post("/tokenize", {"messages": kept, **same}).json()["count"] == used
     longer = local.post("/tokenize", {"messages": [messages[0], *messages[left - 1 :]], **same}).json()
-    assert "error" in longer or longer["count"] > 512 - 32, "one more exchange would have fitted"
+    assert "error" in longer or longer["count"] > (512 - 32) * 3 // 4, "more left than a quarter of the room"
 
 
 def test_an_answer_to_be_continued_stays(local: Live) -> None:
