@@ -26,6 +26,7 @@ def check(
     dtype: flags.Dtype = "auto",
     load_format: flags.LoadFormat = "auto",
     quantization: flags.Quantization = None,
+    attention_backend: flags.AttentionBackend = "auto",
     max_model_len: flags.MaxModelLen = None,
     gpu_memory_utilization: flags.GpuMemoryUtilization = 0.9,
     kv_cache_memory: flags.KvCacheMemory = None,
@@ -39,6 +40,7 @@ def check(
             "dtype": dtype,
             "load_format": load_format,
             "quantization": quantization,
+            "attention_backend": attention_backend,
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_memory": kv_cache_memory,
@@ -73,7 +75,8 @@ def _network(config: EngineConfig) -> Qwen2VLForConditionalGeneration:
     from qvl.engine.device import DTYPES
     from qvl.models.registry import build_model
 
-    return build_model(config.spec, DTYPES[config.dtype], torch.device(config.device), config.quantization)
+    dtype, device = DTYPES[config.dtype], torch.device(config.device)
+    return build_model(config.spec, dtype, device, config.quantization, config.attention_backend)
 
 
 def _device_rows(
@@ -86,6 +89,7 @@ def _device_rows(
         ("device", f"{device_name(network.device)}, {facts.num_cores} cores, {memory}"),
         ("dtype", f"{config.dtype}: {_dtype_reason(config, facts)}"),
         ("attention", network.attention_reason),
+        ("in pictures", network.vision_reason),
         ("matrices", network.linear_reason),
         ("weights take", f"{config.weight_bytes / GIB:.2f} GiB in {config.precision}"),
     ]

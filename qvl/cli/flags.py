@@ -52,8 +52,15 @@ LoadFormat: TypeAlias = Annotated[
 Quantization: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="int8 (weights and activations) or int4 (the decoder's weights in 4 bits, the rest in 8), rounded while "
-        "loading; on a CPU [default: none]",
+        help="Round weights while loading: int8 (and activations) or int4 (the decoder's weights, the rest in 8 bits) "
+        "on a CPU, fp8 (the decoder, and activations) on a GPU of compute capability 8.9 or newer [default: none]",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+AttentionBackend: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="auto (the fastest that runs), triton (a GPU), sdpa (torch's operations, everywhere) or cpu (compiled).",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

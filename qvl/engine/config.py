@@ -26,9 +26,10 @@ __all__ = ["DeviceFacts", "EngineConfig", "EngineOptions", "available_host_memor
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bits of a weight with its part of a scale: in the decoder's layers, and in the vision tower and the head.
-QUANTISED_BITS = {"int8": (8.0, 8.0), "int4": (4.125, 8.0)}
+QUANTISED_BITS = {"int8": (8.0, 8.0), "int4": (4.125, 8.0), "fp8": (8.0, 16.0)}
 GIB = 1 << 30
 BF16_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
 # What a GPU step needs beside weights and KV cache; only for the estimate before anything is loaded.
 GPU_WORK_BYTES = 3 * GIB // 2
 CPU_KV_BYTES = 4 * GIB
@@ -67,6 +68,7 @@ class EngineConfig:
     device: Literal["cpu", "cuda"]
     dtype: str
     quantization: str
+    attention_backend: str
     load_format: str
     max_model_len: int
     max_model_len_given: bool
@@ -164,7 +166,8 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         served_name=options.served_model_name or _name_of(options.model, spec),
         device=device,
         dtype=dtype,
-        quantization=_resolve_quantization(options.quantization, device),
+        quantization=_resolve_quantization(options.quantization, facts, dtype),
+        attention_backend=options.attention_backend,
         load_format=options.load_format,
         max_model_len=_given_length(options, spec),
         max_model_len_given=options.max_model_len is not None,
@@ -210,12 +213,19 @@ def _resolve_dtype(asked: str, facts: DeviceFacts) -> str:
     return asked if asked != "auto" else "bfloat16" if has_bf16 else "float16"
 
 
-def _resolve_quantization(asked: str | None, device: str) -> str:
-    if asked in ("int8", "int4") and device != "cpu":
-        raise ConfigError(
-            f"'quantization' {asked} runs on a CPU only in this version of qvl; leave it out, or use --device cpu",
-            param="quantization",
-        )
+def _resolve_quantization(asked: str | None, facts: DeviceFacts, dtype: str) -> str:
+    have = ".".join(map(str, facts.capability))
+    problem = None
+    if asked in ("int8", "int4") and facts.kind != "cpu":
+        problem = "runs on a CPU only in this version of qvl; leave it out, or use --device cpu"
+    elif asked == "fp8" and facts.kind == "cpu":
+        problem = "needs a GPU with fp8 instructions; on a CPU there are int8 and int4"
+    elif asked == "fp8" and facts.capability < FP8_CAPABILITY:
+        problem = f"needs compute capability 8.9 or newer (Ada, Hopper, Blackwell), this GPU has {have}; leave it out"
+    elif asked == "fp8" and dtype != "bfloat16":
+        problem = f"works beside bfloat16 only, not {dtype}; leave --dtype out"
+    if problem is not None:
+        raise ConfigError(f"'quantization' {asked} {problem}", param="quantization")
     return asked or "none"
 
 

@@ -22,7 +22,8 @@ DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "
     "float": "float32",
     "float32": "float32",
 }
-QUANTIZATIONS = ("none", "int8", "int4")
+QUANTIZATIONS = ("none", "int8", "int4", "fp8")
+ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "cpu")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 MEDIA_KINDS = ("image", "video")
 PROCESSOR_KEYS = ("min_pixels", "max_pixels", "fps", "num_frames")
@@ -54,7 +55,8 @@ class EngineOptions:
     `model`: a checkpoint folder, a name found in the usual places (`locate.find_model`), or "demo", the bundled one.
     `kv_cache_memory`, `encoder_cache_memory`, `max_media_bytes` are bytes (texts like "2GiB" are read by `from_dict`).
     `gpu_memory_utilization` is the part of the GPU's memory that weights, caches and activations may use together.
-    `quantization` is "int8" or "int4", on a CPU: weights are rounded while they are loaded.
+    `quantization`: weights are rounded while they are loaded, to "int8" or "int4" on a CPU, to "fp8" on a GPU.
+    `attention_backend` forces one; "auto" takes the fastest that runs.
     `limit_mm_per_prompt` counts pictures and videos of one request. `mm_processor_kwargs` (`min_pixels`, `max_pixels`,
     `fps`, `num_frames`) are the defaults of every picture and video. `num_blocks` overrides the measured KV cache size.
     `enforce_eager` leaves CUDA graphs out. `async_scheduling` plans and launches a step while the one before it still
@@ -70,6 +72,7 @@ class EngineOptions:
     dtype: str = "auto"
     load_format: str = "auto"
     quantization: str | None = None
+    attention_backend: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -109,13 +112,8 @@ class EngineOptions:
         _one_of("device", self.device, DEVICES)
         _one_of("dtype", self.dtype, tuple(DTYPES))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
-        if self.quantization == "fp8":
-            raise ConfigError(
-                "'quantization' fp8 needs a GPU with fp8 instructions and is not in this version of qvl; "
-                "on a CPU there are int8 and int4",
-                param="quantization",
-            )
         _one_of("quantization", self.quantization or "none", QUANTIZATIONS)
+        _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in self.limit_mm_per_prompt:
             _known("limit_mm_per_prompt", name, MEDIA_KINDS)
         for name in self.mm_processor_kwargs:

@@ -258,7 +258,7 @@ def load_model(config: EngineConfig, device: torch.device) -> Qwen2VLForConditio
     """The network with its weights."""
     dtype = DTYPES[config.dtype]
     load_format = cast("LoadFormat", config.load_format)  # the options know no other words
-    model = build_model(config.spec, dtype, device, config.quantization)
+    model = build_model(config.spec, dtype, device, config.quantization, config.attention_backend)
     load_weights(model, config.spec.folder, device=device, dtype=dtype, load_format=load_format)
     return model
 

@@ -19,7 +19,6 @@ Capability = tuple[int, int]
 
 COST = "torch's own operations are used instead: several times slower per token"
 BF16_FROM: Capability = (8, 0)
-FP8_FROM: Capability = (8, 9)
 OLDEST: Capability = (7, 5)  # before it torch's own wheels do not run either
 KIB = 1024
 

@@ -94,4 +94,4 @@ def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str 
     plain = f"torch {dtype}" if few is None else f"triton up to {FEW} rows, torch {dtype} above"
     if quantization == "none":
         return plain
-    return f"{require_fp8(device, dtype, capability_of(device))}; {plain}"
+    return f"{require_fp8(device)}; {plain}"

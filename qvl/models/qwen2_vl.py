@@ -18,6 +18,7 @@ from qvl.kernels.fp8 import Rounded
 from qvl.kernels.fused import silu_and_mul
 from qvl.kernels.gpu import capability_of
 from qvl.kernels.linear import MULTIPLE, FewRows, compute_dtype_for, describe_linear, few_rows, takes_few
+from qvl.kernels.segments import describe_segments
 from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
@@ -154,6 +155,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self.attention, self.attention_reason = choose_attention(
             self.device, self.compute_dtype, heads, capability_of(self.device), attention_backend
         )
+        self.vision_reason = describe_segments(self.compute_dtype, self.device, capability_of(self.device))
         self.linear_reason = describe_linear(dtype, self.device, quantization)
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)

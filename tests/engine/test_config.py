@@ -74,10 +74,32 @@ def test_quantised_weights_leave_more_room(checkpoint: Path) -> None:
     assert configure(checkpoint, quantization="none") == plain
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_quantization_on_a_gpu_is_refused(checkpoint: Path, quantization: str) -> None:
-    with pytest.raises(ConfigError, match=f"'quantization' {quantization} runs on a CPU only"):
-        configure(checkpoint, H200, quantization=quantization)
+@pytest.mark.parametrize(
+    ("facts", "options", "says"),
+    [
+        (H200, {"quantization": "int8"}, "'quantization' int8 runs on a CPU only"),
+        (H200, {"quantization": "int4"}, "'quantization' int4 runs on a CPU only"),
+        (CPU, {"quantization": "fp8"}, "'quantization' fp8 needs a GPU with fp8 instructions"),
+        (
+            OLD_GPU,
+            {"quantization": "fp8"},
+            r"needs compute capability 8\.9 or newer .* this GPU has 7\.5; leave it out",
+        ),
+        (H200, {"quantization": "fp8", "dtype": "half"}, "works beside bfloat16 only, not float16"),
+    ],
+)
+def test_quantization_where_it_cannot_run(
+    checkpoint: Path, facts: DeviceFacts, options: dict[str, str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        configure(checkpoint, facts, **options)
+
+
+def test_fp8_halves_the_decoder_and_leaves_tower_and_head(checkpoint: Path) -> None:
+    plain, small = configure(checkpoint, H200), configure(checkpoint, H200, quantization="fp8")
+    text = plain.spec.text
+    assert small.precision == "fp8 (rest bfloat16)"
+    assert plain.weight_bytes - small.weight_bytes == text.num_layers * text.layer_matrix_parameters
 
 
 def test_a_device_that_is_not_there(checkpoint: Path) -> None:
@@ -165,8 +187,8 @@ def test_the_media_policy_keeps_its_own_defaults(checkpoint: Path) -> None:
         ({"dtype": "int4"}, "'dtype' must be one of auto, half"),
         ({"device": "tpu"}, "'device' must be one of auto, cpu, cuda"),
         ({"load_format": "pt"}, "'load_format' must be one of"),
-        ({"quantization": "int2"}, "'quantization' must be one of none, int8, int4"),
-        ({"quantization": "fp8"}, "fp8 needs a GPU with fp8 instructions and is not in this version"),
+        ({"quantization": "int2"}, "'quantization' must be one of none, int8, int4, fp8"),
+        ({"attention_backend": "flash"}, "'attention_backend' must be one of auto, triton, sdpa, cpu"),
         ({"tensor_parallel_size": 2}, "runs a model on one device"),
         ({"pipeline-parallel-size": "4"}, "'pipeline_parallel_size' is 4"),
         ({"gpu_memory_utilization": 1.5}, "'gpu_memory_utilization' must be above 0 and at most 1"),
