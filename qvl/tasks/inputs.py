@@ -126,8 +126,8 @@ def _held(source: Any, reading: Reading) -> Iterator[Item]:
     if isinstance(source, bytes | bytearray | memoryview):
         yield from _bytes("(bytes)", "picture", bytes(source), reading)
         return
-    part = source if isinstance(source, MediaPart) else MediaPart("image", source)
-    _check_kind(part.kind, reading.accepts)
+    part = source if isinstance(source, MediaPart | TextPart) else MediaPart("image", source)
+    _check_kind(part.kind if isinstance(part, MediaPart) else "text", reading.accepts)
     yield Item("(picture)", lambda: part, name="picture")
 
 
@@ -157,7 +157,7 @@ def _file(file: str, path: Path, name: str, reading: Reading) -> Iterator[Item]:
         yield from _pages(file, name, path, reading)
     elif name.lower().endswith(TEXT_SUFFIXES):
         _check_kind("text", reading.accepts, file)
-        yield Item(file, lambda: TextPart(_decoded(path.read_bytes(), file)), name=name)
+        yield Item(file, lambda: TextPart(_text_of(path, file)), name=name)
     else:
         kind = media_kind(path)
         _check_kind(kind, reading.accepts, file)
@@ -165,28 +165,18 @@ def _file(file: str, path: Path, name: str, reading: Reading) -> Iterator[Item]:
 
 
 def _address(address: str, reading: Reading) -> Iterator[Item]:
-    """What stands behind an address is fetched here, once, so that any server can be asked about it."""
+    """What stands behind an address is fetched here, so that any server can be asked about it: in its turn where its
+    name tells that it is a picture, else at once, to see what it is."""
     shown = address if len(address) < 200 else f"{address[:60]}..."
     kind = media_kind(address)
     if kind == "video":
         _check_kind(kind, reading.accepts, shown)
         yield Item(shown, lambda: MediaPart("video", read(address, _POLICY, expect="video")), name=_name_of(address))
         return
-    if not re.match(r"(?i)https?://[^?#]*\.pdf([?#]|$)", address):
-        yield Item(shown, lambda: _fetched(address, reading), name=_name_of(address))
-        return
-    yield from _bytes(shown, _name_of(address), read(address, _POLICY, expect="image"), reading)
-
-
-def _fetched(address: str, reading: Reading) -> Part:
-    data = read(address, _POLICY, expect="image")
-    if pdf.is_pdf(data):
-        count = pdf.num_pages(data)
-        wanted = _wanted(count, reading)
-        if len(wanted) > 1:
-            raise InvalidRequest(f"the address holds a PDF of {count} pages: name one with --pages, or download it")
-        return MediaPart("image", pdf.draw_page(data, wanted[0], reading.resolution()))
-    return MediaPart("image", data)
+    if re.split(r"[?#]", address)[0].lower().endswith(PICTURE_SUFFIXES):
+        yield Item(shown, lambda: MediaPart("image", read(address, _POLICY, expect="image")), name=_name_of(address))
+    else:
+        yield from _bytes(shown, _name_of(address), read(address, _POLICY, expect="image"), reading)
 
 
 def _bytes(file: str, name: str, data: bytes, reading: Reading) -> Iterator[Item]:
@@ -243,8 +233,11 @@ def _text(data: bytes) -> str | None:
     return None if re.search(r"[\x00-\x08\x0e-\x1a]", text) else text
 
 
-def _decoded(data: bytes, file: str) -> str:
-    text = _text(data)
+def _text_of(path: Path, file: str) -> str:
+    try:
+        text = _text(path.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"cannot be read: {error.strerror}: {file}") from None
     if text is None:
         raise InvalidRequest(f"{file} is not text in UTF-8")
     return text

@@ -39,7 +39,7 @@ class Table:
         """The first Markdown table in `text`. Raises `BadAnswer` where there is none, or one that cannot be trusted."""
         lines = _table_lines(text)
         cells = [_cells(line) for line in lines]
-        has_rule = len(cells) > 1 and all(_RULE.fullmatch(cell) for cell in cells[1])
+        has_rule = len(cells) > 1 and _is_rule(cells[1])
         head, body = cells[0], cells[2:] if has_rule else cells[1:]
         repairs = [] if has_rule else ["the rule below the head was missing"]
         wide = _width(head, body, repairs)
@@ -105,20 +105,27 @@ class Table:
 
 
 def _table_lines(text: str) -> list[str]:
-    """The lines of the first table: those with bars that follow each other."""
-    found: list[str] = []
+    """The lines of the first table: those with bars that follow each other, from the one above the rule."""
+    blocks: list[list[str]] = [[]]
     for line in text.splitlines():
         if "|" in line:
-            found.append(line.strip())
-        elif found and (line.strip() or len(found) > 1):
-            if len(found) > 1:
-                break
-            found = []  # one line with a bar is no table yet
-    if len(found) < 2 and not (found and found[0].startswith("|") and found[0].endswith("|")):
-        said = " ".join(text.split())
-        said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
-        raise BadAnswer(f'the answer is no table: "{said}"')
-    return found
+            blocks[-1].append(line.strip())
+        elif blocks[-1]:
+            blocks.append([])
+    for block in blocks:
+        rule = next((i for i, line in enumerate(block[1:], 1) if _is_rule(_cells(line))), None)
+        if rule is not None:
+            return block[rule - 1 :]
+    for block in blocks:
+        if len(block) > 1 and all(line.startswith("|") for line in block):
+            return block
+    said = " ".join(text.split())
+    said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
+    raise BadAnswer(f'the answer is no table: "{said}"')
+
+
+def _is_rule(cells: list[str]) -> bool:
+    return all(_RULE.fullmatch(cell) for cell in cells)
 
 
 def _cells(line: str) -> list[str]:
@@ -138,12 +145,17 @@ def _plain(cell: str) -> str:
 
 
 def _width(head: list[str], body: list[list[str]], repairs: list[str]) -> int:
-    """How many columns: the head's, or those of most rows where all of these have more."""
-    if body and min(map(len, body)) > len(head):
-        wide = min(map(len, body))
+    """How many columns: the head's, or those of the rows where all of these have more."""
+    wide = min(map(_filled, body), default=0)
+    if wide > len(head):
         repairs.append(f"the head had {len(head)} of {wide} cells")
         return wide
     return len(head)
+
+
+def _filled(row: list[str]) -> int:
+    """How many cells there are up to the last that says something."""
+    return max((i for i, cell in enumerate(row, 1) if cell), default=0)
 
 
 def _fitted(row: list[str], wide: int, number: int, repairs: list[str]) -> tuple[str, ...]:

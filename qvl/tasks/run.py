@@ -129,7 +129,12 @@ def asking(model: Model, stop: threading.Event | None = None) -> Ask:
             yield delta
 
     def ask(messages: tuple[Message, ...], sampling: SamplingParams) -> Completion:
-        return collect(until_stopped(model.stream(messages, sampling)))
+        deltas = model.stream(messages, sampling)
+        try:
+            return collect(until_stopped(deltas))
+        finally:
+            if isinstance(deltas, Generator):
+                deltas.close()  # now, not when the last trace of an error is forgotten: whoever answers can stop
 
     return ask
 
