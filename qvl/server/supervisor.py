@@ -95,15 +95,18 @@ class Supervisor:
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, self._signalled)
         engine = asyncio.ensure_future(self._engine.run(self))
-        http = asyncio.gather(*(self._keep(row) for row in range(len(self._rows))))
+        everyone = {engine, *(asyncio.ensure_future(self._keep(row)) for row in range(len(self._rows)))}
+        running = everyone
         try:
-            await asyncio.wait((http, engine), return_when=asyncio.FIRST_COMPLETED)
-            # The engine's keeping only ends in an error, that of the HTTP processes also when all have drained.
-            await (http if http.done() else engine)
+            # The engine's keeping only ends in an error, that of an HTTP process also when it has drained.
+            while running != {engine}:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for one in done:
+                    one.result()
         finally:
-            for task in (http, engine):
-                task.cancel()
-            await asyncio.gather(http, engine, return_exceptions=True)
+            for one in everyone:
+                one.cancel()
+            await asyncio.gather(*everyone, return_exceptions=True)
             self._engine.stop()
         return 0
 
@@ -168,6 +171,9 @@ class Supervisor:
         finally:
             del self._processes[row]
             _send(process, signal.SIGKILL)
+            # Until it is gone and its pipe has ended: asyncio would complain of what is left when its loop is closed.
+            await process.stdout.read()
+            await process.wait()
 
     def _heard(self, row: int, line: bytes) -> None:
         """What the process said once; nothing when it ended before."""

@@ -26,7 +26,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["uvloop", "asyncio"])
 def run(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
-    """HTTP processes run on uvloop, to which a failed connection is an error; asyncio's own loop makes it a lost one."""
+    """HTTP processes run on uvloop, to which a failed connection is an error; to asyncio's loop it is a lost one."""
     loop_factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
 
     def run(main: Any) -> Any:

@@ -1,8 +1,9 @@
 """An engine without a model, for what surrounds one: `python -m tests.engine.fake_engine MOOD` is its worker process.
 
 A request is answered with its own prompt, one token a step, then one token per medium (97 + its pixels' sum modulo 26),
-then END, an end token. MOOD: "refuses" and "breaks" cannot start, "slow" takes 20 ms a step, "fast" none. Tokens in a
-prompt: CRASH ends the process, BAD is refused when the request comes, POISON fails it later.
+then END, an end token. MOOD: "refuses" and "breaks" cannot start, "slow" takes 20 ms a step, "fast" none, "held:FILE"
+says one token of each answer and the rest once FILE is there. Tokens in a prompt: CRASH ends the process, BAD is
+refused when the request comes, POISON fails it later.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Running:
 @dataclass
 class FakeEngine:
     seconds_per_step: float = 0.0
+    held_until: Path | None = None
     running: dict[str, Running] = field(default_factory=dict)
     aborted: int = 0
     steps: int = 0
@@ -62,7 +64,10 @@ class FakeEngine:
     def step(self) -> list[TokenOutput]:
         time.sleep(self.seconds_per_step)
         self.steps += 1
-        return [self._next(request_id) for request_id in list(self.running)]
+        if self.held_until is not None and self.held_until.exists():
+            self.held_until, self.seconds_per_step = None, 0.0
+        held = self.held_until is not None
+        return [self._next(name) for name, one in list(self.running.items()) if not held or one.said == 0]
 
     def _next(self, request_id: str) -> TokenOutput:
         one = self.running[request_id]
@@ -89,12 +94,14 @@ def load(options: EngineOptions) -> tuple[FakeEngine, str]:
         raise ConfigError("this engine refuses to start")
     if mood == "breaks":
         raise ZeroDivisionError("a bug")
-    seconds = 0.02 if mood == "slow" else 0.0
+    _, _, gate = mood.partition("held:")
+    held_until = Path(gate) if gate else None
+    seconds = 0.02 if gate or mood == "slow" else 0.0
     if not Path(options.model).is_dir():
-        return FakeEngine(seconds), '{"fake": true}'
+        return FakeEngine(seconds, held_until), '{"fake": true}'
     config = resolve(options, FACTS)
     info = EngineInfo("fake", "none", "none", "none", 64, 16, config.max_model_len, 0.0, max_num_seqs=8)
-    return FakeEngine(seconds, info=info), config.to_json()
+    return FakeEngine(seconds, held_until, info=info), config.to_json()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +30,10 @@ class Live:
     loop: asyncio.AbstractEventLoop
 
     def post(self, path: str, body: Any, **more: Any) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=60, **more)
+        return requests.post(self.url + path, json=body, timeout=120, **more)
 
     def get(self, path: str, **more: Any) -> requests.Response:
-        return requests.get(self.url + path, timeout=60, **more)
+        return requests.get(self.url + path, timeout=120, **more)
 
     def metric(self, name: str) -> float:
         """The value of one line of /metrics."""
@@ -50,6 +52,16 @@ def wait_until(condition: Any, message: str | Callable[[], str], seconds: float 
     while not condition():
         assert time.monotonic() < end, message if isinstance(message, str) else message()
         time.sleep(0.02)
+
+
+def first_line(popen: subprocess.Popen[str], log: Callable[[], str], seconds: float = 120.0) -> str:
+    """What the process says first on its standard output."""
+    assert popen.stdout is not None
+    told, _, _ = select.select([popen.stdout], [], [], seconds)
+    assert told, f"it said nothing in {seconds:.0f} s; {log()}"
+    line = popen.stdout.readline()
+    assert line, f"it ended with exit code {popen.wait(seconds)}; {log()}"
+    return line
 
 
 @contextmanager
@@ -82,9 +94,9 @@ def live(backend: Backend, options: ServerOptions | None = None, *, wait_ready: 
     running = Live(f"http://127.0.0.1:{port}", port, app.state.service, loops[0])
     try:
         if wait_ready:
-            wait_until(lambda: running.get("/ready").status_code == 200, "the backend never became ready", 120)
+            wait_until(lambda: running.get("/ready").status_code == 200, "the backend never became ready")
         yield running
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive(), "the server did not stop"
