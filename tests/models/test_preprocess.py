@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qvl.models import preprocess
 from qvl.models.preprocess import patchify, resize
 from qvl.specs import ProcessorSpec
 
@@ -88,3 +89,16 @@ def test_read_only_pixels_are_left_alone() -> None:
     before = pixels.copy()
     patchify(torch.from_numpy(pixels), 28, 28, SPEC)
     assert np.array_equal(pixels, before)
+
+
+@pytest.mark.parametrize("at_once", [1, 60 * 28, 100_000])
+def test_parts_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Whole slices together, one at a time, in bands of rows: every number is the same."""
+    rng = np.random.default_rng(0)
+    for shape, height, width in (((1, 100, 90, 3), 84, 112), ((5, 56, 84, 3), 56, 84), ((3, 40, 300, 3), 84, 56)):
+        frames = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+        whole = patchify(frames, height, width, SPEC)
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocess, "AT_ONCE", at_once)
+            assert torch.equal(patchify(frames, height, width, SPEC), whole)
+        assert torch.equal(patchify(frames, height, width, SPEC, torch.bfloat16), whole.bfloat16())
