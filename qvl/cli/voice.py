@@ -38,18 +38,18 @@ def find_voice(base_url: str | None, model: str | None, api_key: str | None) -> 
         else Client(base_url, model=model, api_key=api_key)
     )
     if client is not None:
-        return _of_server(client, api_key)
+        return _of_server(client)
     name = model or "demo"
     print(f"qvl: no server at {DEFAULT_URL} serves {model or 'a model'}; loading {name} here", file=sys.stderr)
     return _of_this_process(name)
 
 
-def _of_server(client: Client, api_key: str | None) -> Voice:
+def _of_server(client: Client) -> Voice:
     name, context = client.model, client.context()
     count: TokenCounter
     try:
         client.tokens("?")
-        count = ServerCounter(client.base_url, model=name, api_key=api_key)
+        count = ServerCounter(client.tokens)
     except QvlError:  # not one of ours: its `usage` tells
         count = UsageCounter(client.chat)
     return Voice(name, client.base_url, context or UNTOLD_CONTEXT, client.chat, client.stream, count)

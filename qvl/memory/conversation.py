@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from qvl.client import collect, question
 from qvl.errors import BadMedia, ConfigError, InvalidRequest, MediaRefused, PayloadTooLarge, PromptTooLong, TooManyMedia
@@ -19,7 +19,19 @@ from qvl.memory.costs import Measured
 from qvl.memory.counting import AsyncTokenCounter, TokenCounter
 from qvl.memory.fit import Fitted, Notice, fit
 from qvl.memory.records import Turn
-from qvl.memory.steps import AskCall, AsyncAskCall, Machine, Messages, adrive, drive
+from qvl.memory.steps import (
+    FAILURES,
+    Ask,
+    AskCall,
+    AsyncAskCall,
+    Done,
+    Machine,
+    Messages,
+    T,
+    adrive,
+    advance,
+    drive,
+)
 from qvl.memory.store import Store, new_id
 from qvl.memory.summary import Running
 from qvl.memory.window import STRATEGIES, Budget, Strategy
@@ -27,6 +39,9 @@ from qvl.types import Answer, Completion, Delta, Message, SamplingParams, TextPa
 
 StreamCall: TypeAlias = Callable[[Messages, SamplingParams], Iterator[Delta]]
 AsyncStreamCall: TypeAlias = Callable[[Messages, SamplingParams], AsyncIterator[Delta]]
+AskT = TypeVar("AskT")
+CountT = TypeVar("CountT")
+StreamT = TypeVar("StreamT")
 
 # What makes a new turn itself impossible: it is taken back, or it would stand in the way of every later one.
 _REFUSALS = (PromptTooLong, TooManyMedia, BadMedia, MediaRefused, PayloadTooLarge)
@@ -47,15 +62,28 @@ class Reply:
     turn: Turn
 
 
-class _Talk:
-    """What both faces share: everything but the calls."""
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request as it is sent; `notices` by the numbers of turns in the store."""
+
+    messages: Messages
+    num_tokens: int
+    notices: tuple[Notice, ...]
+    sampling: SamplingParams
+
+
+class _Talk(Generic[AskT, CountT, StreamT]):
+    """What both faces share: a turn as a machine, everything but the calls."""
 
     def __init__(
         self,
         store: Store,
+        ask: AskT,
+        count: CountT,
         budget: int | Budget,
         strategy: Strategy = "summary",
         *,
+        stream: StreamT | None = None,
         id: str | None = None,
         system: str | None = None,
         name: str = "",
@@ -68,6 +96,9 @@ class _Talk:
         self.budget = Budget.of(budget) if isinstance(budget, int) else budget
         self.strategy: Strategy = strategy
         self.last: Reply | None = None
+        self._ask = ask
+        self._count = count
+        self._stream = stream
         self._system = system
         self._name = name
         self._model = model
@@ -108,6 +139,12 @@ class _Talk:
             self.store.append(self.id, Message("system", (TextPart(self._system),)), name=self._name)
         return self.store.append(self.id, message, name=self._name)
 
+    def _turn(self, message: Message | None, sampling: SamplingParams | None) -> Machine[Reply]:
+        """A question and its whole answer, written when they are there."""
+        prepared = yield from self._prepare(message, sampling)
+        completion = yield Ask(prepared.messages, prepared.sampling)
+        return self._record(prepared, completion)
+
     def _prepare(self, message: Message | None, sampling: SamplingParams | None) -> Machine[_Prepared]:
         """The request for the newest user turn: `message`, written first, or with None the one that is there."""
         rules = sampling or SamplingParams()
@@ -119,13 +156,15 @@ class _Talk:
         turns = self.turns
         running = self._running(turns)
         try:
-            fitted = yield from fit(
-                [turn.message for turn in turns],
-                self.budget,
-                strategy=self.strategy,
-                running=running,
-                measured=self._measured,
-                keys=[turn.id for turn in turns],
+            fitted = yield from self._resolving(
+                fit(
+                    [turn.message for turn in turns],
+                    self.budget,
+                    strategy=self.strategy,
+                    running=running,
+                    measured=self._measured,
+                    keys=[turn.id for turn in turns],
+                )
             )
         except _REFUSALS:
             if written is not None:
@@ -134,7 +173,21 @@ class _Talk:
         if fitted.running is not None and fitted.running is not running:
             last = turns[fitted.running.covers - 1]
             self.store.add_summary(self.id, last.number + 1, fitted.running.text, fitted.running.tokens)
-        return _Prepared(fitted, _numbered(fitted.notices, turns), self._rules(rules, fitted))
+        notices = _numbered(fitted.notices, turns)
+        return _Prepared(self._resolved(fitted.messages), fitted.num_tokens, notices, self._rules(rules, fitted))
+
+    def _resolving(self, machine: Machine[T]) -> Machine[T]:
+        """`machine`, whose steps are asked with the pictures themselves instead of their names in the store."""
+        step = advance(machine)
+        while not isinstance(step, Done):
+            try:
+                answer = yield replace(step, messages=self._resolved(step.messages))
+            except FAILURES as error:
+                step = advance(machine, error=error)
+            else:
+                step = advance(machine, answer)
+        result: T = step.value
+        return result
 
     def _running(self, turns: list[Turn]) -> Running | None:
         """The summary in force, its reach as an index into `turns`."""
@@ -148,6 +201,11 @@ class _Talk:
         room = self.budget.tokens - fitted.num_tokens
         return replace(rules, max_tokens=room if rules.max_tokens is None else min(rules.max_tokens, room))
 
+    def _streaming(self) -> StreamT:
+        if self._stream is None:
+            raise ConfigError("this conversation was made without 'stream'")
+        return self._stream
+
     def _record(self, prepared: _Prepared, completion: Completion) -> Reply:
         """The answer into the store, whole."""
         answer = completion.answers[0]
@@ -158,7 +216,7 @@ class _Talk:
             finish_reason=answer.finish_reason,
             usage=completion.usage,
         )
-        self.last = Reply(answer.text, completion, prepared.notices, prepared.fitted.num_tokens, turn)
+        self.last = Reply(answer.text, completion, prepared.notices, prepared.num_tokens, turn)
         return self.last
 
     def _record_stopped(self, prepared: _Prepared, deltas: list[Delta]) -> None:
@@ -172,14 +230,7 @@ class _Talk:
         return tuple(map(self.store.resolve, messages))
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    fitted: Fitted
-    notices: tuple[Notice, ...]
-    sampling: SamplingParams
-
-
-class Conversation(_Talk):
+class Conversation(_Talk[AskCall, TokenCounter, StreamCall]):
     """One conversation of `store` with whoever `ask` reaches; every call blocks. One turn at a time.
 
     `ask(messages, sampling)` answers (`Client.chat`, `LLM.chat`), `count` is a `TokenCounter` of the same model,
@@ -188,36 +239,17 @@ class Conversation(_Talk):
     one is made when its first turn is written, with `system` and `name`. `model` is noted beside every answer.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        ask: AskCall,
-        count: TokenCounter,
-        budget: int | Budget,
-        strategy: Strategy = "summary",
-        *,
-        stream: StreamCall | None = None,
-        id: str | None = None,
-        system: str | None = None,
-        name: str = "",
-        model: str | None = None,
-    ) -> None:
-        super().__init__(store, budget, strategy, id=id, system=system, name=name, model=model)
-        self._ask = ask
-        self._count = count
-        self._stream = stream
-
     def send(self, turn: str | Message, *media: Any, sampling: SamplingParams | None = None) -> Reply:
         """Say something, with pictures or videos (anything `Client.ask` takes), and wait for the answer.
 
         Raises `PromptTooLong` and the like for a turn that cannot be sent, which is then not kept. Any other error
         leaves the turn in the store without an answer: `retry` asks again, `undo` removes it.
         """
-        return self._answer(_user_turn(turn, media), sampling)
+        return drive(self._turn(_user_turn(turn, media), sampling), self._count, self._ask)
 
     def retry(self, sampling: SamplingParams | None = None) -> Reply:
         """Ask again for the answer that is missing. Raises `InvalidRequest` when none is."""
-        return self._answer(None, sampling)
+        return drive(self._turn(None, sampling), self._count, self._ask)
 
     def stream(
         self, turn: str | Message | None, *media: Any, sampling: SamplingParams | None = None
@@ -226,14 +258,11 @@ class Conversation(_Talk):
 
         Leaving the loop early stops the answer and keeps what was said so far.
         """
-        if self._stream is None:
-            raise ConfigError("this conversation was made without 'stream'")
-        prepared = self._prepared(None if turn is None else _user_turn(turn, media), sampling)
+        call, message = self._streaming(), None if turn is None else _user_turn(turn, media)
+        prepared = drive(self._prepare(message, sampling), self._count, self._ask)
         deltas: list[Delta] = []
         try:
-            with closing(
-                _closable(self._stream(self._resolved(prepared.fitted.messages), prepared.sampling))
-            ) as pieces:
+            with closing(_closable(call(prepared.messages, prepared.sampling))) as pieces:
                 for delta in pieces:
                     deltas.append(delta)
                     yield delta
@@ -242,58 +271,27 @@ class Conversation(_Talk):
             raise
         self._record(prepared, collect(deltas))
 
-    def _answer(self, message: Message | None, sampling: SamplingParams | None) -> Reply:
-        prepared = self._prepared(message, sampling)
-        return self._record(prepared, self._call(prepared.fitted.messages, prepared.sampling))
 
-    def _prepared(self, message: Message | None, sampling: SamplingParams | None) -> _Prepared:
-        return drive(self._prepare(message, sampling), lambda ms: self._count(self._resolved(ms)), self._call)
-
-    def _call(self, messages: Messages, sampling: SamplingParams) -> Completion:
-        return self._ask(self._resolved(messages), sampling)
-
-
-class AsyncConversation(_Talk):
+class AsyncConversation(_Talk[AsyncAskCall, AsyncTokenCounter, AsyncStreamCall]):
     """`Conversation`, awaited: `ask`, `count` and `stream` are those of an asynchronous client."""
-
-    def __init__(
-        self,
-        store: Store,
-        ask: AsyncAskCall,
-        count: AsyncTokenCounter,
-        budget: int | Budget,
-        strategy: Strategy = "summary",
-        *,
-        stream: AsyncStreamCall | None = None,
-        id: str | None = None,
-        system: str | None = None,
-        name: str = "",
-        model: str | None = None,
-    ) -> None:
-        super().__init__(store, budget, strategy, id=id, system=system, name=name, model=model)
-        self._ask = ask
-        self._count = count
-        self._stream = stream
 
     async def send(self, turn: str | Message, *media: Any, sampling: SamplingParams | None = None) -> Reply:
         """As `Conversation.send`."""
-        return await self._answer(_user_turn(turn, media), sampling)
+        return await adrive(self._turn(_user_turn(turn, media), sampling), self._count, self._ask)
 
     async def retry(self, sampling: SamplingParams | None = None) -> Reply:
         """As `Conversation.retry`."""
-        return await self._answer(None, sampling)
+        return await adrive(self._turn(None, sampling), self._count, self._ask)
 
     async def stream(
         self, turn: str | Message | None, *media: Any, sampling: SamplingParams | None = None
     ) -> AsyncIterator[Delta]:
         """As `Conversation.stream`."""
-        if self._stream is None:
-            raise ConfigError("this conversation was made without 'stream'")
-        prepared = await self._prepared(None if turn is None else _user_turn(turn, media), sampling)
+        call, message = self._streaming(), None if turn is None else _user_turn(turn, media)
+        prepared = await adrive(self._prepare(message, sampling), self._count, self._ask)
         deltas: list[Delta] = []
-        messages = await asyncio.to_thread(self._resolved, prepared.fitted.messages)
         try:
-            async with aclosing(_aclosable(self._stream(messages, prepared.sampling))) as pieces:
+            async with aclosing(_aclosable(call(prepared.messages, prepared.sampling))) as pieces:
                 async for delta in pieces:
                     deltas.append(delta)
                     yield delta
@@ -301,20 +299,6 @@ class AsyncConversation(_Talk):
             self._record_stopped(prepared, deltas)
             raise
         await asyncio.to_thread(self._record, prepared, collect(deltas))
-
-    async def _answer(self, message: Message | None, sampling: SamplingParams | None) -> Reply:
-        prepared = await self._prepared(message, sampling)
-        completion = await self._call(prepared.fitted.messages, prepared.sampling)
-        return await asyncio.to_thread(self._record, prepared, completion)
-
-    async def _prepared(self, message: Message | None, sampling: SamplingParams | None) -> _Prepared:
-        return await adrive(self._prepare(message, sampling), self._counted, self._call)
-
-    async def _counted(self, messages: Messages) -> int:
-        return await self._count(await asyncio.to_thread(self._resolved, messages))
-
-    async def _call(self, messages: Messages, sampling: SamplingParams) -> Completion:
-        return await self._ask(await asyncio.to_thread(self._resolved, messages), sampling)
 
 
 def _user_turn(turn: str | Message, media: tuple[Any, ...]) -> Message:

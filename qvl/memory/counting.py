@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections import Counter
-from collections.abc import Generator
 from dataclasses import replace
 from functools import cache
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
 
-import httpx
-
-from qvl import wire
-from qvl.client import body_of
-from qvl.errors import RequestFailed, TooManyMedia, Unavailable
+from qvl.errors import RequestFailed, TooManyMedia
 from qvl.media.load import load
 from qvl.memory.media import media_key
-from qvl.memory.steps import AskCall, AsyncAskCall, Messages
+from qvl.memory.steps import AskCall, AsyncAskCall, AsyncCountCall, Count, CountCall, Machine, Messages, adrive, drive
 from qvl.prompt import Control, Segment, TextRun, Vision, build
-from qvl.types import ChatRequest, MediaPart, Message, PixelLimits, SamplingParams
+from qvl.types import Completion, MediaPart, Message, PixelLimits, SamplingParams
 
 if TYPE_CHECKING:
     from qvl.engine.config import EngineConfig
     from qvl.tokenizer import Tokenizer
 
 MOST_REMEMBERED = 100_000  # pictures; a number each
-_TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 
 _Key: TypeAlias = tuple[str, PixelLimits, str]
 
@@ -63,20 +55,21 @@ class _PicturesOnce:
     def __init__(self) -> None:
         self._extra: dict[_Key, int] = {}
 
-    def counting(self, messages: Messages) -> Generator[Messages, int, int]:
-        """Yields conversations to count; returns the count of `messages`."""
+    def _counting(self, messages: Messages) -> Machine[int]:
+        """The count of `messages`, from counts of smaller conversations."""
         extra = 0
         for message in messages:
             for part in message.parts:
                 if isinstance(part, MediaPart):
                     extra += yield from self._measure(part)
-        return (yield tuple(map(_with_stand_ins, messages))) + extra
+        tokens: int = yield Count(tuple(map(_with_stand_ins, messages)))
+        return tokens + extra
 
-    def _measure(self, part: MediaPart) -> Generator[Messages, int, int]:
+    def _measure(self, part: MediaPart) -> Machine[int]:
         key = (part.kind, part.limits, media_key(part.source))
         if key not in self._extra:
-            real = yield (Message("user", (part,)),)
-            tiny = yield (Message("user", (_stand_in(part),)),)
+            real = yield Count((Message("user", (part,)),))
+            tiny = yield Count((Message("user", (_stand_in(part),)),))
             if len(self._extra) >= MOST_REMEMBERED:
                 self._extra.clear()
             self._extra[key] = real - tiny
@@ -104,162 +97,59 @@ def _tiny_picture() -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-class _TokenizeRoute:
-    """`POST /tokenize` of one qvl server: the request, and what its answer says."""
-
-    def __init__(self, base_url: str, model: str | None, api_key: str | None) -> None:
-        self.base_url = base_url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.model = model
-        key = api_key or os.environ.get("QVL_API_KEY")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    def body(self, messages: Messages) -> dict[str, Any]:
-        body: dict[str, Any] = {"messages": body_of(ChatRequest(messages), "")["messages"]}
-        return body if self.model is None else {**body, "model": self.model}
-
-    def read(self, response: httpx.Response) -> int:
-        if response.status_code != 200:
-            raise wire.read_error(response.status_code, response.content)
-        try:
-            return int(response.json()["count"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RequestFailed("the server's /tokenize answered something that is not understood") from error
-
-    def unavailable(self, error: httpx.HTTPError) -> Unavailable:
-        return Unavailable(f"the server at {self.base_url} did not count tokens: {error or type(error).__name__}")
-
-
-class ServerCounter:
-    """Counts with a qvl server's `/tokenize`. Arguments as `Client`'s. Close it, or use it as a context manager."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key: str | None = None,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._route = _TokenizeRoute(base_url, model, api_key)
-        self._pictures = _PicturesOnce()
-        url, headers = self._route.base_url, self._route.headers
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, transport=transport)
-
-    def __call__(self, messages: Messages, /) -> int:
-        counting = self._pictures.counting(messages)
-        asked = next(counting)
-        while True:
-            try:
-                response = self._http.post("/tokenize", json=self._route.body(asked))
-            except httpx.HTTPError as error:
-                raise self._route.unavailable(error) from error
-            try:
-                asked = counting.send(self._route.read(response))
-            except StopIteration as stop:
-                return int(stop.value)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-
-    def __enter__(self) -> ServerCounter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class AsyncServerCounter:
-    """`ServerCounter`, awaited."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._route = _TokenizeRoute(base_url, model, api_key)
-        self._pictures = _PicturesOnce()
-        url, headers = self._route.base_url, self._route.headers
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT, transport=transport)
-
-    async def __call__(self, messages: Messages, /) -> int:
-        counting = self._pictures.counting(messages)
-        asked = next(counting)
-        while True:
-            try:
-                response = await self._http.post("/tokenize", json=self._route.body(asked))
-            except httpx.HTTPError as error:
-                raise self._route.unavailable(error) from error
-            try:
-                asked = counting.send(self._route.read(response))
-            except StopIteration as stop:
-                return int(stop.value)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def __aenter__(self) -> AsyncServerCounter:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 
 
-class UsageCounter:
+class ServerCounter(_PicturesOnce):
+    """Counts with a qvl server's `/tokenize`: `ServerCounter(client.tokens)`."""
+
+    def __init__(self, tokens: CountCall) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def __call__(self, messages: Messages, /) -> int:
+        return drive(self._counting(messages), self._tokens, _asks_nothing)
+
+
+class AsyncServerCounter(_PicturesOnce):
+    """`ServerCounter`, awaited."""
+
+    def __init__(self, tokens: AsyncCountCall) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    async def __call__(self, messages: Messages, /) -> int:
+        return await adrive(self._counting(messages), self._tokens, _asks_nothing)
+
+
+class UsageCounter(ServerCounter):
     """Counts with any OpenAI-compatible server: asks for one token and reads `usage.prompt_tokens`.
 
     Costs a prefill per count (prefix caches make it cheap). Servers without `/tokenize` for pictures need it.
     """
 
     def __init__(self, ask: AskCall) -> None:
-        self._ask = ask
-        self._pictures = _PicturesOnce()
-
-    def __call__(self, messages: Messages, /) -> int:
-        counting = self._pictures.counting(messages)
-        asked = next(counting)
-        while True:
-            tokens = _prompt_tokens(self._ask(asked, _ONE_TOKEN).usage.prompt_tokens)
-            try:
-                asked = counting.send(tokens)
-            except StopIteration as stop:
-                return int(stop.value)
+        super().__init__(lambda messages: _prompt_tokens(ask(messages, _ONE_TOKEN)))
 
 
-class AsyncUsageCounter:
+class AsyncUsageCounter(AsyncServerCounter):
     """`UsageCounter`, awaited."""
 
     def __init__(self, ask: AsyncAskCall) -> None:
-        self._ask = ask
-        self._pictures = _PicturesOnce()
+        async def tokens(messages: Messages) -> int:
+            return _prompt_tokens(await ask(messages, _ONE_TOKEN))
 
-    async def __call__(self, messages: Messages, /) -> int:
-        counting = self._pictures.counting(messages)
-        asked = next(counting)
-        while True:
-            completion = await self._ask(asked, _ONE_TOKEN)
-            tokens = _prompt_tokens(completion.usage.prompt_tokens)
-            try:
-                asked = counting.send(tokens)
-            except StopIteration as stop:
-                return int(stop.value)
+        super().__init__(tokens)
 
 
-def _prompt_tokens(told: int) -> int:
-    if told < 1:
+def _prompt_tokens(completion: Completion) -> int:
+    if completion.usage.prompt_tokens < 1:
         raise RequestFailed("the server's answers carry no usage, so tokens cannot be counted with them")
-    return told
+    return completion.usage.prompt_tokens
+
+
+def _asks_nothing(messages: Messages, sampling: SamplingParams) -> NoReturn:
+    raise AssertionError("counting asks for counts only")
 
 
 class LocalCounter:

@@ -47,24 +47,24 @@ AsyncAskCall: TypeAlias = Callable[[Messages, SamplingParams], Awaitable[Complet
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class Done:
     """A machine's result, passed by value: `StopIteration` cannot cross a thread's future."""
 
     value: Any
 
 
-def advance(machine: Machine[Any], answer: Any = None, error: BaseException | None = None) -> Step | _Done:
+def advance(machine: Machine[Any], answer: Any = None, error: BaseException | None = None) -> Step | Done:
     """The machine's next step after `answer` (None at the start), or after `error`."""
     try:
         return machine.send(answer) if error is None else machine.throw(error)
     except StopIteration as stop:
-        return _Done(stop.value)
+        return Done(stop.value)
 
 
 def drive(machine: Machine[T], count: CountCall, ask: AskCall) -> T:
     """Run `machine` to its end with calls that block."""
     step = advance(machine)
-    while not isinstance(step, _Done):
+    while not isinstance(step, Done):
         try:
             answer = count(step.messages) if isinstance(step, Count) else ask(step.messages, step.sampling)
         except FAILURES as error:
@@ -78,7 +78,7 @@ def drive(machine: Machine[T], count: CountCall, ask: AskCall) -> T:
 async def adrive(machine: Machine[T], count: AsyncCountCall, ask: AsyncAskCall) -> T:
     """Run `machine` to its end with calls that are awaited; what it does itself happens in worker threads."""
     step = await asyncio.to_thread(advance, machine)
-    while not isinstance(step, _Done):
+    while not isinstance(step, Done):
         try:
             answer: Any
             if isinstance(step, Count):

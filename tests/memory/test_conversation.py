@@ -390,7 +390,8 @@ def server(checkpoint: Path) -> Iterator[Live]:
 
 def test_200_turns_through_a_server_of_2048_tokens(server: Live, store: Store) -> None:
     """`/tokenize` counts, the server itself refuses what is too long or holds too many pictures: it never has to."""
-    with Client(server.url) as client, ServerCounter(client.base_url) as counter:
+    with Client(server.url) as client:
+        counter = ServerCounter(client.tokens)
         refused: list[Exception] = []
 
         def ask(messages: Messages, sampling: SamplingParams) -> Completion:
@@ -415,7 +416,8 @@ def test_200_turns_through_a_server_of_2048_tokens(server: Live, store: Store) -
 
 
 def test_a_stream_of_the_real_client(server: Live, store: Store) -> None:
-    with Client(server.url) as client, ServerCounter(client.base_url) as counter:
+    with Client(server.url) as client:
+        counter = ServerCounter(client.tokens)
         talk = Conversation(store, client.chat, counter, 1024, "window", stream=client.stream, model=client.model)
         text = "".join(delta.text for delta in talk.stream("Hello", png(5), sampling=SamplingParams(max_tokens=9)))
         assert talk.last is not None
