@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
+from qvl.cli.familiar import HINTS
 from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate, watch
 from qvl.errors import QvlError, suggest
 
@@ -105,10 +106,12 @@ def _fail(message: str, code: int) -> int:
 def _usage_message(error: Exception) -> str:
     """Click's message as one line, with the closest flag and the help page to look at."""
     name = getattr(error, "option_name", None)
-    if name is not None:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "qvl"
+    if name in HINTS and command == "qvl serve":
+        message = f"there is no {name} here: {HINTS[name]}"
+    elif name is not None:
         message = f"{getattr(error, 'message', error)}{suggest(name, getattr(error, 'possibilities', None) or ())}"
     else:
         message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "qvl"
     return f"{message} (see {command} --help)"

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from qvl.cli.app import run
+from qvl.cli.familiar import HINTS
 from qvl.cli.serve import serve
 from qvl.client import Client
 from qvl.engine.options import EngineOptions
@@ -60,6 +61,10 @@ def test_every_engine_option_has_its_flag() -> None:
     """`allow_any_local_path` is for in-process use: a server that reads any file for its callers is never meant."""
     flags = set(inspect.signature(serve).parameters)
     assert {f.name for f in dataclasses.fields(EngineOptions)} - flags == {"allow_any_local_path"}
+
+
+def test_hints_are_for_flags_that_there_are_not() -> None:
+    assert not {flag.removeprefix("--").replace("-", "_") for flag in HINTS} & set(inspect.signature(serve).parameters)
 
 
 def test_more_http_processes_have_a_supervisor(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:

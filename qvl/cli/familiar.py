@@ -1,0 +1,40 @@
+"""Flags of other servers that `qvl serve` does not have: what to do instead, for people who bring a command line along.
+
+Knows words only.
+"""
+
+from __future__ import annotations
+
+_LEAVE_OUT = "leave it out"
+_OWN = "the checkpoint's own is always used"
+_NO_DOWNLOAD = "qvl downloads nothing, MODEL is a folder or the name of one"
+
+HINTS = {
+    "--model": "the model is the first argument: qvl serve MODEL",
+    "--tokenizer": _OWN,
+    "--tokenizer-mode": _OWN,
+    "--chat-template": _OWN,
+    "--revision": _NO_DOWNLOAD,
+    "--download-dir": _NO_DOWNLOAD,
+    "--uvicorn-log-level": "here it is --log-level",
+    "--kv-cache-dtype": f"the KV cache has the model's precision; {_LEAVE_OUT}",
+    "--kv-cache-memory-bytes": "here it is --kv-cache-memory",
+    "--enable-chunked-prefill": f"long prompts always go in chunks; {_LEAVE_OUT}",
+    "--no-enable-chunked-prefill": f"long prompts always go in chunks; {_LEAVE_OUT}",
+    "--enforce-eager": _LEAVE_OUT,
+    "--swap-space": f"sequences that give way are computed again; {_LEAVE_OUT}",
+    "--disable-log-requests": f"requests are not logged unless --access-log says so; {_LEAVE_OUT}",
+    "--no-enable-log-requests": f"requests are not logged unless --access-log says so; {_LEAVE_OUT}",
+    "--disable-log-stats": f"figures stand at /metrics only; {_LEAVE_OUT}",
+    "--ssl-keyfile": "TLS belongs to the proxy in front",
+    "--ssl-certfile": "TLS belongs to the proxy in front",
+    "--enable-lora": "this version has no LoRA",
+    "--lora-modules": "this version has no LoRA",
+    "--enable-auto-tool-choice": "this version has no tool calls",
+    "--tool-call-parser": "this version has no tool calls",
+    "--data-parallel-size": "start one server for each device instead",
+    "--allowed-origins": "here it is --cors-origin",
+    "--mem-fraction-static": "here it is --gpu-memory-utilization",
+    "--context-length": "here it is --max-model-len",
+    "--ctx-size": "here it is --max-model-len",
+}
