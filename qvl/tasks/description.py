@@ -5,26 +5,29 @@ Knows the questions. Does not know files or models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Kind, Model, Task
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes
 from qvl.tasks.language import language
 from qvl.tasks.run import one
+from qvl.types import MediaKind, MediaPart, Part
 
 Length = Literal["short", "medium", "long"]
 
 # "Describe this image." and its Chinese form stand in the checkpoints' own training as they are.
 PROMPTS: dict[Length, str] = {
-    "short": "Describe this image in one sentence.",
-    "medium": "Describe this image.",
-    "long": "Describe this image in detail.",
+    "short": "Describe this {kind} in one sentence.",
+    "medium": "Describe this {kind}.",
+    "long": "Describe this {kind} in detail.",
 }
 PROMPTS_ZH: dict[Length, str] = {
-    "short": "用一句话描述这张图片",
-    "medium": "描述这张图片",
-    "long": "详细描述这张图片",
+    "short": "用一句话描述{kind}",
+    "medium": "描述{kind}",
+    "long": "详细描述{kind}",
 }
+KINDS_ZH: dict[MediaKind, str] = {"image": "这张图片", "video": "这个视频"}
 MAX_TOKENS: dict[Length, int] = {"short": 128, "medium": 512, "long": 2048}
 
 
@@ -35,16 +38,25 @@ class Describe(Task[str]):
     name: ClassVar[str] = "describe"
     accepts: ClassVar[frozenset[Kind]] = frozenset({"image", "video"})
 
+    max_tokens: int = MAX_TOKENS["medium"]
     length: Length = "medium"
     lang: str = "en"
 
     @property
     def prompt(self) -> str:
+        return self._prompt("image")
+
+    def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[str]:
+        is_video = any(isinstance(part, MediaPart) and part.kind == "video" for part in parts)
+        completion = ask(asked(self._prompt("video" if is_video else "image"), parts), self.sampling)
+        return self.result(self.read(completion.text), cut_notes(completion))
+
+    def _prompt(self, kind: MediaKind) -> str:
         wanted = language(self.lang)
         if wanted.code == "zh":
-            return PROMPTS_ZH[self.length]
-        asked = PROMPTS[self.length]
-        return asked if wanted.code == "en" else f"{asked} Answer in {wanted.name}."
+            return PROMPTS_ZH[self.length].format(kind=KINDS_ZH[kind])
+        asked_for = PROMPTS[self.length].format(kind=kind)
+        return asked_for if wanted.code == "en" else f"{asked_for} Answer in {wanted.name}."
 
     def read(self, answer: str) -> str:
         return answer.strip()

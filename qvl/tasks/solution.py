@@ -27,9 +27,8 @@ TEXT_PROMPTS: dict[Language, str] = {
 }
 NO_ANSWER = "no final answer was found: the steps are all there is"
 
-_SAID = re.compile(
-    r"^\W*(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?|(?:最终)?答案(?:是|为)?)\s*[:：]?\s*(\S.*?)\W*$", re.I | re.M
-)
+_MARK = r"(?:\s*(?:is|是|为)\s*[:：]?|\s*[:：])"  # between the word and what it announces
+_SAID = re.compile(rf"^\W*(?:(?:the\s+)?(?:final\s+)?answer|(?:最终)?答案){_MARK}\s*(\S.*?)\s*$", re.I | re.M)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,58 @@
+"""solve: the final answer apart from the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qvl.tasks import Solution, Solve, each, solve
+from qvl.tasks.solution import NO_ANSWER, final_answer
+from qvl.types import TextPart
+from tests.tasks.scripted import Scripted
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"2 + 2 = 4, so \boxed{4}.", "4"),
+        (r"First \boxed{1}, then \boxed{\frac{a}{b}}", r"\frac{a}{b}"),
+        (r"$$\boxed { x = 3 }$$", "x = 3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{7} and \boxed{cut", "7"),
+        (r"\boxed{}", None),
+        ("So.\nThe final answer is: 42.", "42"),
+        ("**Answer:** $x = 5$", "x = 5"),
+        ("Answer: 1\nNo, wait.\nAnswer: 2", "2"),
+        ("答案：12", "12"),
+        ("最终答案是 3/4", "3/4"),
+        ("I do not know.", None),
+        ("The answers differ.", None),
+        ("", None),
+    ],
+)
+def test_the_final_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+def test_a_picture_and_a_text(samples: Path) -> None:
+    model = Scripted(["2 + 2 = 4\n\\boxed{4}\n"])
+    assert solve(samples / "open.png", model=model) == Solution("2 + 2 = 4\n\\boxed{4}", "4")
+    assert solve(TextPart("What is 2 + 2?"), model=model, lang="zh").answer == "4"
+    picture, text = model.prompts()
+    assert picture.startswith("Solve the problem in the picture.") and "\\boxed{}" in picture
+    assert text.startswith("解答下面的题目") and text.endswith("What is 2 + 2?")
+
+
+@pytest.mark.parametrize("only, text", [(False, "It is\n\\boxed{4}"), (True, "4")])
+def test_what_is_printed(only: bool, text: str, samples: Path) -> None:
+    [outcome] = each(Solve(answer_only=only), samples / "open.png", model=Scripted(["It is\n\\boxed{4}"]))
+    assert outcome.result is not None
+    assert outcome.result.text == text
+    assert outcome.result.data == {"answer": "4", "steps": "It is\n\\boxed{4}"}
+
+
+def test_a_missing_answer_is_told(samples: Path) -> None:
+    [outcome] = each(Solve(answer_only=True), samples / "open.png", model=Scripted(["Hm."]))
+    assert outcome.result is not None
+    assert (outcome.result.text, outcome.result.notes) == ("Hm.", (NO_ANSWER,))
