@@ -17,6 +17,7 @@ HINTS = {
     "--revision": _NO_DOWNLOAD,
     "--download-dir": _NO_DOWNLOAD,
     "--uvicorn-log-level": "here it is --log-level",
+    "--kv-cache-dtype": f"the KV cache has the model's precision; {_LEAVE_OUT}",
     "--kv-cache-memory-bytes": "here it is --kv-cache-memory",
     "--enable-chunked-prefill": f"long prompts always go in chunks; {_LEAVE_OUT}",
     "--no-enable-chunked-prefill": f"long prompts always go in chunks; {_LEAVE_OUT}",
