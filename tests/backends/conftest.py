@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -38,9 +39,8 @@ def made(checkpoint: Path, mood: str, **options: object) -> LocalBackend:
     return LocalBackend(EngineOptions.from_dict(known), command=command)
 
 
-async def until(condition: Callable[[], bool], message: str) -> None:
-    for _ in range(1500):
-        if condition():
-            return
+async def until(condition: Callable[[], bool], message: str, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, message
         await asyncio.sleep(0.02)
-    raise AssertionError(message)

@@ -85,7 +85,7 @@ async def test_a_consumer_that_lags_gets_the_rest_at_once(backend_of: Start) -> 
     async with backend_of() as backend:
         stream = backend.complete(ask("a b c d e f g h i j k l m n o p"), "r")
         first = await anext(stream)
-        await asyncio.sleep(0.5)
+        await until(lambda: backend.stats()["running"] == 0, "the engine never came to the end")
         rest = [delta async for delta in stream]
         assert len(rest) <= 2
         assert first.text + "".join(delta.text for delta in rest) == "a b c d e f g h i j k l m n o p"

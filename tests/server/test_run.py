@@ -23,96 +23,113 @@ from qvl.backends.echo import EchoBackend
 from qvl.errors import ConfigError
 from qvl.server.options import ServerOptions
 from qvl.server.run import ready_line, run
-from tests.server.live import wait_until
+from tests.server.live import first_line, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import sys
-from qvl.backends.echo import EchoBackend
+from pathlib import Path
 from qvl.server.options import ServerOptions
 from qvl.server.run import run
-sys.exit(run(ServerOptions(port=0, drain_seconds=float(sys.argv[1])), EchoBackend(seconds_per_token=0.01)))
+from tests.server.held import HeldEcho
+sys.exit(run(ServerOptions(port=0, drain_seconds=float(sys.argv[1])), HeldEcho(Path(sys.argv[2]).exists)))
 """
 TEXT = "x" * 200
+LIMIT = 120  # seconds; a slow machine is no failure
 
 
 class Process:
-    def __init__(self, popen: subprocess.Popen[str]) -> None:
+    def __init__(self, popen: subprocess.Popen[str], log: Path, gate: Path | None = None) -> None:
         self.popen = popen
-        assert popen.stdout is not None
-        self.line = popen.stdout.readline()
+        self._log = log
+        self._gate = gate
+        self.line = first_line(popen, log.read_text)
         found = re.search(r"http://[\d.:]+", self.line)
         assert found, self.line
         self.url = found.group()
 
-    def ask(self, stream: bool, text: str = TEXT) -> requests.Response:
-        body = {"messages": [{"role": "user", "content": text}], "stream": stream}
-        return requests.post(self.url + "/v1/chat/completions", json=body, timeout=60)
+    def release(self) -> None:
+        """Let the answers go on."""
+        assert self._gate is not None
+        self._gate.touch()
 
-    def in_flight(self, count: int) -> bool:
-        return f"qvl_requests_in_flight {count}.0" in requests.get(self.url + "/metrics", timeout=10).text
+    def ask(self, stream: bool, text: str = TEXT) -> requests.Response:
+        """With `stream`, returns as soon as the answer has begun."""
+        body = {"messages": [{"role": "user", "content": text}], "stream": stream}
+        return requests.post(self.url + "/v1/chat/completions", json=body, stream=stream, timeout=LIMIT)
+
+    def wait_in_flight(self, count: int) -> None:
+        wait_until(lambda: self._in_flight() == count, lambda: f"they do not run: {self._log.read_text()}")
+
+    def _in_flight(self) -> float:
+        metrics = requests.get(self.url + "/metrics", timeout=LIMIT).text
+        return float(re.findall(r"^qvl_requests_in_flight (.*)$", metrics, re.MULTILINE)[0])
+
+    def wait_status(self, path: str, status: int) -> None:
+        wait_until(lambda: self.status(path) == status, lambda: f"{path} is never {status}: {self._log.read_text()}")
+
+    def status(self, path: str) -> int:
+        try:
+            return requests.get(self.url + path, timeout=LIMIT).status_code
+        except requests.ConnectionError:
+            return 0
 
 
 @contextmanager
-def process(drain_seconds: float) -> Iterator[Process]:
-    command = [sys.executable, "-c", CODE, str(drain_seconds)]
-    popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def process(folder: Path, drain_seconds: float) -> Iterator[Process]:
+    log, gate = folder / "log", folder / "gate"
+    command = [sys.executable, "-c", CODE, str(drain_seconds), str(gate)]
+    with log.open("w") as file:
+        popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
     try:
-        yield Process(popen)
+        yield Process(popen, log, gate)
     finally:
         popen.kill()
         popen.communicate()
-
-
-def status_of(url: str) -> int:
-    try:
-        return requests.get(url, timeout=10).status_code
-    except requests.ConnectionError:
-        return 0
+        print(log.read_text())  # shown when the test fails
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(sign: signal.Signals) -> None:
+def test_a_signal_drains(tmp_path: Path, sign: signal.Signals) -> None:
     """What runs is finished, what comes is refused, and the exit code is 0."""
-    with process(drain_seconds=60) as server, ThreadPoolExecutor(2) as pool:
+    with process(tmp_path, drain_seconds=600) as server, ThreadPoolExecutor(2) as pool:
         running: list[Future[requests.Response]] = [pool.submit(server.ask, stream) for stream in (False, True)]
-        wait_until(lambda: server.in_flight(2), "they do not run")
+        server.wait_in_flight(2)
         server.popen.send_signal(sign)
-        wait_until(lambda: status_of(server.url + "/ready") == 503, "still ready")
-        assert status_of(server.url + "/health") == 200
+        server.wait_status("/ready", 503)
+        assert server.status("/health") == 200
         refused = server.ask(stream=False)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+        server.release()
         whole, streamed = (one.result() for one in running)
         assert whole.json()["choices"][0]["message"]["content"] == TEXT
         assert streamed.text.endswith("data: [DONE]\n\n")
-        assert server.popen.wait(30) == 0
+        assert server.popen.wait(LIMIT) == 0
 
 
-def test_an_idle_server_ends_at_once() -> None:
-    with process(drain_seconds=600) as server:
+def test_an_idle_server_ends_at_once(tmp_path: Path) -> None:
+    with process(tmp_path, drain_seconds=600) as server:
         session = requests.Session()
-        assert session.get(server.url + "/health", timeout=10).status_code == 200  # an idle connection stays open
+        assert session.get(server.url + "/health", timeout=LIMIT).status_code == 200  # an idle connection stays open
         server.popen.send_signal(signal.SIGTERM)
-        assert server.popen.wait(30) == 0
+        assert server.popen.wait(LIMIT) == 0
 
 
-def test_a_second_signal_does_not_wait() -> None:
-    with process(drain_seconds=600) as server, ThreadPoolExecutor(1) as pool:
-        pool.submit(server.ask, True, "x" * 2000)
-        wait_until(lambda: server.in_flight(1), "it does not run")
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    with process(tmp_path, drain_seconds=600) as server, server.ask(stream=True):
+        server.wait_in_flight(1)
         server.popen.send_signal(signal.SIGINT)
-        wait_until(lambda: status_of(server.url + "/ready") == 503, "still ready")
+        server.wait_status("/ready", 503)
         server.popen.send_signal(signal.SIGINT)
-        assert server.popen.wait(30) == 0
+        assert server.popen.wait(LIMIT) == 0
 
 
-def test_the_end_of_the_drain_time_is_the_end() -> None:
-    with process(drain_seconds=0.3) as server, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.ask, True, "x" * 2000)
-        wait_until(lambda: server.in_flight(1), "it does not run")
+def test_the_end_of_the_drain_time_is_the_end(tmp_path: Path) -> None:
+    with process(tmp_path, drain_seconds=0.3) as server:
+        running = server.ask(stream=True)
         server.popen.send_signal(signal.SIGTERM)
-        assert server.popen.wait(30) == 0
-        *_, error, done, end = running.result().text.split("\n\n")
+        assert server.popen.wait(LIMIT) == 0
+        *_, error, done, end = running.text.split("\n\n")
         assert json.loads(error[6:])["error"]["message"] == "the server is shutting down"
         assert (done, end) == ("data: [DONE]", "")
 
@@ -171,7 +188,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """The whole of `qvl serve` on a folder that is no checkpoint."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     command = [sys.executable, "-c", "from qvl.cli.app import main; main()", "serve", str(tmp_path), "--port", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "config.json" in done.stderr.splitlines()[-1]
@@ -213,21 +230,24 @@ def test_however_the_server_ends_its_engine_and_its_folders_end_too(
         arguments = [WITH_FAKE_ENGINE, str(checkpoint)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", *arguments]
-    popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
     try:
-        server = Process(popen)
+        server = Process(popen, log)
         assert "model " in server.line
         assert server.ask(stream=False, text="Hello!").status_code == 200
         engines = [int(pid) for pid in children_of(popen.pid)]
         assert len(engines) == 1
         assert len(list(tmp_path.glob("qvl-run-*"))) >= 1
         popen.send_signal(sign)
-        assert popen.wait(30) == (0 if sign == signal.SIGTERM else -sign)
+        assert popen.wait(LIMIT) == (0 if sign == signal.SIGTERM else -sign)
         wait_until(lambda: not alive(engines[0]), "the engine process lives on")
         assert list(tmp_path.glob("qvl-run-*")) == []
     finally:
         popen.kill()
         popen.communicate()
+        print(log.read_text())
 
 
 def alive(pid: int) -> bool:
