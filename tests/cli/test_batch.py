@@ -81,7 +81,9 @@ def test_a_folder_against_a_server(server: Live, pictures: Path, tmp_path: Path)
     output = tmp_path / "text.jsonl"
     arguments = ["batch", str(pictures), "-o", str(output), "--base-url", server.url, "-q"]
     assert run([*arguments, "--task", "ocr"]) == 0
-    assert texts(output) == dict.fromkeys(["1.jpg", "2.png", "deep/3.webp"], "Read all the text in the picture. [1 image]")
+    assert texts(output) == dict.fromkeys(
+        ["1.jpg", "2.png", "deep/3.webp"], "Read all the text in the picture. [1 image]"
+    )
     assert run([*arguments, "--prompt", "What colour?", "--overwrite"]) == 0
     assert set(texts(output).values()) == {"What colour? [1 image]"}
 
