@@ -17,7 +17,7 @@ import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
 from qvl.cli.familiar import HINTS
-from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate, watch
+from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate, watch, webpage
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -66,6 +66,7 @@ app.command("describe", rich_help_panel="Tasks")(describe.describe)
 app.command("extract", rich_help_panel="Tasks")(extract.extract)
 app.command("ground", rich_help_panel="Tasks")(ground.ground)
 app.command("watch", rich_help_panel="Tasks")(watch.watch)
+app.command("webpage", rich_help_panel="Tasks")(webpage.webpage)
 app.command("check")(check.check)
 app.add_typer(bench.app, name="bench")
 app.command("version")(version.version)

@@ -17,6 +17,7 @@ from qvl.tasks.grounding import Ground, ground
 from qvl.tasks.markdown_table import Table
 from qvl.tasks.run import Outcome, each
 from qvl.tasks.schema import Schema
+from qvl.tasks.screenshot import Webpage, webpage
 from qvl.tasks.solution import Solution, Solve, solve
 from qvl.tasks.tables import ReadTable, table
 from qvl.tasks.text import Ocr, ocr
@@ -40,6 +41,7 @@ __all__ = [
     "Translate",
     "Watch",
     "Watched",
+    "Webpage",
     "describe",
     "each",
     "extract",
@@ -49,4 +51,5 @@ __all__ = [
     "table",
     "translate",
     "watch",
+    "webpage",
 ]
