@@ -6,7 +6,10 @@ HOST  ?= 127.0.0.1
 PORT  ?= 8000
 MODEL ?=
 ARGS  ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# File by file in the order of their names: the shortest come last, so that no core waits long for the other.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Tests and servers start a hundred processes: none of them should compile qvl again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install dev serve test lint format types docs check clean

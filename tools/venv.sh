@@ -41,5 +41,8 @@ make_venv() {
 [ -x "$venv/bin/python" ] || { python=$(find_python); echo "qvl: creating $venv with $("$python" --version)"; make_venv "$python"; }
 echo "qvl: installing into $venv (once; PyTorch is the large part, this can take minutes)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
-"$venv/bin/python" -m pip install -qq -c constraints/versions.txt -e ".${extras:+[$extras]}"
+"$venv/bin/python" -m pip install -qq --no-compile -c constraints/versions.txt -e ".${extras:+[$extras]}"
+# pip would compile on one core. What cannot be compiled here (files for other versions of Python) nobody imports.
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$venv/bin/python" -m compileall -qq -j 0 -x '/tests/' "$site" || true
 echo "$want" > "$stamp"
