@@ -34,7 +34,7 @@ FP8_CAPABILITY = (8, 9)
 GPU_WORK_BYTES = 3 * GIB // 2
 CPU_KV_BYTES = 4 * GIB
 SMALLEST_DEFAULT_LEN = 4096
-ENCODER_CACHE_BYTES = {"cpu": GIB // 4, "cuda": GIB}
+ENCODER_CACHE_BYTES = {"cpu": GIB // 4, "cuda": GIB // 8}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 NUM_SEQS = {"cpu": 64, "cuda": 256}
 

@@ -24,7 +24,8 @@ from qvl.engine.grammar import Words
 from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder
 from qvl.engine.inputs import StepInputs, build_inputs, decode_numbers
 from qvl.engine.masks import Masking, Masks
-from qvl.engine.memory import kv_cache_bytes, measure_cost, usable_bytes
+from qvl.engine.memory import kv_cache_bytes, usable_bytes
+from qvl.engine.probe import measure_cost, warm_up
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, Sampler, SamplerRow
 from qvl.engine.vision import MediaEncoder
@@ -265,8 +266,12 @@ def load_model(config: EngineConfig, device: torch.device) -> Qwen2VLForConditio
 
 @torch.inference_mode()
 def size_kv_cache(config: EngineConfig, model: Qwen2VLForConditionalGeneration) -> EngineConfig:
-    """`config` with `num_blocks`: on a GPU from what is free and from measured steps, elsewhere resolved already."""
+    """`config` with `num_blocks`: on a GPU from what is free once libraries are loaded, elsewhere resolved already."""
     if config.num_blocks is not None:
         return config
-    cost = measure_cost(model, config)
-    return config.with_kv_memory(kv_cache_bytes(config, cost, usable_bytes(config, model.device)))
+    warm_up(model, config.block_size)
+    usable = usable_bytes(config, model.device)
+    # Torch's own attention gathers contexts and may hold all scores of a chunk: that is measured.
+    bounded = model.attention.graph_safe and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    cost = None if bounded else measure_cost(model, config)
+    return config.with_kv_memory(kv_cache_bytes(config, usable, cost))

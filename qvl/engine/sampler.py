@@ -21,7 +21,7 @@ from qvl.engine.transfer import Fetch, put
 from qvl.types import SamplingParams, TokenLogprob
 
 FEW_CANDIDATES = 1024
-ROWS_AT_ONCE = 64  # rows with rules are computed in parts: filters take many times the memory of the logits
+ROWS_AT_ONCE = 32  # rows with rules are computed in parts: filters take many times the memory of the logits
 FAILED = -1
 
 

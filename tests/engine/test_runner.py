@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 
@@ -13,14 +12,13 @@ import torch
 from qvl.engine.batch import ScheduledBatch, ScheduledSeq
 from qvl.engine.device import is_out_of_memory, read_facts
 from qvl.engine.inputs import build_inputs, decode_numbers
-from qvl.engine.memory import CONTEXT, DECODES, QUERY, SIDE, StepCost, fit_cost, kv_cache_bytes, largest_patches
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.engine.rows import SequenceRows
 from qvl.engine.runner import Flight, healthy_part, result_of
 from qvl.engine.sequence import Sequence, Status
 from qvl.errors import ConfigError
 from qvl.types import TokenLogprob
-from tests.engine.harness import greedy, make_config, pixels, read_spec
+from tests.engine.harness import greedy, pixels, read_spec
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -175,43 +173,6 @@ def test_results_stand_in_the_order_of_the_batch(checkpoint: Path) -> None:
     assert result_of(flight, [3, 7], {}).logprobs == []
     whole = Flight(ScheduledBatch(entries), entries, 0, {}, [entries[0], entries[2], entries[3]])
     assert result_of(whole, [3, 5, 7], {}).token_ids == [3, 5, 7]
-
-
-def test_rates_are_recovered_from_measurements() -> None:
-    true = StepCost(token=5000.0, context=300.0, pair=7.0, decode_context=450.0, patch=9000.0)
-    fitted = fit_cost(
-        alone=int(5000 * QUERY),
-        behind=int(true.prefill(QUERY, CONTEXT)),
-        wider=int(true.prefill(2 * QUERY, CONTEXT)),
-        decode=int(DECODES * (5000 + 450 * CONTEXT)),
-        picture=9000 * SIDE**2,
-    )
-    for name in ("token", "context", "pair", "decode_context", "patch"):
-        assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
-    small = fit_cost(alone=1000, behind=10, wider=10, decode=1, picture=0)  # noise never gives negative rates
-    assert min(small.context, small.pair, small.decode_context, small.patch) == 0
-
-
-def test_the_cache_and_the_largest_step_fit_together(checkpoint: Path) -> None:
-    config = make_config(checkpoint, max_num_batched_tokens=512, encoder_cache_memory=1 << 20, num_blocks=256)
-    cost = StepCost(token=2e4, context=100.0, pair=0.5, decode_context=64.0, patch=3e4)
-    usable = 1 << 27
-    num_bytes = kv_cache_bytes(config, cost, usable)
-    tokens = num_bytes / (config.block_bytes / config.block_size)
-    step = max(cost.prefill(512, config.max_model_len), cost.patch * largest_patches(config))
-    assert 0.5 * usable < num_bytes + step + tokens * cost.decode_context + (1 << 20) < usable
-    assert kv_cache_bytes(config, cost, usable + (1 << 24)) > num_bytes + (1 << 23)
-    assert kv_cache_bytes(config, cost, 1 << 50) == config.max_num_seqs * 4096 * (config.block_bytes // 16)
-    assert kv_cache_bytes(config, cost, 1 << 20) == 0  # nothing fits: the config says so in words
-    with pytest.raises(ConfigError):
-        dataclasses.replace(config, num_blocks=None, max_model_len_given=True).with_kv_memory(0)
-
-
-def test_the_largest_picture_is_bounded_by_context_and_processor(checkpoint: Path) -> None:
-    config = make_config(checkpoint, encoder_budget_tokens=10, max_model_len=64)
-    assert largest_patches(config) == 64 * 4  # the processor allows 64 tokens, the context as many
-    assert largest_patches(make_config(checkpoint, encoder_budget_tokens=10, max_model_len=32)) == 32 * 4
-    assert largest_patches(make_config(checkpoint, encoder_budget_tokens=500)) == 500 * 4
 
 
 def test_facts_of_this_machine() -> None:

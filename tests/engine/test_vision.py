@@ -92,7 +92,7 @@ def test_memory_that_runs_out_costs_the_large_picture_only(
     assert "100 patches" in failed[media[4].span.digest]
     assert all(step.cache.is_filled(item.span.digest) for item in media[:4])
     assert not step.cache.is_filled(media[4].span.digest)
-    assert sizes == [176, 24, 4, 32, 16, 100]
+    assert sizes == [176, 4, 16, 24, 32, 100]  # all at once, then each alone, by size
 
 
 def test_any_other_error_is_a_bug(checkpoint: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,99 @@
+"""The arithmetic of GPU memory: rates out of measurements, sums that fit together, and the 7B added up by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from qvl.bench.shape import write_shape
+from qvl.engine.config import DeviceFacts, EngineConfig, EngineOptions, resolve
+from qvl.engine.memory import (
+    decoder_bytes,
+    kept_bytes,
+    kv_cache_bytes,
+    largest_patches,
+    sampling_bytes,
+    vision_bytes,
+)
+from qvl.engine.probe import CONTEXT, DECODES, QUERY, SIDE, StepCost, fit_cost
+from qvl.errors import ConfigError
+from tests.engine.harness import make_config
+
+MIB, GIB = 1 << 20, 1 << 30
+H200 = DeviceFacts("cuda", (9, 0), int(139.8 * GIB), "float32", 16)
+
+
+@pytest.fixture(scope="module")
+def seven(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    """The 7B in bfloat16 on an H200, with what an engine takes by default but the context of the comparison."""
+    folder = write_shape("7b", tmp_path_factory.mktemp("shape") / "7b", checkpoint)
+    return resolve(EngineOptions(model=str(folder), load_format="dummy", max_model_len=16384), H200)
+
+
+def test_the_7b_by_hand(seven: EngineConfig) -> None:
+    """docs/performance.md shows this sum."""
+    assert seven.weight_bytes / GIB == pytest.approx(15.44, abs=0.01)
+    assert seven.spec.kv_bytes_per_token(2) == 2 * 28 * 4 * 128 * 2 == 56 * 1024
+    tokens, hidden, wide = seven.max_num_batched_tokens, 3584, 18944
+    mlp = tokens * 3 * hidden * 2 + 2304 * 3 * wide * 2
+    assert decoder_bytes(seven) == tokens * (2 * hidden * 2 + 2 * 128 * 4) + mlp
+    assert sampling_bytes(seven) == 2 * tokens * hidden * 2 + 152064 * (256 * 2 + 32 * 40)
+    patches = largest_patches(seven)
+    assert patches == 65_536  # a picture of 16,384 tokens
+    stream = patches * ((1176 + 2 * 1280) * 2 + 2 * 80 * 4)
+    assert vision_bytes(seven, patches) == stream + 8192 * (2 * 5120 + 2 * 1280) * 2 + patches // 4 * hidden * 2
+
+
+def test_the_cache_is_as_large_as_the_comparison(seven: EngineConfig) -> None:
+    """What 0.9 of an H200 leaves beside weights and a context of half a GiB: vLLM 0.25.1 has 2,040,016 tokens there."""
+    usable = int(0.9 * H200.total_memory) - seven.weight_bytes - GIB // 2
+    tokens = kv_cache_bytes(seven, usable) // (56 * 1024)
+    assert tokens == pytest.approx(2_040_016, rel=0.005)
+
+
+def test_everything_beside_the_cache_has_its_place(checkpoint: Path) -> None:
+    config = make_config(checkpoint, max_num_batched_tokens=512, encoder_cache_memory=1 << 20, num_blocks=256)
+    usable = 170 * MIB
+    work = max(decoder_bytes(config), sampling_bytes(config), vision_bytes(config, largest_patches(config)))
+    rest = work + kept_bytes(config) + (1 << 20)
+    assert 0.9 * usable < kv_cache_bytes(config, usable) + rest < usable
+    assert kv_cache_bytes(config, usable + MIB) - kv_cache_bytes(config, usable) == MIB
+    assert kv_cache_bytes(config, 1 << 50) == config.max_num_seqs * 4096 * (config.block_bytes // 16)
+    assert kv_cache_bytes(config, 1 << 20) == 0  # nothing fits: the config says so in words
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, num_blocks=None, max_model_len_given=True).with_kv_memory(0)
+
+
+def test_what_was_measured_counts_where_memory_follows_lengths(checkpoint: Path) -> None:
+    config = make_config(checkpoint, max_num_batched_tokens=512, encoder_cache_memory=1 << 20, num_blocks=256)
+    cost = StepCost(token=2e4, context=100.0, pair=0.5, decode_context=64.0, patch=3e4)
+    usable = 1 << 28
+    num_bytes = kv_cache_bytes(config, usable, cost)
+    tokens = num_bytes / (config.block_bytes / config.block_size)
+    step = max(cost.prefill(512, config.max_model_len), cost.patch * largest_patches(config))
+    rest = step + tokens * cost.decode_context + kept_bytes(config) + (1 << 20)
+    assert 0.9 * usable < num_bytes + rest < usable
+
+
+def test_rates_are_recovered_from_measurements() -> None:
+    true = StepCost(token=5000.0, context=300.0, pair=7.0, decode_context=450.0, patch=9000.0)
+    fitted = fit_cost(
+        alone=int(5000 * QUERY),
+        behind=int(true.prefill(QUERY, CONTEXT)),
+        wider=int(true.prefill(2 * QUERY, CONTEXT)),
+        decode=int(DECODES * (5000 + 450 * CONTEXT)),
+        picture=9000 * SIDE**2,
+    )
+    for name in ("token", "context", "pair", "decode_context", "patch"):
+        assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
+    small = fit_cost(alone=1000, behind=10, wider=10, decode=1, picture=0)  # noise never gives negative rates
+    assert min(small.context, small.pair, small.decode_context, small.patch) == 0
+
+
+def test_the_largest_picture_is_bounded_by_context_and_processor(checkpoint: Path) -> None:
+    config = make_config(checkpoint, encoder_budget_tokens=10, max_model_len=64)
+    assert largest_patches(config) == 64 * 4  # the processor allows 64 tokens, the context as many
+    assert largest_patches(make_config(checkpoint, encoder_budget_tokens=10, max_model_len=32)) == 32 * 4
+    assert largest_patches(make_config(checkpoint, encoder_budget_tokens=500)) == 500 * 4
