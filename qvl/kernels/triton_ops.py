@@ -172,8 +172,8 @@ def _add_rms_norm(
         tl.store(total_ptr + row + at, total, mask=live)
     wide = total.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    weight = tl.load(weight_ptr + at, mask=live, other=0.0)
-    _store(out_ptr + row + at, scales_ptr + token, wide.to(total.dtype) * weight, live, EIGHT_BITS)
+    weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
+    _store(out_ptr + row + at, scales_ptr + token, wide.to(total.dtype).to(tl.float32) * weight, live, EIGHT_BITS)
 
 
 @triton.jit
@@ -186,8 +186,8 @@ def _silu_and_mul(x_ptr, out_ptr, scales_ptr, size, EIGHT_BITS: tl.constexpr, BL
     gate = tl.load(x_ptr + row * 2 * size + at, mask=live, other=0.0)
     up = tl.load(x_ptr + row * 2 * size + size + at, mask=live, other=0.0)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    _store(out_ptr + row * size + at, scales_ptr + token, silu * up, live, EIGHT_BITS)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    _store(out_ptr + row * size + at, scales_ptr + token, silu * up.to(tl.float32), live, EIGHT_BITS)
 
 
 @triton.jit
@@ -197,19 +197,18 @@ def _round_rows(x_ptr, out_ptr, scales_ptr, size, BLOCK: tl.constexpr):
     row = token.to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     live = at < size
-    _store(out_ptr + row + at, scales_ptr + token, tl.load(x_ptr + row + at, mask=live, other=0.0), live, True)
+    x = tl.load(x_ptr + row + at, mask=live, other=0.0).to(tl.float32)
+    _store(out_ptr + row + at, scales_ptr + token, x, live, True)
 
 
 @triton.jit
-def _store(to, scale_to, value, live, EIGHT_BITS: tl.constexpr):
-    """A row as it is, or in fp8 with the scale that makes its largest number the largest of fp8."""
+def _store(to, scale_to, wide, live, EIGHT_BITS: tl.constexpr):
+    """A row of fp32, rounded, or in fp8 with the scale that makes its largest number the largest of fp8."""
     if EIGHT_BITS:
-        wide = value.to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
         tl.store(scale_to, scale)
-        tl.store(to, (wide / scale).to(to.dtype.element_ty), mask=live)
-    else:
-        tl.store(to, value, mask=live)
+        wide = wide / scale
+    tl.store(to, wide.to(to.dtype.element_ty), mask=live)
 
 
 @triton.jit

@@ -1,0 +1,114 @@
+"""The Triton kernels compiled for GPUs that nobody has to own: they build, and fit into the shared memory there."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvl.kernels.gpu import KIB, early_on, shared_memory, tiles_for
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.float32: "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled anew, and left nowhere."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(
+    kernel: Any, capability: tuple[int, int], types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """`types` are those of the arguments that are no constants; pointers and sizes are multiples of 16, as they are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = types | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in types if name.endswith("_ptr") or name in "nk"
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32), options=options)
+
+
+def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, decode: bool) -> Any:
+    """For seven query heads a KV head, as in the 7B."""
+    from qvl.kernels.triton_attention import FIELDS, _attend
+
+    tiles = tiles_for(capability, dtype, head_dim)
+    number, early = "*" + TYPES[dtype], tiles.early and decode
+    types = {"q_ptr": number, "k_ptr": number, "v_ptr": number, "table_ptr": "*i32", "items_ptr": "*i32"}
+    part = "*fp32" if decode else number
+    types |= {"out_ptr": number, "part_ptr": part, "weight_ptr": part, "table_stride": "i32", "scale": "fp32"}
+    constants = {"KH": 4, "D": head_dim, "PAGE": 16, "GROUP": 7, "FIELDS": FIELDS, "PARTS": decode, "EARLY": early}
+    constants["ROWS"] = tiles.decode_rows(7) if decode else tiles.rows
+    constants["BLOCK"] = tiles.decode_block if decode else tiles.block
+    options: dict[str, Any] = {"num_warps": 4 if decode else tiles.warps, "num_stages": tiles.stages}
+    return compiled(_attend, capability, types, constants, options | ({"launch_pdl": True} if early else {}))
+
+
+# The last number: which instruction multiplies there. 8.9 and 12.x have the tiles of 8.6, 10.3 those of 10.0.
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "decode", "instruction"),
+    [
+        ((7, 5), 128, True, "fma"),
+        ((8, 0), 128, False, "mma.sync"),
+        ((8, 6), 128, False, "mma.sync"),
+        ((8, 6), 256, False, "mma.sync"),
+        ((9, 0), 128, False, "wgmma"),
+        ((9, 0), 128, True, "mma.sync"),
+        ((10, 0), 128, False, "tcgen05"),
+    ],
+)
+def test_attention_fits(capability: tuple[int, int], head_dim: int, decode: bool, instruction: str) -> None:
+    dtype = torch.float16 if capability < (8, 0) else torch.bfloat16
+    kernel = attention(capability, dtype, head_dim, decode=decode)
+    assert kernel.metadata.shared <= shared_memory(capability)
+    assert instruction in kernel.asm["ptx"]
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (decode and early_on(capability))
+
+
+def product(capability: tuple[int, int], weights: torch.dtype, *, gated: bool) -> Any:
+    """One row times weights, with the norm in front, as in decoding one request."""
+    from qvl.kernels.triton_linear import _product, shape_for
+
+    dtype = torch.float16 if capability < (8, 0) else torch.bfloat16
+    number, shape = "*" + TYPES[dtype], shape_for(1, 3584)
+    types = {"x_ptr": number, "w_ptr": "*" + TYPES[weights], "scales_ptr": "*fp32"}
+    types |= dict.fromkeys(("norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), number)
+    types |= {"n": "i32", "k": "i32", "eps": "fp32"}
+    constants = {"m": 1, "M": 1, "ROWS": shape.rows, "BLOCK": shape.block, "SCALED": weights == torch.float8_e4m3fn}
+    constants |= {"NORM": True, "BIAS": not gated, "GATED": gated, "RESIDUAL": False, "EARLY": early_on(capability)}
+    options = {"num_warps": shape.warps} | ({"launch_pdl": True} if early_on(capability) else {})
+    return compiled(_product, capability, types, constants, options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "weights"),
+    [((7, 5), torch.float16), ((9, 0), torch.bfloat16), ((8, 9), torch.float8_e4m3fn)],
+)
+def test_weights_are_read_sixteen_bytes_at_a_time(capability: tuple[int, int], weights: torch.dtype) -> None:
+    kernel = product(capability, weights, gated=True)
+    assert kernel.metadata.shared <= KIB
+    wide = re.findall(r"ld\.global[.\w:]*evict_first[.\w:]*\.v(\d)\.b(\d+)", kernel.asm["ptx"])
+    assert wide
+    assert {int(count) * int(bits) // 8 for count, bits in wide} == {16}
+
+
+def test_a_row_in_fp8_builds_where_fp8_is() -> None:
+    from qvl.kernels.triton_ops import _silu_and_mul
+
+    types = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "size": "i32"}
+    constants = {"EIGHT_BITS": True, "BLOCK": 32768}
+    kernel = compiled(_silu_and_mul, (8, 9), types, constants, {"num_warps": 16})
+    assert kernel.metadata.shared <= shared_memory((8, 9))
