@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -377,6 +378,56 @@ def test_a_killed_process_leaves_the_question_and_no_half_turn(tmp_path: Path, h
         assert store._read("PRAGMA integrity_check") == [("ok",)]
         assert media_of([store.resolve(talk.turns[-1].message)]) == [png(3)]
         assert talk.retry().text == "answer to third"
+
+
+TALKER = """
+import sys
+from qvl.memory import Conversation, Store
+from qvl.types import Answer, Completion, MediaPart, Message, TextPart, Usage
+def ask(messages, sampling):
+    if messages[0].role == "system":
+        return Completion((Answer(0, "Words.", (), "stop"),), Usage(5, 2))
+    return Completion((Answer(0, "answer to " + messages[-1].parts[-1].text, (), "stop"),), Usage(5, 2))
+def count(messages):
+    return sum(20 + len(part.text.split()) for m in messages for part in m.parts if isinstance(part, TextPart))
+talk = Conversation(Store(sys.argv[1]), ask, count, 600, name="long", id=sys.argv[2] if len(sys.argv) > 2 else None)
+number = len(talk.turns) // 2
+if talk.unanswered:
+    talk.retry()
+    number += 1
+while True:
+    talk.send(f"question {number}", b"picture %d" % number)
+    print(number, flush=True)
+    number += 1
+"""
+
+
+def test_a_process_that_is_killed_again_and_again_loses_nothing(tmp_path: Path) -> None:
+    """At any moment: what was answered is there with its pictures, the rest is asked again, summaries tell of turns."""
+    path, moments, told = tmp_path / "talk.db", random.Random(5), -1
+    for life in range(4):
+        command = [sys.executable, "-c", TALKER, str(path), *(["long"] if life else [])]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        for _ in range(moments.randrange(5, 12)):
+            told = int(child.stdout.readline())
+        time.sleep(moments.random() * 0.02)
+        child.kill()
+        told = max([told, *map(int, child.stdout.read().split(b"\n")[:-1])])
+        child.wait(timeout=60)
+        with Store(path) as store:
+            assert store._read("PRAGMA integrity_check") == [("ok",)]
+            (id,) = [info.id for info in store.conversations()]
+            turns = store.turns(id)
+            texts = [text_of(turn.message) for turn in turns]
+            assert len(turns) in (2 * told + 2, 2 * told + 3, 2 * told + 4), "at most one turn is under way"
+            assert texts[::2] == [f"question {i}" for i in range(len(texts[::2]))]
+            assert texts[1::2] == [f"answer to question {i}" for i in range(len(texts) // 2)]
+            shown = media_of([store.resolve(turn.message) for turn in turns])
+            assert shown == [b"picture %d" % i for i in range(len(texts[::2]))]
+            summaries = store.summaries(id)
+            assert all(summary.covers <= len(turns) for summary in summaries)
+    assert summaries, "some turns have left the window by now"
 
 
 # The real wire: a server of the tiny checkpoint's tokenizer and intake, limited to 2,048 tokens
