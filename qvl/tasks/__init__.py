@@ -11,6 +11,7 @@ the questions. Imports no torch; a model in this process is loaded only where no
 from __future__ import annotations
 
 from qvl.tasks.base import Model, Result, Task
+from qvl.tasks.comparison import Compare, Comparison, compare
 from qvl.tasks.description import Describe, describe
 from qvl.tasks.fields import Extract, extract
 from qvl.tasks.grounding import Ground, ground
@@ -21,15 +22,19 @@ from qvl.tasks.screenshot import Webpage, webpage
 from qvl.tasks.solution import Solution, Solve, solve
 from qvl.tasks.tables import ReadTable, table
 from qvl.tasks.text import Ocr, ocr
+from qvl.tasks.text_lines import OcrLines, TextLine, layout, ocr_lines
 from qvl.tasks.translation import Translate, translate
 from qvl.tasks.watching import Watch, Watched, watch
 
 __all__ = [
+    "Compare",
+    "Comparison",
     "Describe",
     "Extract",
     "Ground",
     "Model",
     "Ocr",
+    "OcrLines",
     "Outcome",
     "ReadTable",
     "Result",
@@ -38,15 +43,19 @@ __all__ = [
     "Solve",
     "Table",
     "Task",
+    "TextLine",
     "Translate",
     "Watch",
     "Watched",
     "Webpage",
+    "compare",
     "describe",
     "each",
     "extract",
     "ground",
+    "layout",
     "ocr",
+    "ocr_lines",
     "solve",
     "table",
     "translate",

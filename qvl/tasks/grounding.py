@@ -92,14 +92,15 @@ class Ground(Task[Objects]):
         what = what.strip().rstrip(".")
         if self.template is not None:
             return self.template.replace("{what}", what)
-        if self._writes_json:
+        if self.writes_json:
             return PROMPT_JSON.format(what=what)
         if re.search("[\u4e00-\u9fff]", what):
             return PROMPT_ZH.format(what=what)
         return PROMPT.format(what=what if _DETERMINED.match(what) else f"the {what}")
 
     @property
-    def _writes_json(self) -> bool:
+    def writes_json(self) -> bool:
+        """Whether the model, by its name, was taught to answer such questions in JSON."""
         return re.search(r"(?i)qwen[-_]?(?:2[._-]?5|3)[-_]?vl", self.model_name) is not None
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Objects]:
