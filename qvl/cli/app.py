@@ -17,7 +17,7 @@ import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
 from qvl.cli.familiar import HINTS
-from qvl.cli.tasks import describe, extract, ground, ocr, solve, table, translate, watch, webpage
+from qvl.cli.tasks import compare, describe, extract, ground, ocr, solve, table, translate, watch, webpage
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -67,6 +67,7 @@ app.command("extract", rich_help_panel="Tasks")(extract.extract)
 app.command("ground", rich_help_panel="Tasks")(ground.ground)
 app.command("watch", rich_help_panel="Tasks")(watch.watch)
 app.command("webpage", rich_help_panel="Tasks")(webpage.webpage)
+app.command("compare", rich_help_panel="Tasks")(compare.compare)
 app.command("check")(check.check)
 app.add_typer(bench.app, name="bench")
 app.command("version")(version.version)
@@ -76,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     """The exit code of `qvl ARGUMENTS...`."""
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="qvl", standalone_mode=False)
+        sys.stdout.flush()
     except QvlError as error:
         return _fail(error.message, error.exit_code)
     except ClickError as error:
@@ -84,8 +86,11 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`qvl ask ... | head -1`): nothing is wrong, and nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return 0
+    except OSError as error:  # a full disk under the output, a terminal that has gone
+        _say_no_more()
+        return _fail(str(error), 1)
     except UnicodeEncodeError:
         # Bytes of another encoding become half characters in Python; files may have such names, texts may not.
         return _fail("a text on the command line is not in the terminal's encoding; is LANG right?", 2)
@@ -94,9 +99,21 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script. A character that the terminal cannot show becomes a question mark."""
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_closed_streams() -> None:
+    """A closed stream (`qvl ask ... <&-`) is an empty one, and its number must not go to a socket."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def _say_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
