@@ -175,8 +175,11 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         rules = self.QUANTISED[self.quantization].items()
         return next((form for start, form in rules if name.startswith(start)), None)
 
-    def encode_media(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Patches [sum of patches, patch_dim] of all pictures and videos of a step: [sum of tokens, hidden]."""
+    def encode_media(self, pixel_values: Tensor | list[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """Patches [sum of patches, patch_dim] of all pictures and videos of a step: [sum of tokens, hidden].
+
+        They may come as a list of parts in order, which is emptied to free their memory early.
+        """
         return self.visual(pixel_values, grids)
 
     def embed(self, token_ids: Tensor) -> Tensor:  # int [n] -> [n, hidden]
@@ -207,7 +210,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
             return None
         return few_rows(self.device, self.compute_dtype)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> fp32 [m, vocab]
+    def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> [m, vocab]
         """Scores over the vocabulary; the caller passes the rows that need them."""
         head = self.model.embed_tokens if self.spec.text.tie_word_embeddings else self.lm_head
-        return head(hidden_states).float()
+        return head(hidden_states)

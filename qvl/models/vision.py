@@ -22,8 +22,8 @@ from qvl.specs import VisionSpec
 from qvl.types import Grid
 
 LAYER_NORM_EPS = 1e-6
-MLP_ROWS = 8192  # patches that go through an MLP at a time
-ATTENTION_BYTES = 128 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
+MLP_ROWS = 8192  # patches that go through an MLP at a time; a multiple of what becomes one token
+ATTENTION_BYTES = 64 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
 
 
 class VisionAttention(nn.Module):
@@ -152,15 +152,30 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(spec, dtype, compute_dtype) for _ in range(spec.depth))
         self.merger = PatchMerger(spec, dtype, compute_dtype)
 
-    def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """[patches, patch_dim] in patch order, sum of the grids' patches: [tokens, hidden_size]."""
-        spec, device, dtype = self.spec, pixel_values.device, self.compute_dtype
+    def forward(self, pixel_values: Tensor | list[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """[patches, patch_dim] in patch order, sum of the grids' patches: [tokens, hidden_size].
+
+        A list of parts is emptied on the way, so that their memory is free before the blocks need it.
+        """
+        spec, dtype = self.spec, self.compute_dtype
+        parts = pixel_values if isinstance(pixel_values, list) else [pixel_values]
+        device = parts[0].device
         capability = capability_of(device)
         lengths = [grid.h * grid.w for grid in grids for _ in range(grid.t)]
         segments = Segments.of(lengths, device, dtype, capability)
         angles = vision_angles(grids, spec.merge_size, spec.head_dim, device)
-        hidden_states = self.patch_embed(pixel_values.to(dtype))
+        embedded = []
+        while parts:
+            embedded.append(self.patch_embed(parts.pop(0).to(dtype)))
+        hidden_states = joined(embedded)
         with preferred_order(dtype, capability):
             for block in self.blocks:
                 block(hidden_states, angles, segments)
-        return self.merger(hidden_states)
+        return joined([self.merger(hidden_states[rows]) for rows in chunks(len(hidden_states))])
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One tensor, without a copy where it is one already; the list is emptied."""
+    together = parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts.clear()
+    return together
