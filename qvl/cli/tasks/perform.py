@@ -60,9 +60,13 @@ def perform(task: Task[Any], how: How, who: Who, *, extra: Callable[[Sequence[It
     failed: list[Outcome[Any]] = [Outcome(item, error=item.error) for item in found if item.error is not None]
     sink = open_sink(how.output, found, task, as_json=how.as_json)
     besides = None if extra is None else extra(found)
-    if len(failed) < len(found):  # else there is nothing to load a model for
+    if len(failed) < len(found):
         model = find_model(who, quiet=how.quiet)
         failed = _ask(task, found, model, (sink, besides), who.concurrency, how.quiet)
+    else:  # there is nothing to load a model for
+        with sink:
+            for outcome in failed:
+                sink.put(outcome)
     return _verdict(failed, len(found))
 
 
