@@ -48,6 +48,8 @@ def _read_question(text: str, media: Sequence[str]) -> tuple[str, list[Any]]:
     elif not media and is_piped(stdin):
         piped = _decode(stdin.read()).strip()
         text = f"{text}\n\n{piped}" if piped else text
+    elif not media and os.path.isfile(text):
+        raise InvalidRequest(f"'{text}' is a file, and the question comes before it: qvl ask QUESTION {text}")
     return text, [_medium(item, stdin) for item in media]
 
 

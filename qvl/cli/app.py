@@ -109,7 +109,7 @@ def _open_closed_streams() -> None:
     """A closed stream (`qvl ask ... <&-`) is an empty one, and its number must not go to a socket."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _say_no_more() -> None:

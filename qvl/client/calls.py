@@ -65,7 +65,8 @@ class Server:
 
     def __init__(self, base_url: str | None, api_key: str | None, timeout: float, retries: int | Retries) -> None:
         given = base_url or os.environ.get("QVL_BASE_URL") or DEFAULT_URL
-        self.base_url = given.rstrip("/").removesuffix("/v1").rstrip("/")
+        address = given if "://" in given else f"http://{given}"  # as one types it: localhost:8000
+        self.base_url = address.rstrip("/").removesuffix("/v1").rstrip("/")
         key = api_key or os.environ.get("QVL_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.timeout = httpx.Timeout(timeout, connect=CONNECT_SECONDS)

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["check", "/no/such/folder"], "no checkpoint folder"),
         (["ask"], "Missing argument"),
         (["ask", "What?", "no-such.png"], "no such file: no-such.png"),
+        (["ask", __file__], "the question comes before it"),
         (["bench", "engine", "--against", "magic"], "'magic'"),
         (["bench", "engine", "--picture", "huge"], "--picture"),
         (["bench", "shape", "3b", "x"], "known: 2b, 7b, 72b"),
@@ -126,6 +127,19 @@ with live(EchoBackend("parrot")) as running:
     wrong = said("苹果".encode("gbk"), "utf-8")
     assert (wrong.returncode, wrong.stdout) == (2, b"")
     assert wrong.stderr.startswith(b"qvl: a text on the command line")
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [("version <&-", 0), ("version >&-", 0), ("version 2>&-", 0), ("version >/dev/full", 1), ("--help >/dev/full", 1)],
+)
+def test_closed_and_full_streams(shell: str, code: int) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m qvl.cli {shell}'], cwd=ROOT, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    assert (b"No space left" in done.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def piped(data: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 def test_a_question_about_pictures(server: Live, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["ask", "What?", str(picture), str(picture), "--base-url", server.url]) == 0
-    assert capsys.readouterr().out == "What? [2 images]\n"
+    assert run(["ask", "What?", str(picture), "--base-url", server.url.removeprefix("http://") + "/v1/"]) == 0
+    assert capsys.readouterr().out == "What? [2 images]\nWhat? [1 image]\n"
 
 
 def test_the_server_at_the_default_address_is_found(
