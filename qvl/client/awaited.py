@@ -10,24 +10,12 @@ from typing import Any
 
 import httpx
 
-from qvl.client.calls import (
-    EventReader,
-    Retries,
-    Server,
-    body_of,
-    chat_request,
-    context_of,
-    question,
-    read_count,
-    read_models,
-    rule_of,
-    tokens_body,
-    wants_rule,
-)
+from qvl.client.calls import EventReader, Retries, Server, question
+from qvl.client.questions import Done, Fetch, Question, Questions, T, advance
 from qvl.engine.answers import Collector
-from qvl.engine.messages import Dialogue, read_dialogue
+from qvl.engine.messages import Dialogue
 from qvl.errors import QvlError
-from qvl.types import ChatRequest, Completion, Delta, PictureRule, SamplingParams
+from qvl.types import Completion, Delta, PictureRule, SamplingParams
 
 
 class AsyncClient:
@@ -45,8 +33,7 @@ class AsyncClient:
     ) -> None:
         self._server = Server(base_url, api_key, timeout, retries)
         self.base_url = self._server.base_url
-        self._model = model
-        self._served: list[dict[str, Any]] | None = None
+        self._questions = Questions(self._server, model)
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
             headers=self._server.headers,
@@ -65,17 +52,13 @@ class AsyncClient:
 
     async def stream(self, messages: Dialogue, sampling: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
         """The answer piece by piece. Leaving the loop early ends the work on the server too."""
-        request = chat_request(read_dialogue(messages), sampling)
-        body = await asyncio.to_thread(body_of, request, await self.model(), await self._rule(request))
+        asked = await self._run(self._questions.chat(messages, sampling))
         reader = EventReader()
         with self._server.errors():
-            response = await self._open("POST", "/v1/chat/completions", body)
-            try:
+            async with aclosing(await self._open(asked)) as response:
                 async for piece in response.aiter_bytes():
                     for delta in reader.deltas(piece):
                         yield delta
-            finally:
-                await response.aclose()
         reader.end()
 
     async def ask(
@@ -87,32 +70,19 @@ class AsyncClient:
 
     async def tokens(self, messages: Dialogue) -> int:
         """How many tokens the prompt of a conversation has, pictures included. Asks what only qvl servers answer."""
-        request = ChatRequest(read_dialogue(messages))
-        model, rule = await self.model(), await self._rule(request)
-        return read_count(
-            await self._whole("POST", "/tokenize", await asyncio.to_thread(tokens_body, request.messages, model, rule))
-        )
+        return await self._run(self._questions.tokens(messages))
 
     async def models(self) -> list[str]:
         """The names that the server serves, its main one first."""
-        self._served = read_models(await self._whole("GET", "/v1/models"))
-        return [model["id"] for model in self._served]
+        return await self._run(self._questions.models())
 
     async def context(self) -> int | None:
         """The most tokens of a request with its answer; None where the server does not say."""
-        model = await self.model()
-        if self._served is None:
-            await self.models()
-        return context_of(self._served or (), model)
+        return await self._run(self._questions.context())
 
     async def picture_rule(self) -> PictureRule | None:
         """How the server sees pictures, asked once; None where it does not say."""
-        if self._served is None:
-            try:
-                await self.models()
-            except QvlError:
-                self._served = []  # a server without such a list may answer all the same
-        return rule_of(self._served or (), await self.model())
+        return await self._run(self._questions.picture_rule())
 
     async def ready(self) -> bool:
         """Whether a chat request would be answered now. False too when nothing answers. Asks once."""
@@ -124,10 +94,7 @@ class AsyncClient:
 
     async def model(self) -> str:
         """The model that is asked."""
-        if self._model is None:
-            await self.models()
-            self._model = self._server.first_model(self._served or ())
-        return self._model
+        return await self._run(self._questions.model())
 
     async def close(self) -> None:
         """Close the connections."""
@@ -141,31 +108,33 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _rule(self, request: ChatRequest) -> PictureRule | None:
-        return await self.picture_rule() if wants_rule(request) else None
-
-    async def _whole(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        with self._server.errors():
-            response = await self._open(method, path, body)
+    async def _run(self, question: Question[T]) -> T:
+        step = await asyncio.to_thread(advance, question)
+        while not isinstance(step, Done):
             try:
-                await response.aread()
-                return response
-            finally:
-                await response.aclose()
+                with self._server.errors():
+                    async with aclosing(await self._open(step)) as response:
+                        await response.aread()
+            except QvlError as error:
+                step = await asyncio.to_thread(advance, question, None, error)
+            else:
+                step = await asyncio.to_thread(advance, question, response)
+        result: T = step.value
+        return result
 
-    async def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    async def _open(self, asked: Fetch) -> httpx.Response:
         """The server's 200, its content not yet read; sent again as `calls` says."""
         attempt = 0
         while True:
             outcome: httpx.Response | Exception
             try:
-                outcome = await self._http.send(self._http.build_request(method, path, json=body), stream=True)
+                outcome = await self._http.send(
+                    self._http.build_request(asked.method, asked.path, json=asked.body), stream=True
+                )
                 if outcome.status_code == 200:
                     return outcome
-                try:
+                async with aclosing(outcome):
                     await outcome.aread()
-                finally:
-                    await outcome.aclose()
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 outcome = error
             await asyncio.sleep(self._server.wait_or_raise(outcome, attempt))

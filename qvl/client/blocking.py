@@ -10,24 +10,11 @@ from typing import Any
 
 import httpx
 
-from qvl.client.calls import (
-    EventReader,
-    Retries,
-    Server,
-    body_of,
-    chat_request,
-    collect,
-    context_of,
-    question,
-    read_count,
-    read_models,
-    rule_of,
-    tokens_body,
-    wants_rule,
-)
-from qvl.engine.messages import Dialogue, read_dialogue
+from qvl.client.calls import EventReader, Retries, Server, collect, question
+from qvl.client.questions import Done, Fetch, Question, Questions, T, advance
+from qvl.engine.messages import Dialogue
 from qvl.errors import QvlError
-from qvl.types import ChatRequest, Completion, Delta, PictureRule, SamplingParams
+from qvl.types import Completion, Delta, PictureRule, SamplingParams
 
 
 class Client:
@@ -52,8 +39,7 @@ class Client:
     ) -> None:
         self._server = Server(base_url, api_key, timeout, retries)
         self.base_url = self._server.base_url
-        self._model = model
-        self._served: list[dict[str, Any]] | None = None
+        self._questions = Questions(self._server, model)
         self._http = httpx.Client(
             base_url=self.base_url,
             headers=self._server.headers,
@@ -68,10 +54,9 @@ class Client:
 
     def stream(self, messages: Dialogue, sampling: SamplingParams | None = None) -> Iterator[Delta]:
         """The answer piece by piece. Leaving the loop early ends the work on the server too."""
-        request = chat_request(read_dialogue(messages), sampling)
-        body = body_of(request, self.model, self._rule(request))
+        asked = self._run(self._questions.chat(messages, sampling))
         reader = EventReader()
-        with self._server.errors(), closing(self._open("POST", "/v1/chat/completions", body)) as response:
+        with self._server.errors(), closing(self._open(asked)) as response:
             for piece in response.iter_bytes():
                 yield from reader.deltas(piece)
         reader.end()
@@ -83,30 +68,19 @@ class Client:
 
     def tokens(self, messages: Dialogue) -> int:
         """How many tokens the prompt of a conversation has, pictures included. Asks what only qvl servers answer."""
-        request = ChatRequest(read_dialogue(messages))
-        body = tokens_body(request.messages, self.model, self._rule(request))
-        return read_count(self._whole("POST", "/tokenize", body))
+        return self._run(self._questions.tokens(messages))
 
     def models(self) -> list[str]:
         """The names that the server serves, its main one first."""
-        self._served = read_models(self._whole("GET", "/v1/models"))
-        return [model["id"] for model in self._served]
+        return self._run(self._questions.models())
 
     def context(self) -> int | None:
         """The most tokens of a request with its answer; None where the server does not say."""
-        model = self.model
-        if self._served is None:
-            self.models()
-        return context_of(self._served or (), model)
+        return self._run(self._questions.context())
 
     def picture_rule(self) -> PictureRule | None:
         """How the server sees pictures, asked once; None where it does not say."""
-        if self._served is None:
-            try:
-                self.models()
-            except QvlError:
-                self._served = []  # a server without such a list may answer all the same
-        return rule_of(self._served or (), self.model)
+        return self._run(self._questions.picture_rule())
 
     def ready(self) -> bool:
         """Whether a chat request would be answered now. False too when nothing answers. Asks once."""
@@ -119,10 +93,7 @@ class Client:
     @property
     def model(self) -> str:
         """The model that is asked."""
-        if self._model is None:
-            self.models()
-            self._model = self._server.first_model(self._served or ())
-        return self._model
+        return self._run(self._questions.model())
 
     def close(self) -> None:
         """Close the connections."""
@@ -136,21 +107,28 @@ class Client:
     ) -> None:
         self.close()
 
-    def _rule(self, request: ChatRequest) -> PictureRule | None:
-        return self.picture_rule() if wants_rule(request) else None
+    def _run(self, question: Question[T]) -> T:
+        step = advance(question)
+        while not isinstance(step, Done):
+            try:
+                with self._server.errors(), closing(self._open(step)) as response:
+                    response.read()
+            except QvlError as error:
+                step = advance(question, error=error)
+            else:
+                step = advance(question, response)
+        result: T = step.value
+        return result
 
-    def _whole(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        with self._server.errors(), closing(self._open(method, path, body)) as response:
-            response.read()
-            return response
-
-    def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _open(self, asked: Fetch) -> httpx.Response:
         """The server's 200, its content not yet read; sent again as `calls` says."""
         attempt = 0
         while True:
             outcome: httpx.Response | Exception
             try:
-                outcome = self._http.send(self._http.build_request(method, path, json=body), stream=True)
+                outcome = self._http.send(
+                    self._http.build_request(asked.method, asked.path, json=asked.body), stream=True
+                )
                 if outcome.status_code == 200:
                     return outcome
                 with closing(outcome):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from qvl.client import collect, question
+from qvl.client.questions import Done, advance
 from qvl.errors import BadMedia, ConfigError, InvalidRequest, MediaRefused, PayloadTooLarge, PromptTooLong, TooManyMedia
 from qvl.memory.costs import Measured
 from qvl.memory.counting import AsyncTokenCounter, TokenCounter
@@ -24,12 +25,10 @@ from qvl.memory.steps import (
     Ask,
     AskCall,
     AsyncAskCall,
-    Done,
     Machine,
     Messages,
     T,
     adrive,
-    advance,
     drive,
 )
 from qvl.memory.store import Store, new_id

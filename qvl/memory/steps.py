@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+from qvl.client.questions import Done, advance
 from qvl.errors import QvlError
 from qvl.types import Completion, Message, SamplingParams
 
@@ -44,21 +45,6 @@ CountCall: TypeAlias = Callable[[Messages], int]
 AskCall: TypeAlias = Callable[[Messages, SamplingParams], Completion]
 AsyncCountCall: TypeAlias = Callable[[Messages], Awaitable[int]]
 AsyncAskCall: TypeAlias = Callable[[Messages, SamplingParams], Awaitable[Completion]]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A machine's result, passed by value: `StopIteration` cannot cross a thread's future."""
-
-    value: Any
-
-
-def advance(machine: Machine[Any], answer: Any = None, error: BaseException | None = None) -> Step | Done:
-    """The machine's next step after `answer` (None at the start), or after `error`."""
-    try:
-        return machine.send(answer) if error is None else machine.throw(error)
-    except StopIteration as stop:
-        return Done(stop.value)
 
 
 def drive(machine: Machine[T], count: CountCall, ask: AskCall) -> T:
