@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from qvl.client import Client
 from qvl.errors import BadAnswer, InvalidRequest, PromptTooLong
 from qvl.tasks import Extract, Schema, each, extract
-from qvl.tasks.fields import REPAIRED
+from qvl.tasks.keeping import REPAIRED
 from qvl.types import TextPart
 from tests.client.misbehaving import misbehaving, reply
 from tests.tasks.scripted import Scripted
