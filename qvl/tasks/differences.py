@@ -21,7 +21,9 @@ from qvl.tasks.pictures import Pixels
 Box: TypeAlias = tuple[int, int, int, int]
 Cell: TypeAlias = tuple[int, int]
 
-SLIGHT = 24  # grey levels: what JPEG and resizing do to a picture, after a blur over 3 x 3 pixels
+# What JPEG (quality 30) and resizing do to a picture: after a mean over 3 x 3 pixels so many grey levels, and beyond
+# that spots less than 3 pixels wide. A line of one pixel is 3 wide by then, and stays.
+SLIGHT, SPOT = 32, 3
 CELLS = 96  # along the longer side: changes closer than one of them belong together
 MOST_DRAWN = 50
 _FADED = 0.35  # how much of the picture shines through where nothing changed
@@ -63,7 +65,8 @@ def difference(first: Pixels, second: Pixels) -> Difference:
         return replace(SAME, mask=np.zeros(first.shape[:2], np.bool_))
     height, width = (min(sides) for sides in zip(first.shape[:2], second.shape[:2], strict=True))
     one, other = (_softened(pixels, height, width) for pixels in (first, second))
-    small = Image.fromarray(np.abs(one - other).max(axis=2) > SLIGHT)
+    small = Image.fromarray(((np.abs(one - other).max(axis=2) > SLIGHT) * 255).astype(np.uint8))
+    small = small.filter(ImageFilter.MinFilter(SPOT)).filter(ImageFilter.MaxFilter(SPOT))
     mask = np.asarray(small.resize((first.shape[1], first.shape[0]), Image.Resampling.NEAREST), np.bool_)
     return Difference(float(mask.mean()), tuple(_regions(mask)), False, first.shape == second.shape, mask)
 

@@ -70,7 +70,7 @@ def split(words: list[str]) -> tuple[list[str], str | None]:
     if not words or words[-1] == "-" or media_kind(words[-1]) == "video" or "://" in words[-1]:
         return words, None
     try:
-        is_file = Path(words[-1]).expanduser().exists()
+        is_file = bool(words[-1]) and Path(words[-1]).expanduser().exists()
     except (OSError, ValueError):  # too long for a name
         is_file = False
     return (words, None) if is_file else (words[:-1], words[-1])
