@@ -4,7 +4,8 @@
         print(client.ask("Read the text.", "photo.jpg"))
 
 `calls` decides (what is sent, what an answer means, what is tried again) and `questions` in which order, and neither
-touches a socket; `blocking` and `awaited` carry their bytes; `media` turns what a program holds into addresses. Knows no model and imports no torch.
+touches a socket; `blocking` and `awaited` carry their bytes; `media` turns what a program holds into addresses. Knows
+no model and imports no torch.
 """
 
 from __future__ import annotations
