@@ -9,13 +9,34 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO, Literal
 
 from qvl.client import Client, collect, local_server, media_kind, question
 from qvl.errors import InvalidRequest
-from qvl.types import DEFAULT_URL, Delta, MediaPart, Message, SamplingParams
+from qvl.tasks.base import Model
+from qvl.types import DEFAULT_URL, Completion, Delta, MediaPart, Message, PixelLimits, SamplingParams
+from qvl.wire import LOW_DETAIL_PIXELS
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who is asked: a server, a name that it serves or a checkpoint to load here, and the server's key."""
+
+    base_url: str | None = None
+    model: str | None = None
+    api_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How closely pictures and videos are looked at."""
+
+    detail: Literal["auto", "low", "high"] = "auto"
+    fps: float | None = None
 
 
 def answer(
@@ -23,22 +44,60 @@ def answer(
     media: Sequence[str],
     system: str | None,
     sampling: SamplingParams,
+    who: Who,
+    look: Look = Look(),
     *,
-    base_url: str | None,
-    model: str | None,
-    api_key: str | None,
-    as_json: bool,
+    schema: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Ask and print. Raises `QvlError`s; what was printed until then stays."""
-    messages = question(*_read_question(text, media), system)
-    source, deltas = _choose(base_url, model, api_key, messages, sampling)
+    words, parts = _read_question(text, media)
+    messages = question(words, _looked_at(parts, look), system)
+    if schema is not None:
+        _answer_by_schema(messages, sampling, who, schema, as_json)
+        return
+    source, asked = _choose(who)
+    deltas = asked.stream(messages, sampling)
     if as_json:
-        _print_json(source, deltas)
+        _print_json(source, collect(deltas))
     else:
         _print_stream(deltas)
 
 
-def _read_question(text: str, media: Sequence[str]) -> tuple[str, list[Any]]:
+def _answer_by_schema(
+    messages: tuple[Message, ...], sampling: SamplingParams, who: Who, path: Path, as_json: bool
+) -> None:
+    """The answer as JSON that keeps to the schema in a file, once it is complete and checked."""
+    from qvl.tasks.keeping import Keeping
+    from qvl.tasks.run import asking
+    from qvl.tasks.schema import Schema
+
+    keeping = Keeping(Schema.from_file(path))
+    source, asked = _choose(who)
+    kept = keeping.ask(asking(asked), messages, sampling)
+    for note in kept.notes:
+        print(f"qvl: {note}", file=sys.stderr)
+    if as_json:
+        _print_json(source, kept.completion, {"value": kept.value})
+    else:
+        print(json.dumps(kept.value, ensure_ascii=False, indent=2))
+
+
+def _looked_at(parts: Sequence[MediaPart], look: Look) -> list[MediaPart]:
+    """The parts with their limits. Raises `InvalidRequest` for a wish that no part can grant."""
+    kinds = {part.kind for part in parts}
+    if look.detail != "auto" and "image" not in kinds:
+        raise InvalidRequest("--image-detail is for pictures, and there is none")
+    if look.fps is not None and "video" not in kinds:
+        raise InvalidRequest("--fps is for videos, and there is none")
+    limits = {
+        "image": PixelLimits(max_pixels=LOW_DETAIL_PIXELS if look.detail == "low" else None),
+        "video": PixelLimits(fps=look.fps),
+    }
+    return [replace(part, limits=limits[part.kind]) for part in parts]
+
+
+def _read_question(text: str, media: Sequence[str]) -> tuple[str, list[MediaPart]]:
     """The question's text and its media, with standard input where it is asked for."""
     stdin = sys.stdin.buffer
     if text == "-":
@@ -80,25 +139,19 @@ def _medium(item: str, stdin: BinaryIO) -> MediaPart:
     return MediaPart(media_kind(path), path)
 
 
-def _choose(
-    base_url: str | None,
-    model: str | None,
-    api_key: str | None,
-    messages: tuple[Message, ...],
-    sampling: SamplingParams,
-) -> tuple[str, Iterator[Delta]]:
-    """Who answers (for the reader of --json), and the answer."""
-    if base_url is not None:
-        client = Client(base_url, model=model, api_key=api_key)
-        return f"{client.model} at {client.base_url}", client.stream(messages, sampling)
-    local = local_server(DEFAULT_URL, model, api_key)
+def _choose(who: Who) -> tuple[str, Model]:
+    """Who answers (for the reader of --json), and the means to ask."""
+    if who.base_url is not None:
+        client = Client(who.base_url, model=who.model, api_key=who.api_key)
+        return f"{client.model} at {client.base_url}", client
+    local = local_server(DEFAULT_URL, who.model, who.api_key)
     if local is not None:
-        return f"{local.model} at {local.base_url}", local.stream(messages, sampling)
-    name = model or "demo"
-    print(f"qvl: no server at {DEFAULT_URL} serves {model or 'a model'}; loading {name} here", file=sys.stderr)
+        return f"{local.model} at {local.base_url}", local
+    name = who.model or "demo"
+    print(f"qvl: no server at {DEFAULT_URL} serves {who.model or 'a model'}; loading {name} here", file=sys.stderr)
     from qvl.engine.llm import LLM  # torch loads only where no server can answer
 
-    return f"{name} in process", LLM(name).stream(messages, sampling)
+    return f"{name} in process", LLM(name)
 
 
 def _print_stream(deltas: Iterator[Delta]) -> None:
@@ -114,13 +167,13 @@ def _print_stream(deltas: Iterator[Delta]) -> None:
         print()
 
 
-def _print_json(source: str, deltas: Iterator[Delta]) -> None:
-    completion = collect(deltas)
+def _print_json(source: str, completion: Completion, more: Mapping[str, Any] = MappingProxyType({})) -> None:
     usage = completion.usage
     print(
         json.dumps(
             {
                 "text": completion.text,
+                **more,
                 "finish_reason": completion.answers[0].finish_reason,
                 "prompt_tokens": usage.prompt_tokens,
                 "completion_tokens": usage.completion_tokens,

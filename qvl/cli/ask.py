@@ -5,7 +5,8 @@ Knows the flags. Does not know where an answer comes from: that is `qvl.cli.answ
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,14 +34,25 @@ def ask(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: the checkpoint's]")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="QVL_API_KEY", help="The server's key.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A JSON schema that the answer keeps to, checked here too.")
+    ] = None,
+    image_detail: Annotated[
+        Literal["auto", "low", "high"],
+        typer.Option(help="low: pictures are seen at no more than 512 x 512 pixels, which is faster."),
+    ] = "auto",
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, max=60, help="Frames per second seen of videos [default: the model's]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the answer is complete.")] = False,
 ) -> None:
     """Ask one question about pictures or videos and stream the answer.
 
     Text piped in is added to the question when no file is named: `cat page.txt | qvl ask "Summarise this."`
     """
-    from qvl.cli.answer import answer
+    from qvl.cli.answer import Look, Who, answer
     from qvl.types import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    answer(text, media or [], system, sampling, base_url=base_url, model=model, api_key=api_key, as_json=as_json)
+    who = Who(base_url, model, api_key)
+    answer(text, media or [], system, sampling, who, Look(image_detail, fps), schema=schema, as_json=as_json)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from qvl.backends.echo import EchoBackend
 from qvl.cli.app import run
+from tests.client.misbehaving import STREAM, misbehaving, reply
 from tests.server.live import Live, live
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,3 +157,73 @@ def test_a_picture_survives_the_way(server: Live) -> None:
     buffer = io.BytesIO()
     Image.new("P", (3, 3)).save(buffer, "GIF")
     assert piped(buffer.getvalue(), "What?", "-", "--base-url", server.url).stdout == b"What? [1 image]\n"
+
+
+def body_of(request: bytes) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(request.partition(b"\r\n\r\n")[2])
+    return told
+
+
+def test_how_closely_pictures_and_videos_are_looked_at(picture: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"a clip")
+    arguments = ["ask", "What?", str(picture), str(clip), "--model", "m", "--image-detail", "low", "--fps", "0.5"]
+    with misbehaving([reply("404 Not Found"), reply("200 OK", STREAM)]) as server:
+        assert run([*arguments, "--base-url", server.url]) == 0
+        parts = body_of(server.requests[-1])["messages"][0]["content"]
+    assert parts[0]["image_url"]["max_pixels"] == 512 * 512
+    assert parts[1]["video_url"]["fps"] == 0.5
+    assert "max_pixels" not in parts[1]["video_url"]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--image-detail", "low"], "--image-detail is for pictures"),
+        (["--fps", "2"], "--fps is for videos"),
+        (["--fps", "0"], "--fps"),
+        (["--image-detail", "huge"], "--image-detail"),
+        (["--schema", "nowhere.json"], "cannot read the schema"),
+    ],
+)
+def test_wishes_that_nothing_grants(
+    server: Live, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert run(["ask", "Hi", "--base-url", server.url, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    path = tmp_path / "room.json"
+    path.write_text('{"type": "object", "properties": {"room": {"type": "integer"}}, "required": ["room"]}')
+    return path
+
+
+def test_an_answer_that_keeps_to_a_schema(server: Live, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server repeats the question."""
+    arguments = ["ask", '{"room": 204}', "--schema", str(room), "--base-url", server.url]
+    assert run(arguments) == 0
+    assert capsys.readouterr() == ('{\n  "room": 204\n}\n', "")
+    assert run([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["text"], told["value"], told["finish_reason"]) == ('{"room": 204}', {"room": 204}, "stop")
+
+
+def test_an_answer_that_does_not_is_asked_for_again_and_never_printed(
+    room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = STREAM.replace(b'"yes"', json.dumps('{"room": 7}').encode())
+    with misbehaving([reply("200 OK", STREAM), reply("200 OK", good), reply("200 OK", STREAM)]) as server:
+        arguments = ["ask", "Which room?", "--schema", str(room), "--model", "m", "--base-url", server.url]
+        assert run(arguments) == 0
+        first, second = (body_of(request) for request in server.requests)
+        assert first["response_format"]["json_schema"]["schema"] == json.loads(room.read_text())
+        assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+        assert "JSON schema" not in json.dumps(first["messages"]) and "JSON schema" in json.dumps(second["messages"][0])
+        out, err = capsys.readouterr()
+        assert json.loads(out) == {"room": 7} and "asked once more" in err
+        assert run(arguments) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and "does not keep to the schema" in err
