@@ -21,7 +21,6 @@ HINTS = {
     "--kv-cache-memory-bytes": "here it is --kv-cache-memory",
     "--enable-chunked-prefill": f"long prompts always go in chunks; {_LEAVE_OUT}",
     "--no-enable-chunked-prefill": f"long prompts always go in chunks; {_LEAVE_OUT}",
-    "--enforce-eager": _LEAVE_OUT,
     "--swap-space": f"sequences that give way are computed again; {_LEAVE_OUT}",
     "--disable-log-requests": f"requests are not logged unless --access-log says so; {_LEAVE_OUT}",
     "--no-enable-log-requests": f"requests are not logged unless --access-log says so; {_LEAVE_OUT}",

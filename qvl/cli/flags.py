@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from qvl.engine.config import BATCHED_TOKENS, CPU_KV_BYTES, ENCODER_CACHE_BYTES, NUM_SEQS
+from qvl.engine.config import BATCHED_TOKENS, CPU_KV_BYTES, ENCODER_CACHE_BYTES, MIXED_TOKENS, NUM_SEQS
 from qvl.engine.options import EngineOptions, parse_mm_limits
 from qvl.media.fetch import MediaPolicy
 
@@ -100,6 +100,30 @@ MaxNumBatchedTokens: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help=f"Tokens computed in one step; longer prompts go in chunks {_by_device(BATCHED_TOKENS)}",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+MaxNumMixedTokens: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokens of prompts and of pictures in a step that also continues answers: fewer keep answers flowing, "
+        f"more bring first tokens sooner {_by_device(MIXED_TOKENS)}",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+EnforceEager: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="Record no CUDA graphs: ready a little sooner, slower while few answers are computed.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+AsyncScheduling: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-scheduling/--no-async-scheduling",
+        help="Launch a step while the one before it still runs [default: on a GPU]",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

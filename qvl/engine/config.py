@@ -36,6 +36,8 @@ CPU_KV_BYTES = 4 * GIB
 SMALLEST_DEFAULT_LEN = 4096
 ENCODER_CACHE_BYTES = {"cpu": GIB // 4, "cuda": GIB // 8}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+# On a GPU a step of so many tokens takes no longer than three of decodes alone, and more at once is hardly faster.
+MIXED_TOKENS = {"cpu": 2048, "cuda": 1024}
 NUM_SEQS = {"cpu": 64, "cuda": 256}
 
 
@@ -59,8 +61,8 @@ class EngineConfig:
     """A resolved engine. Sizes in bytes or tokens as named; nothing is None but `num_blocks` before it was measured.
 
     `max_model_len_given`: the user asked for it, so it is never lowered in silence. `limits` are the pixel defaults of
-    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step. `async_scheduling`: a step is
-    launched while the one before it still runs.
+    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step, `max_num_mixed_tokens` those of
+    prompts in a step that also decodes. `async_scheduling`: a step is launched while the one before it still runs.
     """
 
     spec: ModelSpec
@@ -74,6 +76,7 @@ class EngineConfig:
     max_model_len_given: bool
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_mixed_tokens: int
     block_size: int
     num_blocks: int | None
     enable_prefix_caching: bool
@@ -173,6 +176,7 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         max_model_len_given=options.max_model_len is not None,
         max_num_seqs=_resolve_num_seqs(options, batched, device),
         max_num_batched_tokens=batched,
+        max_num_mixed_tokens=min(batched, options.max_num_mixed_tokens or MIXED_TOKENS[device]),
         block_size=options.block_size,
         num_blocks=options.num_blocks,
         enable_prefix_caching=options.enable_prefix_caching,

@@ -32,6 +32,7 @@ _COUNTS = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "max_num_mixed_tokens",
     "block_size",
     "num_blocks",
     "kv_cache_memory",
@@ -59,6 +60,7 @@ class EngineOptions:
     `attention_backend` forces one; "auto" takes the fastest that runs.
     `limit_mm_per_prompt` counts pictures and videos of one request. `mm_processor_kwargs` (`min_pixels`, `max_pixels`,
     `fps`, `num_frames`) are the defaults of every picture and video. `num_blocks` overrides the measured KV cache size.
+    `max_num_mixed_tokens` bounds the tokens of prompts and pictures in a step that also continues answers.
     `enforce_eager` leaves CUDA graphs out. `async_scheduling` plans and launches a step while the one before it still
     runs; None: on a GPU.
     `seed` makes requests without a seed of their own repeatable, given the same order of requests.
@@ -76,6 +78,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_num_mixed_tokens: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
     enable_prefix_caching: bool = True

@@ -90,6 +90,7 @@ class Scheduler:
         step = Step(self.config)
         self._schedule_decodes(step)
         step.batch.num_decodes = len(step.batch.seqs)
+        step.keep_decodes_moving(self.config.max_num_mixed_tokens)
         self._schedule_prefills(step)
         if not step.preempted:
             self._schedule_waiting(step)

@@ -21,6 +21,8 @@ class SchedulerConfig(Protocol):
     @property
     def max_num_batched_tokens(self) -> int: ...
     @property
+    def max_num_mixed_tokens(self) -> int: ...
+    @property
     def encoder_budget_tokens(self) -> int: ...
     @property
     def embedding_bytes_per_token(self) -> int: ...
@@ -55,6 +57,12 @@ class Step:
         self.tokens_left -= num_tokens
         seq.num_computed += num_tokens
         seq.num_pending += samples
+
+    def keep_decodes_moving(self, num_tokens: int) -> None:
+        """No more than `num_tokens` of prompts, and of pictures, beside the decodes that are in the batch."""
+        if self.batch.seqs:
+            self.tokens_left = min(self.tokens_left, num_tokens)
+            self.encoder_left = min(self.encoder_left, num_tokens)
 
     def room_to_encode(self, num_tokens: int) -> bool:
         """Whether one more picture may be encoded; one above the whole budget may, alone."""

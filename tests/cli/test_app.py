@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["serve", "--max-modle-len", "5"], "did you mean '--max-model-len'?"),
         (["serve", "--max_modle_len=5"], "did you mean '--max-model-len'?"),
         (["serve", "--model", "x"], "the model is the first argument"),
-        (["serve", "--enforce_eager"], "there is no --enforce-eager here: leave it out"),
+        (["serve", "--swap_space", "4"], "there is no --swap-space here: sequences that give way"),
         (["serv"], "Did you mean 'serve'?"),
         (["serve", "--port", "http"], "'--port'"),
         (["serve", "--port", "99999"], "'port' must be from 0"),

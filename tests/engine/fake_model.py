@@ -29,6 +29,7 @@ class Limits:
     max_model_len: int = 64
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 32
+    max_num_mixed_tokens: int = 32
     encoder_budget_tokens: int = 32
     embedding_bytes_per_token: int = 1
 

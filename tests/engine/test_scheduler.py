@@ -135,6 +135,7 @@ def test_answers_do_not_depend_on_the_schedule(seed: int, ahead: bool) -> None:
         max_model_len=max_len,
         max_num_seqs=rng.choice([1, 3, 8]),
         max_num_batched_tokens=rng.choice([1, 3, 16, 64]),
+        max_num_mixed_tokens=rng.choice([1, 5, 64]),
         encoder_budget_tokens=rng.choice([1, 8, 64]),
     )
     num_blocks = -(-max_len // block_size) + rng.choice([0, 1, 10])
@@ -203,6 +204,20 @@ def test_decodes_come_first_and_prefills_fill_the_budget() -> None:
         [("short", 1, True), ("long", 9, False)],
         [("short", 1, True), ("long", 7, True), ("next", 2, False)],
     ]
+
+
+def test_prompts_and_pictures_give_way_to_decodes() -> None:
+    """Alone they take the whole budget, beside decodes a part of it; one picture above that part may go alone."""
+    bench = Bench(Limits(max_num_batched_tokens=30, max_num_mixed_tokens=6, encoder_budget_tokens=30))
+    bench.add(request("text", [1] * 24, SamplingParams(max_tokens=10, ignore_eos=True)))
+    assert [entry.num_tokens for entry in bench.step().seqs] == [24]
+    bench.add(request("pictures", [4, (8, A), (3, B), (3, C), 5], SamplingParams(max_tokens=2, ignore_eos=True)))
+    taken = []
+    while len(bench.outputs["pictures"]) < 1:
+        batch = bench.step()
+        assert batch.num_decodes == 1
+        taken.append((batch.num_tokens - 1, [media.span.digest for media in batch.encode]))
+    assert taken == [(6, [A]), (6, [B]), (4, [C])]
 
 
 def test_shared_prefix_is_computed_once_and_the_last_token_always() -> None:
