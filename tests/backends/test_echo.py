@@ -101,6 +101,14 @@ async def test_closing_one_stream_closes_all(echo: EchoBackend) -> None:
     assert slow.stats()["running"] == 0
 
 
+async def test_a_conversation_has_as_many_tokens_as_its_answer_says(echo: EchoBackend) -> None:
+    talk = ChatRequest((Message("user", (TextPart("look"), MediaPart("image", "data:,x"))),))
+    used = [delta.usage async for delta in echo.chat(talk, "r")][-1].prompt_tokens
+    assert len(await echo.tokenize(talk)) == used == 8
+    with pytest.raises(PromptTooLong):
+        await echo.tokenize(ChatRequest((Message("user", (TextPart("x" * 10_000),)),)))
+
+
 async def test_tokens_there_and_back(echo: EchoBackend) -> None:
     tokens = await echo.tokenize(ask("añ🙂"))
     assert await echo.detokenize(tokens) == "añ🙂"

@@ -14,7 +14,7 @@ from PIL import Image
 from qvl.errors import BadMedia, InvalidRequest, MediaRefused, PayloadTooLarge
 from qvl.media import load as load_module
 from qvl.media.fetch import MediaPolicy
-from qvl.media.load import LoadedMedia, frame_size, load, picture_size
+from qvl.media.load import LoadedMedia, Once, frame_size, load, picture_size
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.specs import ProcessorSpec
 from qvl.types import Grid, MediaPart, PixelLimits
@@ -47,6 +47,24 @@ def test_a_picture():
     assert loaded.num_tokens == 77
     assert loaded.original_size == (200, 300)
     assert len(loaded.digest) == 16
+
+
+def test_a_source_that_is_read_once(monkeypatch):
+    decoded = []
+    real = load_module.decode_image
+    monkeypatch.setattr(load_module, "decode_image", lambda *a, **k: (decoded.append(1), real(*a, **k))[1])
+    once = Once(png("red", (300, 200)))
+    first = take(once)
+    assert take(once) is first
+    assert decoded == [1]
+    assert first.digest == take(png("red", (300, 200))).digest
+    once.forget()
+    assert take(once).digest == first.digest
+    assert decoded == [1] * 3
+    broken = Once(b"no picture")
+    for _ in range(2):
+        with pytest.raises(BadMedia):
+            take(broken)
 
 
 def test_the_device_gets_the_pixels_as_they_are():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from qvl.engine.config import DeviceFacts, EngineOptions, resolve
+from qvl.engine.intake import Intake
 from qvl.errors import BadMedia, InvalidRequest, PromptTooLong, RequestFailed, TooManyMedia, Unavailable
 from qvl.memory import Budget, Fitted, Measured, Running, Strategy, adrive, drive, fit
 from qvl.memory.folding import MOST_FOLDS
 from qvl.memory.steps import Messages
-from qvl.types import Completion, MediaPart, Message, SamplingParams, TextPart
+from qvl.tokenizer import Tokenizer
+from qvl.types import ChatRequest, Completion, MediaPart, Message, SamplingParams, TextPart
 from tests.memory.scripted import (
     PICTURE_TOKENS,
     Model,
@@ -152,6 +157,54 @@ def _check_accounts(talk: list[Message], fitted: Fitted, strategy: Strategy, cov
     if gone:
         assert (dropped[0].first, dropped[0].end) == (min(gone), max(gone) + 1)
         assert dropped[0].media == len(media_of([talk[index] for index in gone]))
+
+
+# The same with the tokens of a real checkpoint and real pictures: no sum of parts, no arithmetic of ours.
+
+words = st.text("ab 世\n<|>🙂", max_size=60).map(TextPart)
+sized = st.tuples(st.integers(1, 400), st.integers(1, 400)).filter(lambda size: max(size) < 150 * min(size))
+shown = sized.map(lambda size: MediaPart("image", Image.new("RGB", size)))
+real_turn = st.builds(
+    lambda role, content: Message(role, tuple(content)),  # type: ignore[arg-type]
+    st.sampled_from(["user", "assistant", "user", "assistant", "system"]),
+    st.lists(words | shown, min_size=1, max_size=3),
+)
+
+
+@pytest.fixture(scope="module")
+def intake(checkpoint: Path) -> Intake:
+    options = {"model": str(checkpoint), "max_model_len": 900, "limit_mm_per_prompt": "image=6"}
+    config = resolve(EngineOptions.from_dict(options), DeviceFacts("cpu", (0, 0), 8 << 30, "float32", 1))
+    return Intake(config, Tokenizer.from_folder(config.spec.folder, config.spec.ids))
+
+
+def _too_much(intake: Intake, messages: Messages, budget: Budget) -> bool:
+    try:
+        return len(intake.prepare_chat(ChatRequest(messages)).prompt.token_ids) > budget.room
+    except (PromptTooLong, TooManyMedia):
+        return True
+
+
+@settings(max_examples=60)
+@given(talk=st.lists(real_turn, max_size=16), strategy=st.sampled_from(["summary", "window"]))
+def test_real_tokens_never_exceed_the_budget(intake: Intake, talk: list[Message], strategy: Strategy) -> None:
+    def count(messages: Messages) -> int:
+        return len(intake.prepare_chat(ChatRequest(messages)).prompt.token_ids)
+
+    budget = Budget.of(900)
+    talk = [*talk, user(MediaPart("image", Image.new("RGB", (80, 60))), "newest question")]
+    model = Model(900, count)
+    pinned = tuple(message for message in talk if message.role == "system")
+    try:
+        fitted = drive(fit(talk, budget, strategy=strategy), count, model.ask)
+    except (PromptTooLong, TooManyMedia):
+        assert _too_much(intake, (*pinned, talk[-1]), budget), "only what must stay may be too much"
+        return
+    assert count(fitted.messages) == fitted.num_tokens <= budget.room
+    assert len(media_of(fitted.messages)) <= 6
+    assert text_of(fitted.messages[-1]).endswith("newest question")
+    assert tuple(message for message in fitted.messages if message.role == "system") == pinned
+    _check_accounts(talk, fitted, strategy, 0)
 
 
 # Examples
