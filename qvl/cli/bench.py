@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvl.cli import bench_serve, flags
+from qvl.cli import bench_kernels, bench_serve, flags
 from qvl.cli.version import installed
 from qvl.errors import ConfigError
 
@@ -27,6 +27,7 @@ MILLI = 1000.0
 
 app = typer.Typer(help="Measure this machine, or a server.")
 app.command("serve")(bench_serve.serve)
+app.command("kernels")(bench_kernels.kernels)
 
 
 @app.command("shape")
