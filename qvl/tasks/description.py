@@ -42,6 +42,9 @@ class Describe(Task[str]):
     length: Length = "medium"
     lang: str = "en"
 
+    def __post_init__(self) -> None:
+        language(self.lang)  # a mistake is told before anything is asked
+
     @property
     def prompt(self) -> str:
         return self._prompt("image")
