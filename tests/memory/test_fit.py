@@ -185,7 +185,7 @@ def _too_much(intake: Intake, messages: Messages, budget: Budget) -> bool:
         return True
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(talk=st.lists(real_turn, max_size=16), strategy=st.sampled_from(["summary", "window"]))
 def test_real_tokens_never_exceed_the_budget(intake: Intake, talk: list[Message], strategy: Strategy) -> None:
     def count(messages: Messages) -> int:
