@@ -72,6 +72,33 @@ TOKENIZE = _body(
 )
 DETOKENIZE = _body({"tokens": {"tokens": [72, 105]}}, wire.DetokenizeBody)
 
+_ERROR_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_ERRORS = {
+    "get": {"401": "The API key is missing or wrong"},
+    "post": {
+        "400": "Something in the request is wrong or not supported; `param` names the field",
+        "401": "The API key is missing or wrong",
+        "404": "The model is not served here",
+        "413": "The body, a picture or a video is above its cap",
+        "429": "The queue is full; `Retry-After` says when to come again",
+        "500": "This request failed inside the server",
+        "503": "The engine is starting, restarting or draining",
+    },
+}
+
 
 def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of `app`, with the bodies' schemas; made once."""
@@ -80,5 +107,25 @@ def describe(app: FastAPI) -> dict[str, Any]:
         _, schemas = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)
         components = document.setdefault("components", {}).setdefault("schemas", {})
         components.update(schemas.get("$defs", {}))
+        _tell_errors(document)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _tell_errors(document: dict[str, Any]) -> None:
+    """FastAPI says 422 for what it would refuse; here every refusal is an OpenAI error body with one of these."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    schemas = document["components"]["schemas"]
+    schemas["Error"] = _ERROR_SCHEMA
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    document["paths"]["/ready"]["get"]["responses"]["503"] = {"description": "Not ready; `reason` says why"}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            operation["responses"].pop("422", None)
+            errors = {} if path in ("/health", "/ready") else dict(_ERRORS[method])
+            if path == "/v1/models/{name}":
+                errors["404"] = _ERRORS["post"]["404"]
+            operation["responses"] |= {
+                status: {"description": what, "content": content} for status, what in errors.items()
+            }

@@ -180,3 +180,11 @@ def test_docs_describe_the_bodies(server: Live) -> None:
         value = {**example["value"], "stream": False, "stream_options": None}
         assert server.post("/v1/chat/completions", value).status_code == 200
     assert "#/$defs" not in json.dumps(document)
+    refused = document["paths"]["/v1/chat/completions"]["post"]["responses"]["400"]["content"]["application/json"]
+    shape = document["components"]["schemas"][refused["schema"]["$ref"].rpartition("/")[2]]
+    told = server.post("/v1/chat/completions", {"messages": []})
+    assert told.status_code == 400
+    assert told.json()["error"].keys() == shape["properties"]["error"]["properties"].keys()
+    assert "422" not in json.dumps(
+        [list(operation["responses"]) for path in document["paths"].values() for operation in path.values()]
+    )
