@@ -33,7 +33,12 @@ def batch(
         Path,
         typer.Option("--output", "-o", help="Answers go here, one line each, in order.", rich_help_panel=OUTPUT_PANEL),
     ],
-    task: Annotated[str | None, typer.Option(help="Asked about each picture of a folder: ocr or describe.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Asked about each picture of a folder: ocr, table, describe, solve, or translate (into English)."
+        ),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The same in your own words.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="For lines that do not say it.")] = None,
     temperature: Annotated[float | None, typer.Option(help="For lines that do not say it.")] = None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,7 +188,7 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
     part = tmp_path / "out.jsonl.part"
     lines = [json.dumps({"messages": [{"role": "user", "content": f"Job {i}"}]}) for i in range(200)]
     jobs.write_text("\n".join(lines))
-    with live(EchoBackend("parrot", seconds_per_token=0.01)) as server:
+    with live(EchoBackend("parrot", seconds_per_token=0.05)) as server:
         command = [sys.executable, "-m", "qvl.cli", "batch", str(jobs), "-o", str(output), "--base-url", server.url]
         command += ["--concurrency", "2"]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -201,3 +203,12 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
     with live(EchoBackend("parrot")) as server:
         assert run(["batch", str(jobs), "-o", str(output), "--base-url", server.url, "--resume", "-q"]) == 0
     assert list(texts(output).values()) == [f"Job {i}" for i in range(200)]
+
+
+def test_the_help_names_every_task() -> None:
+    """The list stands in the help as words, so that the command starts without loading the tasks."""
+    from qvl.cli.batch import batch
+    from qvl.tasks.registry import TASKS
+
+    told = str(inspect.signature(batch, eval_str=True).parameters["task"].annotation.__metadata__[0].help)
+    assert {name for name in re.findall(r"[a-z]+", told) if name in TASKS} == set(TASKS)
