@@ -56,6 +56,10 @@ def engine(
     picture: Annotated[str, typer.Option(metavar="WxH", help="Size of the picture, or none.")] = "448x448",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 3,
     streams: Annotated[int, typer.Option(min=1, help="Measure the steps of so many text prompts at once, too.")] = 1,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Say where the time goes instead: pictures, prompts, steps, choices, host.")
+    ] = False,
+    batches: Annotated[str, typer.Option(help="With --stages: answers that are continued at a time.")] = "1,8,64,256",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores]")] = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -74,6 +78,9 @@ def engine(
 
     workload = Workload(prompt_tokens, output_tokens, _size(picture), repeats, streams=streams)
     given = {"model": model, "device": device, "dtype": dtype, "load_format": load_format, "quantization": quantization}
+    if stages:
+        _print_stages(given, workload, threads, batches)
+        return
     config = _config(given, workload, threads)
     figures = _run(config, workload, against)
     _print_table(figures)
@@ -107,12 +114,8 @@ def _config(given: dict[str, Any], workload: Workload, threads: int | None) -> E
 def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[str, Figures]:
     from qvl.bench.measure import measure
     from qvl.bench.ours import QvlSubject
-    from qvl.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_folder(config.spec.folder, config.spec.ids)
-    usable = [
-        i for i in range(min(tokenizer.vocab_size, config.spec.text.vocab_size)) if i not in tokenizer.special_ids
-    ]
+    usable = _usable_ids(config)
     _tell(f"loading {config.spec.name} ({config.precision}, {config.device}, {config.num_threads} threads)")
     ours = QvlSubject(config, "qvl" if config.quantization == "none" else f"qvl {config.quantization}")
     _tell(f"matrices: {ours.engine.runner.model.linear_reason}")
@@ -121,6 +124,35 @@ def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[
         _tell(f"loading it with {against}")
         subjects.append(_peer(config) if against == "transformers" else _unquantised(config))
     return measure(subjects, workload, usable, _tell)
+
+
+def _print_stages(given: dict[str, Any], workload: Workload, threads: int | None, batches: str) -> None:
+    """A table of stages, and the same as one JSON object."""
+    from qvl.bench.stages import STEPS, Stages
+
+    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", batches) is None:
+        raise ConfigError(f"--batches takes numbers such as 1,8,64, not '{batches}'")
+    sizes = [int(item) for item in batches.split(",")]
+    rounds = max(sizes) * (1 + workload.prompt_tokens // 512)  # steps until the last answer has begun, and some more
+    most = dataclasses.replace(workload, streams=max(sizes), output_tokens=STEPS + rounds + 64)
+    config = _config(given, most, threads)
+    lines = Stages(config, workload, _usable_ids(config), _tell).measure(sizes)
+    width = max(len(line.stage) for line in lines)
+    for line in lines:
+        print(f"{line.stage:<{width}}{line.ms:>12.3f} ms  {line.note}")
+    record = _record(config, workload, {})
+    record["bench"] = "stages"
+    record["stages"] = [dataclasses.asdict(line) for line in lines]
+    print(json.dumps(record))
+
+
+def _usable_ids(config: EngineConfig) -> list[int]:
+    """Ordinary tokens."""
+    from qvl.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(config.spec.folder, config.spec.ids)
+    known = min(tokenizer.vocab_size, config.spec.text.vocab_size)
+    return [token_id for token_id in range(known) if token_id not in tokenizer.special_ids]
 
 
 def _peer(config: EngineConfig) -> Subject:

@@ -93,6 +93,27 @@ def test_quantised_beside_unquantised_alone_and_together(checkpoint: Path, capsy
     assert run(["bench", "engine", str(checkpoint), "--against", "unquantised"]) == 2
 
 
+def test_where_the_time_goes(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--prompt-tokens", "12", "--picture", "56x56", "--repeats", "1", "--threads", "1", "--batches", "1,3"]
+    code = run(["bench", "engine", str(checkpoint), "--stages", "--device", "cpu", "--dtype", "float32", *sizes])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    *table, last = out.splitlines()
+    record = json.loads(last)
+    stages = [line["stage"] for line in record["stages"]]
+    assert all(line.startswith(stage) for line, stage in zip(table, stages, strict=True))
+    wanted = {
+        "preprocess 56x56",
+        "vision tower 56x56",
+        "prompt of 12",
+        "decode step of 3, eager",
+        "choice of 1, greedy",
+    }
+    assert wanted <= set(stages)
+    assert all(line["ms"] > 0 for line in record["stages"])
+    assert run(["bench", "engine", str(checkpoint), "--stages", "--batches", "1,x"]) == 2
+
+
 def test_both_subjects_compute_the_same_tokens(checkpoint: Path) -> None:
     """A comparison means something only when both do the same work: same prompt length, same answer."""
     import numpy as np
