@@ -10,7 +10,7 @@ from qvl.cli.tasks import flags
 
 
 def ground(
-    what: Annotated[str, typer.Argument(help="What to look for: 'the dog', 'the word \"OPEN\"'.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="What to look for: 'the dog', 'the word \"OPEN\"'.")],
     inputs: flags.Inputs = None,
     also: Annotated[
         list[str] | None, typer.Option("--also", metavar="TEXT", help="Another thing to look for; may be repeated.")
