@@ -74,6 +74,7 @@ class Growing:
         self._exchanges = Measured().exchanges
         self._summaries: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self._cuts: OrderedDict[bytes, None] = OrderedDict()
+        self._rooms: OrderedDict[bytes, int] = OrderedDict()
 
     def running(self, beginnings: Sequence[bytes]) -> Running | None:
         """The summary that stands for the most of the first messages, where there is one."""
@@ -89,12 +90,23 @@ class Growing:
             self._exchanges.clear()
         return Measured(self._exchanges, cut=_longest(beginnings, self._cuts))
 
-    def remember(self, beginnings: Sequence[bytes], running: Running | None, cut: int | None) -> None:
-        """For the next request that begins with the same turns: their summary, and from where on they were sent."""
+    def is_long(self, beginnings: Sequence[bytes], room: int) -> bool:
+        """Whether a conversation that begins so was too long for as much room: nobody counts all of it again."""
+        length = _longest(beginnings, self._rooms)
+        return length is not None and room <= self._rooms[beginnings[length]]
+
+    def remember(self, beginnings: Sequence[bytes], running: Running | None, cut: int | None, room: int) -> None:
+        """For the next request that begins with the same turns: their summary, and from where on they were sent.
+
+        `room`: tokens for which the whole was too long.
+        """
         if running is not None:
             _keep(self._summaries, beginnings[running.covers], (running.text, running.tokens))
         if cut is not None:
             _keep(self._cuts, beginnings[cut], None)
+        left = max(cut or 0, running.covers if running else 0)
+        if left:
+            _keep(self._rooms, beginnings[left], room)
 
 
 def _longest(beginnings: Sequence[bytes], known: OrderedDict[bytes, T]) -> int | None:

@@ -59,46 +59,31 @@ class Overflow:
         if strategy == "error" or budget is None:
             return Fitting(request)
         once = replace(request, messages=tuple(map(_read_once, request.messages)))
-        try:
-            if await self._count(once, once.messages) <= budget.room:
-                return Fitting(once)
-        except (PromptTooLong, TooManyMedia):
-            pass
-        fitted = await self._fitted(request, once, budget, strategy, request_id)
-        told = _told(strategy, once.messages, fitted)
-        if told is not None:
-            self._meter.overflowed(strategy, told.dropped_messages, told.summarised_messages)
-        return Fitting(replace(once, messages=fitted.messages), told)
-
-    async def _fitted(
-        self,
-        request: ChatRequest,
-        once: ChatRequest,
-        budget: Budget,
-        strategy: Literal["window", "summary"],
-        request_id: str,
-    ) -> Fitted:
-        """The rules of `qvl.memory`, with what is known of earlier requests that began like this one."""
         names = await asyncio.to_thread(names_of, request)
         newest = take_apart(once.messages).newest
         before = names.beginnings[: newest[0] + 1] if newest else ()
         running, measured = self._growing.running(before), self._growing.measured(before)
-        machine = fit(
-            once.messages,
-            budget,
-            strategy=strategy,
-            running=running,
-            measured=measured,
-            keys=names.messages,
-        )
+        if not self._growing.is_long(before, budget.room) and await self._fits(once, budget):
+            return Fitting(once)
+        machine = fit(once.messages, budget, strategy=strategy, running=running, measured=measured, keys=names.messages)
         try:
             fitted = await adrive(machine, lambda ms: self._count(once, ms), self._summariser(once, request_id))
         except PromptTooLong as error:
             error.message += " (this is the newest turn with the system messages alone; nothing else can be left out)"
             error.args = (error.message,)
             raise
-        self._growing.remember(names.beginnings, fitted.running, measured.cut)
-        return fitted
+        self._growing.remember(names.beginnings, fitted.running, measured.cut, budget.room)
+        told = _told(strategy, once.messages, fitted)
+        if told is not None:
+            self._meter.overflowed(strategy, told.dropped_messages, told.summarised_messages)
+        return Fitting(replace(once, messages=fitted.messages), told)
+
+    async def _fits(self, request: ChatRequest, budget: Budget) -> bool:
+        """Whether the conversation fits as it is."""
+        try:
+            return await self._count(request, request.messages) <= budget.room
+        except (PromptTooLong, TooManyMedia):
+            return False
 
     async def _count(self, request: ChatRequest, messages: Messages) -> int:
         """Exact, and of nothing but the prompt: what else is wrong with the request is said when it is sent."""

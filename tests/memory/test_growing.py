@@ -58,14 +58,16 @@ def test_whatever_differs_has_another_name() -> None:
 def test_the_longest_summary_is_found_and_only_by_who_begins_so() -> None:
     known, names = Growing(), names_of(ChatRequest(TALK)).beginnings
     assert known.running(names) is None
-    known.remember(names, Running("short", 2, 9), None)
-    known.remember(names, Running("long", 3, 11), 3)
+    known.remember(names, Running("short", 2, 9), None, 100)
+    known.remember(names, Running("long", 3, 11), 3, 200)
     assert known.running(names) == Running("long", 3, 11)
     assert known.running(names[:3]) == Running("short", 2, 9)
     assert known.running(names[:2]) is None
     assert (known.measured(names).cut, known.measured(names[:3]).cut) == (3, None)
+    assert [known.is_long(names, room) for room in (200, 201)] == [True, False]
+    assert [known.is_long(names[:3], room) for room in (100, 101)] == [True, False]
     changed = names_of(ChatRequest((TALK[0], user(picture("data:,b"), "what?"), *TALK[2:]))).beginnings
-    assert (known.running(changed), known.measured(changed).cut) == (None, None)
+    assert (known.running(changed), known.measured(changed).cut, known.is_long(changed, 1)) == (None, None, False)
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +76,8 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Growing()
     talks = [names_of(ChatRequest((user(str(i)), said("yes"), user("next")))).beginnings for i in range(5)]
     for number, names in enumerate(talks):
-        known.remember(names, Running(str(number), 2, 1), 2)
-        known.remember(talks[0], Running("0", 2, 1), 2)  # still talked
+        known.remember(names, Running(str(number), 2, 1), 2, 9)
+        known.remember(talks[0], Running("0", 2, 1), 2, 9)  # still talked
     assert [known.running(names) is not None for names in talks] == [True, False, False, True, True]
     measured = known.measured(talks[0])
     measured.exchanges.update({(i,): i for i in range(6)})

@@ -392,6 +392,25 @@ def test_a_picture_is_read_once_however_often_it_is_counted(checkpoint: Path) ->
     assert seen["qvl_media_stage_seconds_count{kind=image,stage=share}"] == sent
 
 
+def test_a_conversation_known_as_long_is_not_counted_whole_again(checkpoint: Path) -> None:
+    backend = made(checkpoint, "fast", max_model_len=512, limit_mm_per_prompt={"image": 99})
+    with live(backend, ServerOptions(overflow="window")) as serving:
+
+        def decoded(turns: int) -> float:
+            assert serving.post(CHAT, {"messages": picture_talk(turns), "max_tokens": 8}).status_code == 200
+            return numbers(serving)["qvl_media_stage_seconds_count{kind=image,stage=decode}"]
+
+        first = decoded(30)
+        assert decoded(31) - first <= 12 < first
+
+
+def test_a_summary_is_not_used_where_all_of_it_fits(summing: Live, wide: Teller) -> None:
+    """Less is asked for the answer: what was too long a moment ago fits."""
+    assert "qvl" in summing.post(CHAT, {"messages": talk(52)}).json()
+    assert "qvl" not in summing.post(CHAT, {"messages": talk(52), "max_tokens": 16}).json()
+    assert len(wide.requests[-1]) == 106
+
+
 def test_broken_pictures(local: Live) -> None:
     """In the newest turn an error as ever; in a turn that is too old to matter nothing."""
     bad = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
