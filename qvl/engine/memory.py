@@ -71,16 +71,20 @@ def sampling_bytes(config: EngineConfig) -> int:
 
 
 def vision_bytes(config: EngineConfig, patches: int) -> int:
-    """Activations of the vision tower over `patches` patches: themselves, the stream, the result of attention and the
-    angles, beside the larger of some heads' q, k, v (turned ones and their result, too) and a part of the MLP.
+    """Activations of the vision tower over `patches` patches: while they are embedded, with what went in; in a block,
+    with the result of attention, beside the larger of some heads (q, k, v, turned ones, their result) and a part of the
+    MLP; in the merger, with its result twice.
     """
     vision, size = config.spec.vision, DTYPE_BYTES[config.dtype]
-    always = patches * ((vision.patch_dim + 2 * vision.embed_dim) * size + 2 * vision.head_dim * 4)
+    stream = patches * vision.embed_dim * size
+    angles = patches * 2 * vision.head_dim * 4
     one_head = 3 * vision.head_dim * patches * size
-    heads = max(one_head, min(ATTENTION_BYTES, vision.num_heads * one_head)) * 2
+    heads = 2 * max(one_head, min(ATTENTION_BYTES, vision.num_heads * one_head))
     mlp = min(patches, VISION_ROWS) * (2 * vision.mlp_dim + 2 * vision.embed_dim) * size
-    merged = patches // vision.merge_size**2 * vision.hidden_size * size
-    return always + max(heads, mlp + merged)
+    block = stream + max(heads, mlp)
+    rows = min(patches, VISION_ROWS)
+    merger = (2 * (patches // vision.merge_size**2) * vision.hidden_size + rows * 4 * vision.embed_dim) * size
+    return stream + angles + max(patches * vision.patch_dim * size + stream, block, merger)
 
 
 def kept_bytes(config: EngineConfig) -> int:

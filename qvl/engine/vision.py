@@ -81,7 +81,7 @@ class MediaEncoder:
         """One tensor [tokens, hidden] per picture, each with memory of its own, so that the cache can let go of one."""
         patches = [self._patches(item) for item in group]
         grids = [item.span.grid for item in group]
-        together = self.model.encode_media(torch.cat(patches), grids)
+        together = self.model.encode_media(patches, grids)
         rows = torch.split(together, [item.span.length for item in group])
         return [rows[0]] if len(rows) == 1 else [part.clone() for part in rows]
 

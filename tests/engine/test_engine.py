@@ -164,10 +164,10 @@ def test_a_picture_too_large_for_memory_fails_alone(checkpoint: Path, monkeypatc
     engine = make_engine(checkpoint)
     encode = engine.runner.model.encode_media
 
-    def limited(values: torch.Tensor, grids: Any) -> torch.Tensor:
-        if len(values) > 100:
+    def limited(parts: list[torch.Tensor], grids: Any) -> torch.Tensor:
+        if sum(map(len, parts)) > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(values, grids)
+        return encode(parts, grids)
 
     monkeypatch.setattr(engine.runner.model, "encode_media", limited)
     small = Ask([words(1, 5), pixels(1, 4, 4), words(2, 5)])
