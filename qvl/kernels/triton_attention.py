@@ -25,6 +25,7 @@ from qvl.layers.attention import AttentionMetadata, Heads, PagedAttention
 FIELDS = (
     8  # int32 of an item: sequence, first row of q, query tokens, context before them, first key, end, part, unused
 )
+COMMON_BATCH = 256  # steps of up to so many decodes are cut by one compilation
 PER_MULTIPROCESSOR = 2  # programs of a decode that should be under way at a time
 LOG2E = 1.4426950408889634
 WRONG = 3e-2  # relative error; bfloat16 leaves a few thousandths
@@ -96,10 +97,11 @@ class TritonAttention:
         parts = torch.empty((count, heads.num_heads, heads.head_dim + 1), dtype=torch.float32, device=device)
         flat = parts.view(-1)
         split = count * heads.num_heads * heads.head_dim
+        lanes = max(COMMON_BATCH, triton.next_power_of_2(batch))
         _cut[(1,)](
-            seq_lens, items, bounds, batch, count, self.most, BATCH=triton.next_power_of_2(batch),
-            ITEMS=triton.next_power_of_2(count), BLOCK=self.tiles.decode_block, FIELDS=FIELDS, EARLY=self.tiles.early,
-            num_warps=4, **launch_early(self.tiles.early),
+            seq_lens, items, bounds, batch, count, self.most, BATCH=lanes,
+            ITEMS=triton.next_power_of_2(lanes + self.most), BLOCK=self.tiles.decode_block, FIELDS=FIELDS,
+            EARLY=self.tiles.early, num_warps=4, **launch_early(self.tiles.early),
         )  # fmt: skip
         return DecodeCut(items, bounds, (flat[:split], flat[split:]))
 
@@ -183,7 +185,7 @@ def merge(cut: DecodeCut, out: Tensor, early: bool) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count", "most"])
 def _cut(
     lens_ptr,  # int32 [batch]
     items_ptr,  # int32 [count, FIELDS]

@@ -86,8 +86,8 @@ def product(capability: tuple[int, int], weights: torch.dtype, *, gated: bool) -
     number, shape = "*" + TYPES[dtype], shape_for(1, 3584)
     types = {"x_ptr": number, "w_ptr": "*" + TYPES[weights], "scales_ptr": "*fp32"}
     types |= dict.fromkeys(("norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), number)
-    types |= {"n": "i32", "k": "i32", "eps": "fp32"}
-    constants = {"m": 1, "M": 1, "ROWS": shape.rows, "BLOCK": shape.block, "SCALED": weights == torch.float8_e4m3fn}
+    types |= {"m": "i32", "n": "i32", "k": "i32", "eps": "fp32"}
+    constants = {"M": 1, "ROWS": shape.rows, "BLOCK": shape.block, "SCALED": weights == torch.float8_e4m3fn}
     constants |= {"NORM": True, "BIAS": not gated, "GATED": gated, "RESIDUAL": False, "EARLY": early_on(capability)}
     options = {"num_warps": shape.warps} | ({"launch_pdl": True} if early_on(capability) else {})
     return compiled(_product, capability, types, constants, options)
