@@ -2,7 +2,7 @@
 
 The bundled checkpoint answers. No request may be refused, and what it says about the last picture must be right, with
 whoever makes the conversation fit: the server, which gets it whole every time, or `qvl.memory` on the client's side.
-The short ones run by default, those of 200 turns with `-m slow` (some minutes).
+Short ones run by default, those of 200 turns with `pytest -m slow` (some minutes).
 """
 
 from __future__ import annotations
