@@ -18,7 +18,7 @@ from qvl.tasks.base import Ask, Model, Result, Sighted, Task, asked, cut_notes
 from qvl.tasks.boxes import Convention, Found, Reading, Size, guess_convention, place, read_marks
 from qvl.tasks.pictures import as_seen, pixels_of, size_seen
 from qvl.tasks.run import one
-from qvl.types import MediaPart, Part, PictureRule, SamplingParams
+from qvl.types import Completion, MediaPart, Message, Part, PictureRule, SamplingParams
 
 Coordinates: TypeAlias = Literal["auto", "relative", "absolute"]
 Objects: TypeAlias = tuple[Found, ...]
@@ -114,11 +114,20 @@ class Ground(Task[Objects]):
         found: list[Found] = []
         notes: dict[str, None] = {}
         for what in (self.what, *self.also):
-            completion = ask(asked(self.question(what), (part,)), self.sampling)
+            completion = self._ask(ask, asked(self.question(what), (part,)))
             objects, remarks = self._found(completion.text, what, size, seen)
             found += objects
             notes |= dict.fromkeys((*remarks, *cut_notes(completion)))
         return self.result(tuple(found), tuple(notes))
+
+    def _ask(self, ask: Ask, messages: tuple[Message, ...]) -> Completion:
+        """With the box tokens, where a server lets itself be asked for them; boxes can be read without them too."""
+        try:
+            return ask(messages, self.sampling)
+        except InvalidRequest as error:
+            if "skip_special_tokens" not in f"{error.param} {error.message}":
+                raise
+            return ask(messages, super().sampling)
 
     def _found(self, answer: str, what: str, size: Size, seen: Size) -> tuple[list[Found], list[str]]:
         """The objects of one answer and what there is to know about it. Raises `BadAnswer`."""

@@ -57,6 +57,15 @@ def test_box_tokens_are_asked_for_and_travel() -> None:
     assert body_of(ChatRequest(messages, sampling), "m")["skip_special_tokens"] is False
 
 
+def test_a_server_that_knows_no_such_wish_is_asked_without_it() -> None:
+    refusal = InvalidRequest("Unrecognized request argument supplied: skip_special_tokens")
+    model = Scripted([refusal, "dog(100,500),(300,1000)"])
+    assert ground("the dog", white(1000, 1000), model=model)[0].box == (100, 500, 300, 1000)
+    assert model.asked[1][1].skip_special_tokens
+    with pytest.raises(InvalidRequest, match="other"):
+        ground("the dog", white(1000, 1000), model=Scripted([InvalidRequest("some other thing"), TOKENS]))
+
+
 def test_pixels_of_the_picture_as_the_model_sees_it() -> None:
     """Qwen2.5-VL: the server says how it resizes, so its pixels are known."""
     rule = PictureRule(28, 3136, 401408)
