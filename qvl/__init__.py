@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvl import tasks as tasks
     from qvl.client import AsyncClient, Client
     from qvl.engine.llm import LLM
     from qvl.errors import QvlError
@@ -59,6 +60,8 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tasks":
+        return importlib.import_module("qvl.tasks")
     if name not in __all__:
         raise AttributeError(f"module 'qvl' has no attribute '{name}'")
     value = getattr(importlib.import_module(_ELSEWHERE.get(name, "qvl.types")), name)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from qvl.errors import ConfigError
 from qvl.tasks import registry
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_name_is_a_question_about_one_picture() -> None:
@@ -19,3 +25,9 @@ def test_every_name_is_a_question_about_one_picture() -> None:
 def test_a_name_that_is_none() -> None:
     with pytest.raises(ConfigError, match=r"'tabel'.*did you mean 'table'"):
         registry.question("tabel")
+
+
+def test_the_functions_are_found_in_the_package_and_load_no_torch() -> None:
+    code = "import sys, qvl; assert callable(qvl.tasks.ocr); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
