@@ -189,3 +189,10 @@ def test_with_a_real_tokenizer(checkpoint: Path) -> None:
         said = [detokenizer.feed([token]).text for token in ids] + [detokenizer.feed([], "length").text]
         assert "".join(said) == tokenizer.decode(ids, skip_special_tokens=skip)
         assert not any("\ufffd" in piece for piece in said)
+
+
+def test_a_stop_string_at_the_very_end_is_not_the_end_tokens() -> None:
+    """Half a character becomes the stop string when the engine says that the answer is over: three ids belong to it."""
+    vocabulary = Vocabulary([b"a", "é".encode()[:1], b"<end>"])
+    detokenizer = Detokenizer(vocabulary, SamplingParams(stop=("a\ufffd",)))
+    assert detokenizer.feed([0, 0, 1, 2], "stop") == ("a", 3, "a\ufffd")

@@ -129,6 +129,21 @@ def test_too_long_tells_the_tokens_of_each_picture_and_a_size_that_fits(checkpoi
         intake.prepare_chat(ChatRequest(user(*parts, "read"), limits=PixelLimits(max_pixels=proposed + 28 * 28)))
 
 
+def test_the_size_that_is_told_fits_whatever_the_room(checkpoint: Path) -> None:
+    intake = make(checkpoint)
+    told = 0
+    for room in range(40, 120):
+        small = Intake(dataclasses.replace(intake.config, max_model_len=room), intake.tokenizer)
+        parts = (picture(280, 280), "read")
+        try:
+            small.prepare_chat(ChatRequest(user(*parts)))
+        except PromptTooLong as error:
+            size = int(error.message.split("max_pixels ")[1].split()[0])
+            small.prepare_chat(ChatRequest(user(*parts), limits=PixelLimits(max_pixels=size)))
+            told += 1
+    assert told > 40
+
+
 def test_no_size_fits_when_the_text_alone_is_too_long(checkpoint: Path) -> None:
     intake = make(checkpoint, max_model_len=64)
     with pytest.raises(PromptTooLong, match="do not fit at any size"):

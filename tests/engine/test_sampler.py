@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from qvl.engine import noise
 from qvl.engine.noise import gumbel, noise_keys
 from qvl.engine.sampler import FAILED, Sampler, SamplerRow
 from qvl.types import SamplingParams, TokenLogprob
@@ -129,6 +130,40 @@ def test_a_look_at_the_few_best_chooses_as_a_full_sort_does(monkeypatch: pytest.
             monkeypatch.setattr("qvl.engine.sampler.FEW_CANDIDATES", few)
             found.append([token.token_id for token in draw(make_sampler(), logits.clone(), rows)])
         assert found[0] == found[1] == found[2]
+
+
+def test_rows_of_one_step_keep_filters_of_their_own() -> None:
+    """Eight tokens as good as equal: whoever may choose among k of them chooses each of these, and no other."""
+    seeds = range(120)
+    rules = {1: {"top_k": 1}, 2: {"top_k": 2}, 3: {"top_p": 0.375}, 5: {"top_k": 5}, 7: {"top_p": 0.86}}
+    rows = [row(params(temperature=1.0, **rule), seed=seed) for rule in rules.values() for seed in seeds]
+    logits = torch.full((len(rows), VOCAB), -100.0)
+    logits[:, 20:28] = torch.linspace(0.0, -1e-4, 8)
+    chosen = [token.token_id for token in draw(make_sampler(), logits, rows)]
+    for number, count in enumerate(rules):
+        assert set(chosen[number * len(seeds) : (number + 1) * len(seeds)]) == set(range(20, 20 + count)), count
+
+
+def test_what_reaches_top_p_or_min_p_exactly() -> None:
+    halves = torch.full((1, VOCAB), -1e9)
+    halves[0, 3] = halves[0, 4] = 0.0
+    rows = [row(params(temperature=1.0, top_p=0.5), seed=seed) for seed in range(50)]
+    assert len({token.token_id for token in draw(make_sampler(), halves.repeat(50, 1), rows)}) == 1
+    best = random_logits(1, seed=4)
+    rows = [row(params(temperature=1.0, min_p=1.0), seed=seed) for seed in range(50)]
+    assert {token.token_id for token in draw(make_sampler(), best.repeat(50, 1), rows)} == {int(best.argmax())}
+
+
+@pytest.mark.parametrize("bits", [0, -1, 2**31 - 1, -(2**31)])
+def test_noise_is_a_number_at_the_ends_of_its_range(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    monkeypatch.setattr(noise, "_mix32", lambda x: torch.full_like(x, bits))
+    assert gumbel(torch.zeros(1, 2, dtype=torch.int32), torch.arange(4, dtype=torch.int32)[None]).isfinite().all()
+
+
+def test_seeds_and_positions_are_not_the_same_thing() -> None:
+    """A neighbour's seed one place further on is other noise: two streams never say the same thing shifted."""
+    keys = noise_keys([seed for seed in range(20) for _ in range(20)], [*range(20)] * 20)
+    assert len({tuple(key) for key in keys.tolist()}) == 400
 
 
 def test_noise_is_uniform_in_every_direction() -> None:

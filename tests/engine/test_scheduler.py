@@ -48,17 +48,27 @@ class Bench:
         self.outputs[asked.request_id] = []
         return seq
 
-    def step(self) -> ScheduledBatch:
+    def schedule(self) -> ScheduledBatch:
+        """A step's plan, and what holds for the queues behind every plan."""
+        running, preemptions = set(self.scheduler.running), self.scheduler.stats().preemptions
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
+        for queue in (self.scheduler.waiting, self.scheduler.running):
+            assert [seq.arrival for seq in queue] == sorted(seq.arrival for seq in queue)
+        assert not any(seq.num_computed for seq in self.scheduler.waiting)
+        if self.scheduler.stats().preemptions > preemptions:
+            assert running.issuperset(self.scheduler.running), "one came in while another had to give way"
+        return batch
+
+    def step(self) -> ScheduledBatch:
+        batch = self.schedule()
         self.check(batch)
         self.take(self.scheduler.finish(batch, self.runner.run(batch)))
         return batch
 
     def step_ahead(self) -> None:
         """Plan and run a step before the one before it is taken in."""
-        batch = self.scheduler.schedule()
-        self.scheduler.check_integrity()
+        batch = self.schedule()
         ahead: tuple[ScheduledBatch, StepResult] | None = None
         if batch:
             self.check(batch)
@@ -218,6 +228,15 @@ def test_prompts_and_pictures_give_way_to_decodes() -> None:
         assert batch.num_decodes == 1
         taken.append((batch.num_tokens - 1, [media.span.digest for media in batch.encode]))
     assert taken == [(6, [A]), (6, [B]), (4, [C])]
+
+
+def test_equal_prompts_that_come_together_are_computed_once() -> None:
+    bench = Bench(Limits(max_num_batched_tokens=64))
+    for name in "abc":
+        bench.add(request(name, [1, 2, 3, 4] * 3, SamplingParams(max_tokens=1)))
+    assert [entry.seq.request_id for entry in bench.step().seqs] == ["a"]
+    bench.run()
+    assert bench.runner.num_computed == 12 + 2 * 4  # the others' last blocks hold the tokens that choose the next
 
 
 def test_shared_prefix_is_computed_once_and_the_last_token_always() -> None:

@@ -60,6 +60,21 @@ def test_counts_through_prefill_decode_and_preemption() -> None:
     assert seq.status is Status.WAITING
 
 
+def test_what_the_cache_had_is_what_the_first_admission_found() -> None:
+    seq = make([1] * 9)
+    seq.start_running([0, 1, 2], 1)
+    seq.reset()
+    seq.start_running([3, 4, 5], 2)
+    assert (seq.num_cached_tokens, seq.num_registered) == (4, 2)
+
+
+def test_an_end_token_counts_behind_min_tokens_only() -> None:
+    state = SamplingState.create(SamplingParams(min_tokens=2, stop_token_ids=(5,)), EOS, 3)
+    for token in (5, *EOS):
+        assert [state.ends(token, number) for number in (1, 2, 3)] == [False, False, True]
+    assert [set(state.banned(number)) for number in (0, 1, 2)] == [{5, *EOS}, {5, *EOS}, set()]
+
+
 def test_a_sequence_ends_once_and_lets_go_of_its_pixels() -> None:
     asked = request("r", [(2, A)])
     seq = Sequence.create(asked, SPEC, block_size=4, pixels=[np.zeros((1, 28, 56, 3), np.uint8)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 
 import httpcore
@@ -118,3 +119,28 @@ def test_deadline():
     assert Deadline(3).clip(None) <= 3
     with pytest.raises(BadMedia, match="too long"):
         Deadline(0).clip(3)
+
+
+class Wire(httpcore.NetworkStream):
+    """Notes the time-outs it is given."""
+
+    def __init__(self):
+        self.timeouts = []
+
+    def write(self, buffer, timeout=None):
+        self.timeouts.append(timeout)
+
+    def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+        self.timeouts.append(timeout)
+        return self
+
+
+def test_a_stream_keeps_to_the_deadline_behind_tls_too():
+    wire = Wire()
+    stream = guard._TimedStream(wire, Deadline(50)).start_tls(ssl.create_default_context(), "a.example", 1000)
+    stream.write(b"x", 1000)
+    stream.write(b"x", 3)
+    assert [timeout <= 50 for timeout in wire.timeouts] == [True, True, True]
+    assert wire.timeouts[2] == 3
+    with pytest.raises(BadMedia, match="too long"):
+        guard._TimedStream(wire, Deadline(0)).write(b"x")

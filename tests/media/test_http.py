@@ -273,3 +273,15 @@ def test_tls_keeps_the_name_for_sni_and_certificate(tmp_path, monkeypatch):
         assert fetch(f"https://named.example:{port}/") == b"ok"
         refuse(f"https://other.example:{port}/", OPEN, BadMedia)
     assert names == ["named.example", "other.example"]
+
+
+@pytest.mark.parametrize("port", [1, 22, 25, 79, 81, 442, 444, 1023])
+def test_low_ports_are_those_of_other_services(port):
+    with pytest.raises(MediaRefused, match="ports 80, 443"):
+        http.parse_url(f"http://example.com:{port}/a.png", STRICT)
+    assert http.parse_url(f"http://example.com:{port}/a.png", OPEN).port == port
+
+
+@pytest.mark.parametrize("address", ["http://example.com:1024/", "https://example.com:80/", "http://example.com:443/"])
+def test_ports_that_may_be_called(address):
+    assert str(http.parse_url(address, STRICT)) == address

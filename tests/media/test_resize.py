@@ -107,3 +107,9 @@ def test_pixels_equal_the_reference_processor(processor, size):
 def test_the_same_size_is_the_same_array():
     picture = np.zeros((28, 56, 3), dtype=np.uint8)
     assert resize_bicubic(picture, 28, 56) is picture
+
+
+def test_an_area_that_is_just_the_maximum_is_kept():
+    """Both sides round to two patches: 56 x 56, and not one pixel too many."""
+    assert smart_resize(50, 60, factor=28, min_pixels=1, max_pixels=56 * 56) == (56, 56)
+    assert smart_resize(50, 60, factor=28, min_pixels=1, max_pixels=56 * 56 - 1) == (28, 56)

@@ -61,6 +61,10 @@ LIMITED: list[tuple[dict[str, Any], MediaPart]] = [
         MediaPart("image", URL, PixelLimits(max_pixels=512 * 512)),
     ),
     (
+        {"type": "image_url", "image_url": {"url": URL, "detail": "low", "min_pixels": 10**6}},
+        MediaPart("image", URL, PixelLimits(min_pixels=10**6, max_pixels=10**6)),
+    ),
+    (
         {"type": "image_url", "image_url": {"url": URL, "detail": "low", "max_pixels": 9000}},
         MediaPart("image", URL, PixelLimits(max_pixels=9000)),
     ),

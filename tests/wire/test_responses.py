@@ -180,3 +180,17 @@ def test_the_short_way_to_a_chunk_writes_the_same(options: wire.Options) -> None
                 assert (
                     short["choices"][0].get("text") or short["choices"][0].get("delta", {}).get("content", "")
                 ) == text
+
+
+def test_a_probability_that_is_no_number_is_still_json() -> None:
+    entries = (TokenLogprob(1, float("nan"), ((2, float("-inf")),)),)
+    answer = Answer(0, "Hel", (1,), "stop", logprobs=entries)
+    told = json.loads(chat_writer().response(Completion((answer,), USAGE)))["choices"][0]["logprobs"]["content"][0]
+    assert (told["logprob"], told["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
+
+
+def test_what_was_dropped_is_told_once_in_a_stream_of_several_answers() -> None:
+    writer = wire.ChatWriter(HEAD, token_bytes, overflowed=wire.Overflowed("window", dropped_messages=2))
+    chunks = [json.loads(writer.chunk(Delta(index, "x"))) for index in (0, 1, 0, 1)]
+    assert ["qvl" in chunk for chunk in chunks] == [True, False, False, False]
+    assert chunks[0]["qvl"]["dropped_messages"] == 2
