@@ -154,6 +154,7 @@ def attend_chunk(q: Tensor, kv: tuple[Tensor, Tensor], chunk: PrefillChunk) -> T
     if q.is_cuda:  # of torch's kernels, the one for older GPUs wants as many keys' heads as queries'
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, attn_mask=chunk.mask, is_causal=chunk.mask is None, enable_gqa=True
-    )
+        q.transpose(0, 1)[None], k, v, attn_mask=chunk.mask, is_causal=chunk.mask is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
     return out[0].transpose(0, 1)

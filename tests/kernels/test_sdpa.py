@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels import cpu_attention
-from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, group_by_length
+from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, causal_lower_right, group_by_length
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 
 
@@ -155,3 +156,13 @@ def test_queries_and_keys_are_turned_and_values_are_not(attention: PagedAttentio
     assert torch.allclose(*outs, atol=1e-5)
     assert not torch.allclose(caches[0][0], caches[1][0], atol=1e-2)
     assert torch.equal(caches[0][1], caches[1][1])
+
+
+@pytest.mark.parametrize(("chunk", "length"), [(3, 9), (1, 5), (4, 4)])
+def test_the_mask_known_by_name_is_the_mask_written_out(chunk: int, length: int) -> None:
+    """What GPUs are given instead of a tensor, as torch itself spells it out elsewhere."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, chunk, 8), torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+    seen = torch.arange(length) <= torch.arange(length - chunk, length)[:, None]
+    named = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(chunk, length), enable_gqa=False)
+    assert torch.allclose(named, F.scaled_dot_product_attention(q, k, v, attn_mask=seen), atol=1e-6)
