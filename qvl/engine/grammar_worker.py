@@ -26,7 +26,8 @@ MEMORY_BYTES = 4 * 1024**3  # of address space, most of it stacks that are never
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, whose end closes standard input
+    for sign in (signal.SIGINT, signal.SIGTERM):  # for the parent, whose end closes standard input
+        signal.signal(sign, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     os.nice(5)
     grammars = Grammars(load_spec(sys.argv[1]))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -231,6 +232,8 @@ def _leave(scratch: Iterable[str]) -> None:
 
 
 def main(load: Loader = load_engine) -> int:
+    # systemd tells every process of a service to end: it is the parent that drains, and that ends this one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     setup = msgspec.json.decode(first_line(sys.stdin.fileno()), type=Setup)
     logging.basicConfig(level=setup.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(SWITCH_SECONDS)

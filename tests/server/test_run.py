@@ -260,3 +260,24 @@ def alive(pid: int) -> bool:
 
 def children_of(pid: int) -> list[str]:
     return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def test_the_engine_leaves_draining_to_its_parent(checkpoint: Path, tmp_path: Path) -> None:
+    """A supervisor such as systemd sends SIGTERM to every process of a service."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", WITH_FAKE_ENGINE, str(checkpoint)]
+    with log.open("w") as file:
+        popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
+    try:
+        server = Process(popen, log)
+        assert "model " in server.line
+        engines = children_of(popen.pid)
+        os.kill(int(engines[0]), signal.SIGTERM)
+        assert server.ask(stream=False, text="Hello!").status_code == 200
+        assert children_of(popen.pid) == engines
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(LIMIT) == 0
+    finally:
+        popen.kill()
+        popen.communicate()
+        print(log.read_text())
