@@ -37,7 +37,7 @@ def random_asks(rng: random.Random, count: int) -> list[Ask]:
         pieces: list[Any] = [words(rng.randrange(2), rng.choice([4, 17, 40]))]
         if rng.random() < 0.4:
             pieces += [pixels(rng.randrange(3), 2, 3), words(number, rng.randint(1, 12))]
-        asks.append(Ask(pieces, greedy(rng.randint(1, 30), **rules)))
+        asks.append(Ask(pieces, greedy(rng.randint(rules.get("min_tokens", 1), 30), **rules)))
     return asks
 
 
