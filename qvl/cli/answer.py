@@ -15,20 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
-from qvl.client import Client, collect, local_server, media_kind, question
+from qvl.cli.who import Who, find
+from qvl.client import collect, media_kind, question
 from qvl.errors import InvalidRequest
-from qvl.tasks.base import Model
 from qvl.types import DEFAULT_URL, Completion, Delta, MediaPart, Message, PixelLimits, SamplingParams
 from qvl.wire import LOW_DETAIL_PIXELS
-
-
-@dataclass(frozen=True, slots=True)
-class Who:
-    """Who is asked: a server, a name that it serves or a checkpoint to load here, and the server's key."""
-
-    base_url: str | None = None
-    model: str | None = None
-    api_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +47,10 @@ def answer(
     if schema is not None:
         _answer_by_schema(messages, sampling, who, schema, as_json)
         return
-    source, asked = _choose(who)
-    deltas = asked.stream(messages, sampling)
+    found = find(who, DEFAULT_URL)
+    deltas = found.model.stream(messages, sampling)
     if as_json:
-        _print_json(source, collect(deltas))
+        _print_json(found.told, collect(deltas))
     else:
         _print_stream(deltas)
 
@@ -73,12 +64,12 @@ def _answer_by_schema(
     from qvl.tasks.schema import Schema
 
     keeping = Keeping(Schema.from_file(path))
-    source, asked = _choose(who)
-    kept = keeping.ask(asking(asked), messages, sampling)
+    found = find(who, DEFAULT_URL)
+    kept = keeping.ask(asking(found.model), messages, sampling)
     for note in kept.notes:
         print(f"qvl: {note}", file=sys.stderr)
     if as_json:
-        _print_json(source, kept.completion, {"value": kept.value})
+        _print_json(found.told, kept.completion, {"value": kept.value})
     else:
         print(json.dumps(kept.value, ensure_ascii=False, indent=2))
 
@@ -137,21 +128,6 @@ def _medium(item: str, stdin: BinaryIO) -> MediaPart:
     if not path.is_file():
         raise InvalidRequest(f"no such file: {item}")
     return MediaPart(media_kind(path), path)
-
-
-def _choose(who: Who) -> tuple[str, Model]:
-    """Who answers (for the reader of --json), and the means to ask."""
-    if who.base_url is not None:
-        client = Client(who.base_url, model=who.model, api_key=who.api_key)
-        return f"{client.model} at {client.base_url}", client
-    local = local_server(DEFAULT_URL, who.model, who.api_key)
-    if local is not None:
-        return f"{local.model} at {local.base_url}", local
-    name = who.model or "demo"
-    print(f"qvl: no server at {DEFAULT_URL} serves {who.model or 'a model'}; loading {name} here", file=sys.stderr)
-    from qvl.engine.llm import LLM  # torch loads only where no server can answer
-
-    return f"{name} in process", LLM(name)
 
 
 def _print_stream(deltas: Iterator[Delta]) -> None:

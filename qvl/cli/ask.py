@@ -50,7 +50,8 @@ def ask(
 
     Text piped in is added to the question when no file is named: `cat page.txt | qvl ask "Summarise this."`
     """
-    from qvl.cli.answer import Look, Who, answer
+    from qvl.cli.answer import Look, answer
+    from qvl.cli.who import Who
     from qvl.types import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

@@ -39,7 +39,8 @@ def compare(
     where the pixels differ.
     """
     from qvl.cli.tasks.pairs import perform_pair
-    from qvl.cli.tasks.perform import How, Who
+    from qvl.cli.tasks.perform import How
+    from qvl.cli.who import Who
     from qvl.tasks.comparison import Compare
 
     task = Compare(listed=listed or as_json, lang=lang)

@@ -25,7 +25,8 @@ def describe(
     concurrency: flags.Concurrency = 4,
 ) -> int:
     """Describe pictures and videos: `qvl describe photo.jpg --length short --lang zh`."""
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
+    from qvl.cli.who import Who
     from qvl.tasks.description import MAX_TOKENS, Describe
 
     who = Who(base_url, model, api_key, concurrency)

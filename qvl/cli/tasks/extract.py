@@ -32,7 +32,8 @@ def extract(
     concurrency: flags.Concurrency = 4,
 ) -> int:
     """Extract fields from pictures as JSON that is always valid: `qvl extract --schema invoice.json scan.png`."""
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
+    from qvl.cli.who import Who
     from qvl.tasks import Extract
     from qvl.tasks.schema import Schema
 

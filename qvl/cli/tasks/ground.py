@@ -49,9 +49,10 @@ def ground(
 
     Prints JSON: label and box (left, top, right, bottom) of each; `[]` when there is none.
     """
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
     from qvl.cli.tasks.pictures import PictureSink
     from qvl.cli.tasks.status import tell
+    from qvl.cli.who import Who
     from qvl.tasks.boxes import Found
     from qvl.tasks.grounding import Ground
     from qvl.tasks.marks import Picture, draw_marks

@@ -28,7 +28,8 @@ def ocr(
     concurrency: flags.Concurrency = 4,
 ) -> int:
     """Read the text in pictures and PDFs: `qvl ocr scan.png`, `qvl ocr report.pdf --pages 1-3 -o report.txt`."""
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
+    from qvl.cli.who import Who
     from qvl.tasks import Ocr, OcrLines
 
     who = Who(base_url, model, api_key, concurrency)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from qvl.cli.tasks.perform import How, Who, find_model
+from qvl.cli.tasks.perform import How, find_model
 from qvl.cli.tasks.pictures import check_name, save
 from qvl.cli.tasks.sink import keep_inputs, open_sink
 from qvl.cli.tasks.status import Status, tell
+from qvl.cli.who import Who
 from qvl.errors import InvalidRequest
 from qvl.tasks.base import Model, Task
 from qvl.tasks.comparison import Compare, Comparison

@@ -14,7 +14,7 @@ from typing import Any
 from qvl.cli.answer import is_piped
 from qvl.cli.tasks.sink import Sink, open_sink
 from qvl.cli.tasks.status import Status, tell
-from qvl.client import Client, local_server
+from qvl.cli.who import Who, find
 from qvl.errors import InvalidRequest, QvlError
 from qvl.tasks.base import Model, Task
 from qvl.tasks.inputs import STDIN, Item, Pages, Reading, items
@@ -22,16 +22,7 @@ from qvl.tasks.run import Outcome, resolution_for, run
 from qvl.types import DEFAULT_URL
 
 TOLD_FAILURES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Who:
-    """Who answers, and how many questions at a time."""
-
-    base_url: str | None = None
-    model: str | None = None
-    api_key: str | None = None
-    concurrency: int = 4
+BUSY_RETRIES = 6  # of a request that a server did not take: a quarter of a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +98,8 @@ def _put_besides(sink: Sink | None, outcome: Outcome[Any]) -> list[Outcome[Any]]
 
 
 def find_model(who: Who, *, quiet: bool) -> Model:
-    """A named server, else the one on this machine's default port, else the model is loaded here."""
-    if who.base_url is not None:
-        client = Client(who.base_url, model=who.model, api_key=who.api_key)
-        client.model  # noqa: B018  asked now: a server that does not answer is told once, not for every input
-        return client
-    found = local_server(DEFAULT_URL, who.model, who.api_key)
-    if found is not None:
-        return found
-    name = who.model or "demo"
-    if not quiet:
-        tell(f"no server at {DEFAULT_URL} serves {who.model or 'a model'}; loading {name} here")
-    from qvl.engine.llm import LLM  # torch loads only where no server can answer
-
-    return LLM(name)
+    """Who answers; a server that is busy is waited for, since many pictures may want it at once."""
+    return find(who, DEFAULT_URL, quiet=quiet, retries=BUSY_RETRIES).model
 
 
 def _standard_input(task: Task[Any]) -> list[str]:

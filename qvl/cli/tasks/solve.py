@@ -25,7 +25,8 @@ def solve(
     concurrency: flags.Concurrency = 4,
 ) -> int:
     """Solve a problem of mathematics step by step, from a picture or piped text: `qvl solve homework.png`."""
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
+    from qvl.cli.who import Who
     from qvl.tasks import Solve
 
     who = Who(base_url, model, api_key, concurrency)

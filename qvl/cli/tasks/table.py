@@ -27,7 +27,8 @@ def table(
     concurrency: flags.Concurrency = 4,
 ) -> int:
     """Read the table in a picture: `qvl table invoice.png`, `qvl table report.pdf --to csv -o tables/`."""
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
+    from qvl.cli.who import Who
     from qvl.tasks import ReadTable
 
     who = Who(base_url, model, api_key, concurrency)

@@ -24,7 +24,8 @@ def translate(
     concurrency: flags.Concurrency = 4,
 ) -> int:
     """Translate the text in pictures, or piped text: `qvl translate --to zh sign.jpg`."""
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
+    from qvl.cli.who import Who
     from qvl.tasks import Translate
 
     who = Who(base_url, model, api_key, concurrency)

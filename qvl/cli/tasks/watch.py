@@ -41,8 +41,9 @@ def watch(
 
     A video that does not fit into one question is watched in parts, each with its times, and a summary follows.
     """
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
     from qvl.cli.tasks.status import tell
+    from qvl.cli.who import Who
     from qvl.tasks.film import seconds_of
     from qvl.tasks.watching import QUESTION, Watch
 

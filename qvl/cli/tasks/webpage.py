@@ -36,8 +36,9 @@ def webpage(
 
     The page loads nothing from elsewhere and runs no scripts; what the model put in of both is taken out and named.
     """
-    from qvl.cli.tasks.perform import How, Who, perform
+    from qvl.cli.tasks.perform import How, perform
     from qvl.cli.tasks.pictures import PictureSink
+    from qvl.cli.who import Who
     from qvl.tasks.screenshot import Webpage, side_by_side
 
     who = Who(base_url, model, api_key, concurrency)
