@@ -93,14 +93,20 @@ def resolution_for(model: Model, dpi: float | None = None) -> Resolution:
 
 
 def run(
-    task: Task[T], found: Iterable[Item], model: Model, *, concurrency: int = CONCURRENCY
+    task: Task[T],
+    found: Iterable[Item],
+    model: Model,
+    *,
+    concurrency: int = CONCURRENCY,
+    heard: Callable[[str], None] | None = None,
 ) -> Generator[Outcome[T], None, None]:
     """The outcome of every item, in order, with at most `concurrency` asked about at a time.
 
-    Closing the iterator early ends what is still under way.
+    `heard` is called with every piece of every answer, from several threads. Closing the iterator early ends what is
+    still under way.
     """
     stop = threading.Event()
-    ask = asking(model, stop)
+    ask = asking(model, stop, heard)
     task = task.for_model(model)
 
     def work(item: Item) -> Outcome[T]:
@@ -119,13 +125,15 @@ def run(
             yield waiting.popleft().result()
 
 
-def asking(model: Model, stop: threading.Event | None = None) -> Ask:
-    """What a task asks `model` with; once `stop` is set, an answer ends at its next token."""
+def asking(model: Model, stop: threading.Event | None = None, heard: Callable[[str], None] | None = None) -> Ask:
+    """What a task asks `model` with; once `stop` is set, an answer ends at its next token. `heard` gets its pieces."""
 
     def until_stopped(deltas: Iterator[Delta]) -> Iterator[Delta]:
         for delta in deltas:
             if stop is not None and stop.is_set():
                 raise _Stopped
+            if heard is not None:
+                heard(delta.text)
             yield delta
 
     def ask(messages: tuple[Message, ...], sampling: SamplingParams) -> Completion:

@@ -72,8 +72,9 @@ def _ask(
     """Ask about all items and write what comes. What failed."""
     failed: list[Outcome[Any]] = []
     sink, besides = sinks
-    outcomes = run(task, found, model, concurrency=concurrency)
-    with Status(task.name, found, quiet=quiet) as status, sink, closing(outcomes):
+    status = Status(task.name, found, quiet=quiet)
+    outcomes = run(task, found, model, concurrency=concurrency, heard=status.hear)
+    with status, sink, closing(outcomes):
         for outcome in outcomes:
             status.clear()
             sink.put(outcome)

@@ -5,6 +5,7 @@ Only a terminal sees it: pipes and logs get remarks and errors alone. Does not k
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -23,28 +24,36 @@ def tell(line: str) -> None:
 
 
 class Status:
-    """`qvl ocr 3/12 scans/4.png 5s`, kept up by a thread while the block lasts."""
+    """`qvl ocr 3/12 scans/4.png 5s, 812 characters`, kept up by a thread while the block lasts."""
 
     def __init__(self, name: str, found: Sequence[Item], *, quiet: bool) -> None:
         self._name = name
         self._found = found
         self._shown = not quiet and sys.stderr.isatty()
         self._done = 0
+        self._characters = 0
+        self._aside = False
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def clear(self) -> None:
-        """Make room for something to read."""
+        """Make room for something to read; the line stays away until `advance`."""
         if self._shown:
             with self._lock:
+                self._aside = True
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
+
+    def hear(self, piece: str) -> None:
+        """An answer has grown."""
+        self._characters += len(piece)
 
     def advance(self) -> None:
         """One more is done."""
         self._done += 1
+        self._aside = False
         self._draw()
 
     def __enter__(self) -> Status:
@@ -69,7 +78,9 @@ class Status:
             return
         title = self._found[self._done].title
         title = title if len(title) <= _WIDE else f"...{title[3 - _WIDE :]}"
-        seconds = int(time.monotonic() - self._began)
+        told = f"{int(time.monotonic() - self._began)}s, {self._characters} characters"
+        line = f"qvl {self._name} {self._done + 1}/{len(self._found)} {title} {told}"
         with self._lock:
-            sys.stderr.write(f"\r\x1b[Kqvl {self._name} {self._done + 1}/{len(self._found)} {title} {seconds}s")
-            sys.stderr.flush()
+            if not self._aside:
+                sys.stderr.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+                sys.stderr.flush()
