@@ -109,7 +109,7 @@ class Sampler:
         healthy = logits.sum(dim=1, dtype=torch.float32).isfinite()
         kept = logits.index_select(1, self._never)
         logits.index_fill_(1, self._never, -torch.inf)
-        tokens = torch.where(healthy, logits.argmax(dim=1), FAILED)
+        tokens = logits.argmax(dim=1).masked_fill_(healthy.logical_not(), FAILED)
         logits.index_copy_(1, self._never, kept)
         return tokens
 
@@ -133,8 +133,8 @@ class Sampler:
         self._bias(part, rows)
         self._ban(part, rows)
         self._keep(part, rows)
-        healthy = best.index_select(0, index) != FAILED
-        tokens = torch.where(healthy, self._choose(part, rows), FAILED)
+        failed = best.index_select(0, index) == FAILED
+        tokens = self._choose(part, rows).masked_fill(failed, FAILED)
         if lines is not None:
             self.counts.count(counted, lines, tokens.index_select(0, self._index(penalised)))
         drawn.tokens.index_copy_(0, index, tokens)

@@ -137,7 +137,7 @@ class Scheduler:
         for seq in self.running:
             if step.tokens_left == 0:
                 return
-            if len(seq.token_ids) + seq.num_pending > seq.num_computed and not seq.is_decoding and seq not in step:
+            if seq.num_computed < len(seq.token_ids) and not seq.is_decoding and seq not in step:
                 num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
                 if num_tokens > 0:
                     step.add(seq, num_tokens)
