@@ -14,6 +14,7 @@ from qvl.errors import ConfigError
 from qvl.kernels import cpu_attention
 from qvl.kernels.gpu import BF16_FROM, OLDEST, Capability, gpu_problem, shared_memory, tiles_for, told, warn_of
 from qvl.kernels.sdpa import GatherAttention
+from qvl.kernels.trial import problem_of
 from qvl.layers.attention import Heads, PagedAttention
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -54,12 +55,12 @@ def triton_gpu(
     problem = gpu_problem()
     if problem is not None:
         raise Unavailable(problem)
-    from qvl.kernels.triton_attention import TritonAttention, problem_of
+    from qvl.kernels.triton_attention import TritonAttention
 
     tiles = tiles_for(capability, dtype, heads.head_dim)
     attention = TritonAttention(heads, tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     try:
-        problem = problem_of(attention, device, dtype)
+        problem = problem_of(attention, heads, device, dtype)
     except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
         problem = f"the attention kernel did not run ({told(error)})"
     if problem is not None:

@@ -7,9 +7,16 @@ costs. Does not know what the kernels compute.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,6 +28,8 @@ COST = "torch's own operations are used instead: several times slower per token"
 BF16_FROM: Capability = (8, 0)
 OLDEST: Capability = (7, 5)  # before it torch's own wheels do not run either
 KIB = 1024
+
+_compiling: ContextVar[bool] = ContextVar("qvl_compiling", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +84,44 @@ def early_on(capability: Capability | None) -> bool:
     return capability is not None and (9, 0) <= capability < (12, 0)
 
 
-def launch_early(early: bool) -> dict[str, bool]:
-    """The launch option that goes with EARLY in a kernel, whose first act is then to wait for the kernel before it."""
-    return {"launch_pdl": True} if early else {}
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a Triton kernel, or only compile it inside `compiling_together`.
+
+    A kernel that is EARLY may start while the one before it ends; its first act is then to wait for that end.
+    """
+    if constants.get("EARLY"):
+        constants["launch_pdl"] = True
+    if _compiling.get():
+        kernel.warmup(*arguments, grid=grid, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def compiling_together() -> Iterator[None]:
+    """Inside, launches compute nothing; their kernels are compiled at the same time, and ready at the end.
+
+    A first start would spend most of its time compiling one after the other. What cannot be compiled says so when it is
+    launched. Where this Triton has no such mode, nothing is different inside.
+    """
+    mode = getattr(triton_module(), "AsyncCompileMode", None)
+    if mode is None:
+        yield
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as threads, mode(threads, ignore_errors=True):
+        token = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(token)
+
+
+def triton_module() -> ModuleType | None:
+    """Triton, where it is installed."""
+    try:
+        return importlib.import_module("triton")
+    except ImportError:
+        return None
 
 
 def capability_of(device: torch.device) -> Capability | None:

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl.kernels.gpu import Tiles, launch_early
-from qvl.kernels.sdpa import GatherAttention, PrefillChunk, attend_chunk, prefill_chunks
+from qvl.kernels.gpu import Tiles, launch
+from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.kernels.triton_ops import rope_and_store
-from qvl.layers.attention import AttentionMetadata, Heads, PagedAttention
+from qvl.layers.attention import AttentionMetadata, Heads
 
 FIELDS = (
     8  # int32 of an item: sequence, first row of q, query tokens, context before them, first key, end, part, unused
@@ -28,7 +28,6 @@ FIELDS = (
 COMMON_BATCH = 256  # steps of up to so many decodes are cut by one compilation
 PER_MULTIPROCESSOR = 2  # programs of a decode that should be under way at a time
 LOG2E = 1.4426950408889634
-WRONG = 3e-2  # relative error; bfloat16 leaves a few thousandths
 
 
 @dataclass(slots=True)
@@ -80,10 +79,10 @@ class TritonAttention:
         table = plan.metadata.block_table
         if plan.decodes is not None:
             cut = plan.decodes
-            self.launch(q, kv, table, cut.items, out, cut.parts, rows=self.tiles.decode_rows(self.heads.group))
+            self.attend_items(q, kv, table, cut.items, out, cut.parts, rows=self.tiles.decode_rows(self.heads.group))
             merge(cut, out, self.tiles.early)
         if plan.tiles is not None:
-            self.launch(q, kv, table, plan.tiles, out, None, rows=self.tiles.rows)
+            self.attend_items(q, kv, table, plan.tiles, out, None, rows=self.tiles.rows)
         for chunk in plan.chunks:
             out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
         return out.flatten(1)
@@ -98,10 +97,11 @@ class TritonAttention:
         flat = parts.view(-1)
         split = count * heads.num_heads * heads.head_dim
         lanes = max(COMMON_BATCH, triton.next_power_of_2(batch))
-        _cut[(1,)](
+        launch(
+            _cut, (1,),
             seq_lens, items, bounds, batch, count, self.most, BATCH=lanes,
             ITEMS=triton.next_power_of_2(lanes + self.most), BLOCK=self.tiles.decode_block, FIELDS=FIELDS,
-            EARLY=self.tiles.early, num_warps=4, **launch_early(self.tiles.early),
+            EARLY=self.tiles.early, num_warps=4,
         )  # fmt: skip
         return DecodeCut(items, bounds, (flat[:split], flat[split:]))
 
@@ -111,7 +111,7 @@ class TritonAttention:
         device = metadata.block_table.device
         return tiles.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tiles
 
-    def launch(
+    def attend_items(
         self,
         q: Tensor,
         kv: tuple[Tensor, Tensor],
@@ -126,37 +126,13 @@ class TritonAttention:
         heads, tiles = self.heads, self.tiles
         part, weight = parts or (out, out)
         decode = parts is not None
-        _attend[(len(items) * heads.num_kv_heads,)](
+        launch(
+            _attend, (len(items) * heads.num_kv_heads,),
             q, *kv, table, items, out, part, weight, table.stride(0), heads.head_dim**-0.5 * LOG2E,
             KH=heads.num_kv_heads, D=heads.head_dim, PAGE=kv[0].shape[1], GROUP=heads.group, ROWS=rows,
             BLOCK=tiles.decode_block if decode else tiles.block, FIELDS=FIELDS, PARTS=decode,
             EARLY=tiles.early and decode, num_warps=4 if decode else tiles.warps, num_stages=tiles.stages,
-            **launch_early(tiles.early and decode),
         )  # fmt: skip
-
-
-def problem_of(attention: TritonAttention, device: torch.device, dtype: torch.dtype) -> str | None:
-    """A small step of two decodes and a chunk behind a prefix, against torch's operations; also builds the kernels."""
-    heads, block_size = attention.heads, 16
-    query, context = [1, 1, 20], [150, 5, 50]
-    table = torch.arange(30, dtype=torch.int32, device=device).view(3, 10).flip(1).contiguous()
-    index = [torch.arange(c - n, c, device=device) for n, c in zip(query, context, strict=True)]
-    slots = torch.cat([table[i][at // block_size] * block_size + at % block_size for i, at in enumerate(index)])
-    lengths = torch.tensor(context, dtype=torch.int32, device=device)
-    starts = torch.tensor([0, 1, 2, 22], dtype=torch.int32, device=device)
-    step = AttentionMetadata(starts, lengths, table, slots.long(), query, context, block_size, num_decodes=2)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
-
-    qkv = numbers(22, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
-    half = torch.rand(22, 1, heads.head_dim // 2, generator=generator, device=device).repeat(1, 1, 2) * 6
-    k, v = (numbers(30, block_size, heads.num_kv_heads, heads.head_dim) for _ in range(2))
-    ways: tuple[PagedAttention, ...] = (attention, GatherAttention())
-    found = [way.run(qkv, (half.cos(), half.sin()), (k.clone(), v.clone()), way.plan(step)).float() for way in ways]
-    error = float((found[0] - found[1]).norm() / found[1].norm())
-    return None if error < WRONG else f"the attention kernel gave wrong numbers (relative error {error:.1e})"
 
 
 def cut_prefills(metadata: AttentionMetadata, tokens: int) -> npt.NDArray[np.int32]:
@@ -180,8 +156,17 @@ def cut_prefills(metadata: AttentionMetadata, tokens: int) -> npt.NDArray[np.int
 def merge(cut: DecodeCut, out: Tensor, early: bool) -> None:
     """The parts of each sequence become one; a sequence of length 0 gets zeros."""
     heads, dim = out.shape[1:]
-    _merge[((len(cut.bounds) - 1) * heads,)](
-        *cut.parts, cut.bounds, out, H=heads, D=dim, SPAN=16, EARLY=early, num_warps=4, **launch_early(early)
+    launch(
+        _merge,
+        ((len(cut.bounds) - 1) * heads,),
+        *cut.parts,
+        cut.bounds,
+        out,
+        H=heads,
+        D=dim,
+        SPAN=16,
+        EARLY=early,
+        num_warps=4,
     )
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl.kernels.gpu import launch_early
+from qvl.kernels.gpu import compiling_together, launch
 
 WRONG = 2e-2
 MOST_ROWS = 4  # above, tensor cores are worth their detour through shared memory
@@ -59,11 +59,11 @@ def product(
     out = x.new_empty(m, n)
     # What is not given is a pointer that is never followed.
     given = (x if tensor is None else tensor for tensor in (scales, norm, bias, residual))
-    _product[(triton.cdiv(weight.shape[0], shape.rows),)](
+    launch(
+        _product, (triton.cdiv(weight.shape[0], shape.rows),),
         x, weight, *given, out, m, n, k, eps,
         M=padded, ROWS=shape.rows, BLOCK=shape.block, SCALED=scales is not None, NORM=norm is not None,
         BIAS=bias is not None, GATED=gated, RESIDUAL=residual is not None, EARLY=early, num_warps=shape.warps,
-        **launch_early(early),
     )  # fmt: skip
     return out
 
@@ -75,8 +75,12 @@ def problem_of(device: torch.device, dtype: torch.dtype, early: bool) -> str | N
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
 
+    weight, norm, most = numbers(128, 1040), numbers(1040), numbers(3, 1040)
+    with compiling_together():
+        for m in (1, 3):
+            product(most[:m], weight, norm=norm, eps=1e-6, gated=True, early=early)
     for m in (1, 3):
-        x, weight, norm = numbers(m, 1040), numbers(128, 1040), numbers(1040)
+        x = most[:m]
         gate, up = F.linear(F.rms_norm(x.float(), (1040,), norm.float(), 1e-6), weight.float()).chunk(2, dim=1)
         exact = F.silu(gate) * up
         out = product(x, weight, norm=norm, eps=1e-6, gated=True, early=early).float()

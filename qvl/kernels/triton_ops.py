@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels.fp8 import Rounded
-from qvl.kernels.gpu import launch_early
+from qvl.kernels.gpu import launch
 
 BLOCK = 1024
 HEADS_EACH = 4  # heads that one program of `rope_and_store` turns
@@ -26,7 +26,8 @@ def add_rms_norm(
     total = x if residual is None else residual
     out, codes, scales = outputs(x, size, eight_bits)
     block = triton.next_power_of_2(size)
-    _add_rms_norm[(len(x),)](
+    launch(
+        _add_rms_norm, (len(x),),
         x, total, weight, codes, scales, size, eps, ADD=residual is not None, EIGHT_BITS=eight_bits, BLOCK=block,
         num_warps=warps_for(block),
     )  # fmt: skip
@@ -39,8 +40,16 @@ def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
     out, codes, scales = outputs(gate_up, size, eight_bits)
     # A row must be whole to know its largest number; without that, more programs are better.
     block = triton.next_power_of_2(size) if eight_bits else BLOCK
-    _silu_and_mul[(rows, triton.cdiv(size, block))](
-        gate_up, codes, scales, size, EIGHT_BITS=eight_bits, BLOCK=block, num_warps=warps_for(block)
+    launch(
+        _silu_and_mul,
+        (rows, triton.cdiv(size, block)),
+        gate_up,
+        codes,
+        scales,
+        size,
+        EIGHT_BITS=eight_bits,
+        BLOCK=block,
+        num_warps=warps_for(block),
     )
     return out
 
@@ -49,7 +58,7 @@ def round_rows(x: Tensor) -> Rounded:
     """Contiguous x [n, size] in fp8."""
     out = Rounded.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _round_rows[(len(x),)](x, out.codes, out.scales, x.shape[1], BLOCK=block, num_warps=warps_for(block))
+    launch(_round_rows, (len(x),), x, out.codes, out.scales, x.shape[1], BLOCK=block, num_warps=warps_for(block))
     return out
 
 
@@ -70,14 +79,15 @@ def warps_for(block: int) -> int:
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x) of a contiguous tensor."""
     out = torch.empty_like(x)
-    _quick_gelu[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), BLOCK=BLOCK, num_warps=4)
+    launch(_quick_gelu, (triton.cdiv(x.numel(), BLOCK),), x, out, x.numel(), BLOCK=BLOCK, num_warps=4)
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [n, heads, head_dim], heads contiguous in a row: its pairs (i, i + dim / 2) turned by their angles in place."""
     rows, heads, dim = x.shape
-    _rotate[(rows,)](
+    launch(
+        _rotate, (rows,),
         x, cos, sin, x.stride(0), heads, dim // 2, HEADS=triton.next_power_of_2(heads),
         HALF=triton.next_power_of_2(dim // 2), num_warps=4,
     )  # fmt: skip
@@ -92,9 +102,9 @@ def rope_and_store(
     rows, heads = qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads
     q = qkv.new_empty(rows, heads, dim)
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
-    _rope_and_store[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_EACH))](
+    launch(
+        _rope_and_store, (rows, triton.cdiv(heads + 2 * kv_heads, HEADS_EACH)),
         qkv, cos, sin, slots, q, *kv, H=heads, KH=kv_heads, D=dim, HEADS=HEADS_EACH, EARLY=early, num_warps=1,
-        **launch_early(early),
     )  # fmt: skip
     return q
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qvl.errors import ConfigError
 from qvl.kernels import attention, gpu
 from qvl.kernels.attention import choose_attention
+from qvl.kernels.sdpa import GatherAttention
+from qvl.kernels.trial import problem_of
 from qvl.layers.attention import Heads
 
 HEADS = Heads(num_heads=28, num_kv_heads=4, head_dim=128)
@@ -20,9 +25,9 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.fixture
 def gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU on which every kernel builds and gives right numbers, as far as the choice can see."""
-    triton_attention = pytest.importorskip("qvl.kernels.triton_attention", reason="Triton is not installed")
+    pytest.importorskip("qvl.kernels.triton_attention", reason="Triton is not installed")
     monkeypatch.setattr(attention, "gpu_problem", lambda: None)
-    monkeypatch.setattr(triton_attention, "problem_of", lambda *_: None)
+    monkeypatch.setattr(attention, "problem_of", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
 
 
@@ -73,15 +78,13 @@ def test_what_triton_cannot_run_torch_does(
 def test_a_kernel_that_fails_its_trial_is_left_out_with_one_warning(
     gpu_at_hand: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
-    from qvl.kernels import triton_attention
-
     def fails(*_: object) -> str:
         if problem == "raises":
             raise RuntimeError("ptxas died\nand said more")
         return "the attention kernel gave wrong numbers"
 
     gpu.warn_of.cache_clear()
-    monkeypatch.setattr(triton_attention, "problem_of", fails)
+    monkeypatch.setattr(attention, "problem_of", fails)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             chosen, reason = choose_attention(CUDA, torch.bfloat16, HEADS, (9, 0))
@@ -131,3 +134,46 @@ def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
 def test_the_choice_on_a_cpu_has_a_reason() -> None:
     chosen, reason = choose_attention(CPU, torch.float32, HEADS)
     assert chosen.name in reason
+
+
+def test_the_trial_tells_right_from_wrong() -> None:
+    heads = Heads(4, 2, 16)
+
+    class Halved(GatherAttention):
+        def run(self, qkv: Tensor, angles: Any, kv: Any, plan: Any) -> Tensor:
+            return super().run(qkv, angles, kv, plan) / 2
+
+    assert problem_of(GatherAttention(), heads, CPU, torch.float32) is None
+    said = problem_of(Halved(), heads, CPU, torch.float32)
+    assert said is not None
+    assert "wrong numbers (relative error 5" in said
+
+
+class Kernel:
+    """Writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+
+    def warmup(self, *arguments: object, grid: tuple[int, ...], **constants: Any) -> None:
+        self.seen.append(("compiled", constants))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **constants: self.seen.append(("ran", constants))
+
+
+def test_kernels_are_compiled_together_and_run_afterwards() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernel = Kernel()
+    with gpu.compiling_together():
+        gpu.launch(kernel, (1,), 5, EARLY=True)
+    gpu.launch(kernel, (1,), 5, EARLY=False)
+    assert kernel.seen == [("compiled", {"EARLY": True, "launch_pdl": True}), ("ran", {"EARLY": False})]
+
+
+def test_without_a_mode_for_it_kernels_just_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "triton_module", lambda: None)
+    kernel = Kernel()
+    with gpu.compiling_together():
+        gpu.launch(kernel, (1,))
+    assert kernel.seen == [("ran", {})]
