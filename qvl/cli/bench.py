@@ -65,6 +65,7 @@ def engine(
     dtype: flags.Dtype = "auto",
     load_format: flags.LoadFormat = "auto",
     quantization: flags.Quantization = None,
+    attention_backend: flags.AttentionBackend = "auto",
 ) -> None:
     """Measure prefill, time per token and the first token after a picture, without a server.
 
@@ -78,6 +79,7 @@ def engine(
 
     workload = Workload(prompt_tokens, output_tokens, _size(picture), repeats, streams=streams)
     given = {"model": model, "device": device, "dtype": dtype, "load_format": load_format, "quantization": quantization}
+    given["attention_backend"] = attention_backend
     if stages:
         _print_stages(given, workload, threads, batches)
         return
@@ -118,6 +120,7 @@ def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[
     usable = _usable_ids(config)
     _tell(f"loading {config.spec.name} ({config.precision}, {config.device}, {config.num_threads} threads)")
     ours = QvlSubject(config, "qvl" if config.quantization == "none" else f"qvl {config.quantization}")
+    _tell(f"attention: {ours.engine.runner.model.attention_reason}")
     _tell(f"matrices: {ours.engine.runner.model.linear_reason}")
     subjects: list[Subject] = [ours]
     if against is not None:
