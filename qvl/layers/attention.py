@@ -6,6 +6,8 @@ Knows shapes and the interface of a paged attention. Does not know requests, nor
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,7 +73,16 @@ def make_kv_cache(
 ) -> KVCache:
     """One (k, v) pair per layer, each [num_blocks, block_size, num_kv_heads, head_dim], zeroed."""
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    zeros = _zeros_on_demand if torch.device(device).type == "cpu" else torch.zeros
     return [
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        (zeros(shape, dtype=dtype, device=device), zeros(shape, dtype=dtype, device=device))
         for _ in range(spec.num_layers)
     ]
+
+
+def _zeros_on_demand(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """As `torch.zeros` on a CPU, from pages that the kernel fills when they are first used: gigabytes cost no start-up
+    time, and blocks that are never used no memory."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
