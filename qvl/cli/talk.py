@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ HELP = {
     "/tokens": "how much of the model's context is used",
     "/save": "FILE   write the conversation as Markdown, or as JSON if FILE ends in .json",
     "/resume": "[ID]   list earlier conversations, or go on with one",
+    "/search": "WORDS   find them in everything that was ever said here",
+    "/forget": "ID   delete a conversation for good, with its pictures",
     "/new": "begin a new conversation",
     "/help": "this list",
     "/quit": "leave (so does Ctrl-D)",
@@ -71,6 +73,8 @@ class Session:
             "/tokens": self._tokens,
             "/save": self._save,
             "/resume": self._resume,
+            "/search": self._search,
+            "/forget": self._forget,
             "/new": lambda _: self._begin(),
             "/help": self._help,
         }
@@ -122,7 +126,9 @@ class Session:
         media, self._waiting = (self._waiting, []) if text is not None else ([], self._waiting)
         turns = len(self._talk.turns)
         try:
-            self._screen.show(self._pieces(text, media))
+            # Closed here, so that what was said is kept before anything is told of it, wherever Ctrl-C hit.
+            with closing(self._pieces(text, media)) as pieces:
+                self._screen.show(pieces)
         except KeyboardInterrupt:
             if not self._screen.interactive:
                 raise
@@ -135,7 +141,7 @@ class Session:
             raise
         self._remark()
 
-    def _pieces(self, text: str | None, media: list[MediaPart]) -> Iterator[str]:
+    def _pieces(self, text: str | None, media: list[MediaPart]) -> Generator[str, None, None]:
         with closing(self._talk.stream(text, *media, sampling=self._settings.sampling)) as deltas:  # type: ignore[type-var]
             for delta in deltas:
                 yield delta.text
@@ -188,6 +194,24 @@ class Session:
         self._talk = self._conversation(rest)
         self._waiting = []
         self._recall()
+
+    def _search(self, rest: str) -> None:
+        if not rest:
+            raise InvalidRequest("say what to look for: /search WORDS")
+        hits = self._store.search(rest, LISTED)
+        for hit in hits:
+            self._screen.say(f"{hit.conversation_id}  {hit.title}\n    {hit.role}: {hit.snippet}")
+        if not hits:
+            self._screen.say("nothing was found")
+
+    def _forget(self, rest: str) -> None:
+        if not rest:
+            raise InvalidRequest("name a conversation: /forget ID (/resume lists them)")
+        id = self._store.find(rest)
+        gone = self._store.forget(id)
+        self._screen.say(f"forgotten: {gone.turns} turns, {gone.media} pictures and videos")
+        if id == self._talk.id:
+            self._begin()
 
     def _recall(self) -> None:
         """The last exchange, so that one knows where one was."""

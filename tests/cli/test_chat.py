@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,14 @@ from PIL import Image
 from rich.console import Console
 
 from qvl.backends.echo import EchoBackend
-from qvl.cli.screen import Page, split_blocks
+from qvl.cli.screen import Page, PlainScreen, split_blocks
 from qvl.cli.spoken import Order, Words, read_line
+from qvl.cli.talk import Session, Settings
+from qvl.cli.voice import Voice
+from qvl.client import collect
 from qvl.errors import InvalidRequest
 from qvl.memory import Store
+from qvl.types import Delta
 from tests.server.live import Live, live
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +163,23 @@ def test_commands_when_piped(server: Live, home: Path, tmp_path: Path) -> None:
     assert len(turns(home)) == 4
 
 
+def test_what_was_said_is_found_and_forgotten_when_piped(server: Live, home: Path, picture: Path) -> None:
+    piped(f"{picture}\nwhere are the Apples\n", home, server.url)
+    done = piped("pears\n/search apples\n/search nuts\n/forget last\n/resume\n", home, server.url)
+    assert (done.stdout, done.returncode) == ("pears\n", 0), done.stderr
+    assert "user: where are the Apples" in done.stderr
+    assert "nothing was found" in done.stderr
+    assert "forgotten: 2 turns, 0 pictures" in done.stderr
+    assert "a new conversation" in done.stderr
+    with Store(home / "conversations.db") as store:
+        (info,) = store.conversations()
+        left = piped(f"/forget {info.id[:6]}\n", home, server.url)
+        assert "forgotten: 2 turns, 1 pictures and videos" in left.stderr
+        assert store.conversations() == []
+    for order in ("/forget", "/search", "/forget nothing"):
+        assert piped(f"{order}\n", home, server.url).returncode == 2
+
+
 def test_mistakes_when_piped_end_it_with_a_line_and_a_code(server: Live, home: Path) -> None:
     for lines, said in (("/imge x\nhi\n", "did you mean '/image'?"), ("/image nowhere.png\n", "no such file")):
         done = piped(lines, home, server.url)
@@ -210,6 +231,39 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(home: Path) -> None:
         someone.sees("> $")
         assert someone.leaves() == 0
     assert [role for role, _ in turns(home)] == ["user", "assistant"] * 2
+
+
+class Interrupted(PlainScreen):
+    """A terminal at which Ctrl-C is pressed while a piece of the answer is drawn."""
+
+    interactive = True
+
+    def __init__(self) -> None:
+        self.lines = ["hello", "/quit"]
+        self.said: list[str] = []
+
+    def line(self) -> str:
+        return self.lines.pop(0)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def show(self, texts: Iterable[str]) -> None:
+        for _ in texts:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_an_answer_is_drawn_keeps_what_was_said(home: Path) -> None:
+    def stream(messages: object, sampling: object) -> Iterator[Delta]:
+        yield Delta(0, "half an ")
+        yield Delta(0, "answer", finish_reason="stop")
+
+    voice = Voice("m", "here", 1000, lambda *_: collect(stream(*_)), stream, lambda messages: 10)
+    screen = Interrupted()
+    with Store(home / "conversations.db") as store:
+        Session(store, voice, Settings(), screen).run()
+    assert screen.said[-1] == "(stopped)"
+    assert turns(home) == [("user", None), ("assistant", "abort")]
 
 
 def test_ctrl_c_before_the_first_word_leaves_a_question_to_retry(home: Path) -> None:
