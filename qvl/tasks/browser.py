@@ -99,31 +99,29 @@ def _run(command: list[str], folder: Path, seconds: float) -> str:
     """What the browser said; it and its helpers are gone afterwards."""
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise ConfigError(f"the browser {command[0]} does not start: {error.strerror}") from error
-    try:
-        _, said = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise RequestFailed(f"the browser did not finish the page within {seconds:g} seconds") from None
-    finally:
-        _end_group(process)
-    return said.decode("utf-8", "replace")
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    log = folder / "said"
+    with log.open("wb") as said:  # a file, since nobody waits for a helper to close it
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(f"the browser {command[0]} does not start: {error.strerror}") from error
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise RequestFailed(f"the browser did not finish the page within {seconds:g} seconds") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _last_line(said: str) -> str:
