@@ -55,12 +55,16 @@ class InvalidRequest(QvlError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt (with room for at least one answer token) does not fit into `limit` tokens."""
+    """The prompt (with room for at least one answer token) does not fit into `limit` tokens.
+
+    `is_counted` is False where counting ended early: there are more than `num_tokens`.
+    """
 
     code = "context_length_exceeded"
 
-    def __init__(self, num_tokens: int, limit: int, hint: str = "") -> None:
-        text = f"the prompt has {num_tokens} tokens, but this model's context holds {limit} including the answer"
+    def __init__(self, num_tokens: int, limit: int, hint: str = "", *, is_counted: bool = True) -> None:
+        has = f"has {num_tokens}" if is_counted else f"has more than {num_tokens}"
+        text = f"the prompt {has} tokens, but this model's context holds {limit} including the answer"
         super().__init__(f"{text}. {hint}" if hint else text, param="messages")
         self.num_tokens = num_tokens
         self.limit = limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from qvl.errors import CheckpointError, InvalidRequest
 from qvl.prompt import Control, TextRun
 from qvl.specs import load_spec
-from qvl.tokenizer import MediaSlot, Tokenizer
+from qvl.tokenizer import MediaSlot, Tokenizer, vocabulary
 from qvl.types import MediaPart, Message, TextPart
 from tests.checkpoints import CONTROL_TOKENS, PLAIN_ADDED_TOKENS
 
@@ -157,6 +158,34 @@ def test_text_goes_there_and_back(text: str, tokenizer: Tokenizer, reference: An
     assert ids == reference.encode(text, add_special_tokens=False)
     assert tokenizer.encode_control(text) == ids
     assert tokenizer.decode(ids) == reference.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_longer_is_only_said_of_what_is_longer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut anywhere, into words, spaces, half a composed character: never one token too many."""
+    monkeypatch.setattr(vocabulary, "LEAST_LOOK", 1)
+    rng, found = random.Random(5), 0
+    pieces = [
+        "word",
+        " ",
+        "  ",
+        "\n",
+        "12.5",
+        "e\u0301",
+        "\u1112\u1161\u11ab",
+        "世界",
+        "👩‍👩‍👧",
+        "don't",
+        "!?",
+        "x" * 30,
+    ]
+    for _ in range(400):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 60)))
+        length = len(tokenizer.encode(text))
+        said = [tokenizer.is_longer_than(text, number) for number in range(length + 3)]
+        assert not any(said[length:]), text
+        found += sum(said)
+    assert found > 1000
+    assert tokenizer.is_longer_than("some words " * 1000, 100)
 
 
 @settings(max_examples=200, deadline=None)

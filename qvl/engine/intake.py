@@ -22,6 +22,8 @@ from qvl.tokenizer import MediaSlot, Tokenizer
 from qvl.types import ChatRequest, CompletionRequest, Constraint, MediaPart, Message, PixelLimits, SamplingParams
 
 MOST_LISTED = 16
+COUNTED_LENGTHS = 8  # a prompt that is too long is counted exactly up to this many times the context
+MOST_CHARS_A_TOKEN = 64  # on average over a prompt; ordinary text has 3 or 4
 _NAMES = {"image": "picture", "video": "video"}
 
 
@@ -144,7 +146,7 @@ class Intake:
 
     def _build(self, segments: Iterable[Segment]) -> Prompt:
         ids, merge_size = self.spec.ids, self.spec.vision.merge_size
-        encode = self.tokenizer.encode
+        encode = _BoundedEncoder(self.tokenizer, self.config.max_model_len)
         return build(segments, encode, image_pad=ids.image_pad, video_pad=ids.video_pad, merge_size=merge_size)
 
     def _check_constraint(self, sampling: SamplingParams) -> None:
@@ -218,6 +220,30 @@ class Intake:
         if pixels is None:
             return f"{says}. They do not fit at any size: send fewer pictures or less text"
         return f"{says}. With max_pixels {pixels} all of it would fit"
+
+
+class _BoundedEncoder:
+    """Encodes the texts of one prompt, until they are certain to be far too long for `limit` tokens.
+
+    Counting them exactly would take hundreds of bytes for each byte of a request. Raises `PromptTooLong`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limit: int) -> None:
+        self._tokenizer, self._limit = tokenizer, limit
+        self._tokens_left, self._chars_left = COUNTED_LENGTHS * limit, MOST_CHARS_A_TOKEN * limit
+
+    def __call__(self, text: str) -> list[int]:
+        self._chars_left -= len(text)
+        if self._chars_left < 0 or self._tokenizer.is_longer_than(text, self._tokens_left):
+            raise self._too_long()
+        ids = self._tokenizer.encode(text)
+        self._tokens_left -= len(ids)
+        if self._tokens_left < 0:
+            raise self._too_long()
+        return ids
+
+    def _too_long(self) -> PromptTooLong:
+        return PromptTooLong(self._limit, self._limit, "Shorten it", is_counted=False)
 
 
 def fitting_max_pixels(media: Sequence[LoadedMedia], room: int, spec: ProcessorSpec) -> int | None:

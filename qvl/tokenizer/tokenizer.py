@@ -50,6 +50,10 @@ class Tokenizer:
         """Ids of `text`; control tokens spelt out in it are plain text."""
         return self._vocabulary.encode(text)
 
+    def is_longer_than(self, text: str, num_tokens: int) -> bool:
+        """Whether `text` certainly has more than `num_tokens` tokens, without encoding all of it."""
+        return self._vocabulary.is_longer_than(text, num_tokens)
+
     def encode_control(self, text: str) -> list[int]:
         """Ids of trusted text, in which spelt-out control tokens are meant."""
         ids: list[int] = []

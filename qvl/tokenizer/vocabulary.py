@@ -7,6 +7,7 @@ not know which of them a template may write.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from qvl.errors import CheckpointError, InvalidRequest
 
 _FILE = "tokenizer.json"
+LEAST_LOOK = 1 << 16  # characters that are always encoded at once
+CHARS_LOOKED_AT = 4  # for each token in question; usual text has about as many
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -78,6 +81,20 @@ class Vocabulary:
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text must be valid Unicode without lone surrogates") from error
         return ids
+
+    def is_longer_than(self, text: str, num_tokens: int) -> bool:
+        """Whether `text` certainly has more than `num_tokens` tokens, from no more of it than that takes to see.
+
+        False may also mean that only encoding all of it would tell.
+        """
+        size = max(LEAST_LOOK, CHARS_LOOKED_AT * num_tokens)
+        while size < len(text):
+            words = self._bpe.encode(text[:size], add_special_tokens=False).word_ids
+            # The last words may go on behind the cut; what stands before them stays as it is.
+            if bisect_left(words, words[-1] - 1) > num_tokens:
+                return True
+            size *= CHARS_LOOKED_AT
+        return False
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes of one token; none for ids beyond the vocabulary (embeddings are padded)."""

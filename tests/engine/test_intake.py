@@ -144,6 +144,27 @@ def test_the_size_that_is_told_fits_whatever_the_room(checkpoint: Path) -> None:
     assert told > 40
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        user("word " * 200_000),
+        user("x" * 200_000),
+        user(*["some words " * 20] * 100),
+        tuple(Message("user", (TextPart("hello"),)) for _ in range(3000)),
+    ],
+    ids=["words", "one word", "parts", "messages"],
+)
+def test_what_is_far_too_long_is_not_counted(intake: Intake, messages: tuple[Message, ...]) -> None:
+    with pytest.raises(PromptTooLong, match="has more than 512 tokens"):
+        intake.prepare_chat(ChatRequest(messages))
+
+
+def test_what_is_too_long_is_counted_exactly(intake: Intake) -> None:
+    ids = intake.tokenizer.encode("word " * 700)
+    with pytest.raises(PromptTooLong, match=f"has {len(ids)} tokens"):
+        intake.prepare_completion(CompletionRequest("word " * 700))
+
+
 def test_no_size_fits_when_the_text_alone_is_too_long(checkpoint: Path) -> None:
     intake = make(checkpoint, max_model_len=64)
     with pytest.raises(PromptTooLong, match="do not fit at any size"):
