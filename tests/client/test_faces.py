@@ -134,7 +134,7 @@ def test_nobody_there_and_no_address(face: Any) -> None:
         assert not client.ready()
         with pytest.raises(Unavailable, match="qvl serve"):
             client.models()
-    with face("nonsense") as client, pytest.raises(InvalidRequest, match="no address"):
+    with face("ftp://nonsense") as client, pytest.raises(InvalidRequest, match="no address"):
         client.models()
 
 
