@@ -186,6 +186,9 @@ def test_longer_is_only_said_of_what_is_longer(tokenizer: Tokenizer, monkeypatch
         found += sum(said)
     assert found > 1000
     assert tokenizer.is_longer_than("some words " * 1000, 100)
+    for word in map(tokenizer.token_text, range(tokenizer.vocab_size)):  # one token, of which a part may be several
+        assert not tokenizer.is_longer_than(word * 2, len(tokenizer.encode(word * 2)))
+        assert not tokenizer.is_longer_than(word, len(tokenizer.encode(word)))
 
 
 @settings(max_examples=200, deadline=None)
