@@ -17,12 +17,14 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from qvl.engine.protocol import PixelFile
 from qvl.errors import Overloaded
+
+if TYPE_CHECKING:  # a server's start does not wait for it
+    import numpy as np
+    import numpy.typing as npt
 
 PREFIX = "qvl-run-"
 # A folder this young may be about to be locked by the process that has just made it.

@@ -168,16 +168,10 @@ def serve(
         access_log=access_log,
     )
     load_spec(find_model(model))  # a folder that cannot be served is told before anything listens
-    # The HTTP stack loads only for this command, and only when all of that made sense.
-    from qvl.server.supervisor import process_count, supervise
+    # The engine's words and the HTTP stack load only for this command, and only when all of that made sense.
+    from qvl.server.start import process_count, start
 
-    count = process_count(api_server_count, device)
-    if count > 1:
-        return supervise(server, options, count)
-    from qvl.backends.local import LocalBackend
-    from qvl.server.run import run
-
-    return run(server, LocalBackend(options))
+    return start(server, options, process_count(api_server_count, device))
 
 
 def _keys(keys: list[str]) -> tuple[str, ...]:

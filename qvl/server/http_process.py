@@ -24,7 +24,8 @@ from qvl.engine.worker import first_line
 from qvl.errors import ConfigError, QvlError
 from qvl.server.counts import Counts, open_table
 from qvl.server.options import ServerOptions
-from qvl.server.run import BACKLOG, SWITCH_SECONDS, bind, make_server, start_logging
+from qvl.server.run import BACKLOG, SWITCH_SECONDS, bind, make_server
+from qvl.server.start import start_logging
 
 
 class Setup(msgspec.Struct, frozen=True):

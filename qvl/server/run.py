@@ -6,7 +6,6 @@ Knows uvicorn and signals. Does not know routes or engines.
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 import sys
 import time
@@ -19,6 +18,7 @@ from qvl.backends.base import Backend, BackendInfo
 from qvl.errors import ConfigError, QvlError
 from qvl.server.http_protocol import http_protocol
 from qvl.server.options import ServerOptions
+from qvl.server.start import start_logging
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -114,14 +114,6 @@ def ready_line(url: str, info: BackendInfo, names: tuple[str, ...] = ()) -> str:
     capacity = f"KV cache {info.kv_tokens:,} tokens = {full:.1f} requests of {info.max_model_len:,} tokens"
     what = f"model {name}  device {info.device}  dtype {info.dtype}"
     return f"qvl ready: {url}  {what}  {capacity}  ({info.load_seconds:.1f} s)"
-
-
-def start_logging(options: ServerOptions) -> None:
-    """Everything goes to standard error."""
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if options.access_log:
-        # Asked for by its own flag: it is written whatever the level of everything else.
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
 
 
 def bind(options: ServerOptions, *, shared: bool = False) -> socket.socket:

@@ -17,7 +17,6 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 
@@ -30,29 +29,14 @@ from qvl.server.counts import Counts, open_table, table_bytes
 from qvl.server.http_process import Report, Setup
 from qvl.server.metrics import SHARED_FOLDER
 from qvl.server.options import ServerOptions
-from qvl.server.run import CLOSE_SECONDS, bind, ready_line, start_logging, url_of
+from qvl.server.run import CLOSE_SECONDS, bind, ready_line, url_of
+from qvl.server.start import start_logging
 
 logger = logging.getLogger("qvl.server")
 
 HTTP_PROCESS = (sys.executable, "-m", "qvl.server.http_process")
-CORES_PER_PROCESS = 4
-MOST_BY_DEFAULT = 4
 # What a process that drains may need beyond its time before it is taken for stuck.
 STUCK_SECONDS = 5.0
-
-
-def process_count(wish: str, device: str) -> int:
-    """How many HTTP processes "auto" or a number means: more than one where a GPU's tokens would keep one core busy.
-
-    Raises `ConfigError`.
-    """
-    if wish == "auto":
-        has_gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
-        cores = len(os.sched_getaffinity(0))
-        return max(1, min(MOST_BY_DEFAULT, cores // CORES_PER_PROCESS)) if has_gpu else 1
-    if not wish.isdecimal() or not 1 <= int(wish) <= 64:
-        raise ConfigError("--api-server-count must be 'auto' or a number from 1 to 64", param="api_server_count")
-    return int(wish)
 
 
 def supervise(options: ServerOptions, engine: EngineOptions, count: int, command: Sequence[str] = WORKER) -> int:

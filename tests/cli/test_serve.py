@@ -34,14 +34,11 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
     """The options that a command line stands for; nothing is started."""
     seen: list[Options] = []
 
-    def fake_run(server: ServerOptions, backend: object) -> int:
-        assert isinstance(backend, EngineOptions)
-        seen.append((backend, server))
+    def fake_start(server: ServerOptions, engine: EngineOptions, count: int) -> int:
+        seen.append((engine, server))
         return 0
 
-    monkeypatch.setattr("qvl.server.run.run", fake_run)
-    monkeypatch.setattr("qvl.server.supervisor.MOST_BY_DEFAULT", 1)  # also on a machine with a GPU
-    monkeypatch.setattr("qvl.backends.local.LocalBackend", lambda options: options)
+    monkeypatch.setattr("qvl.server.start.start", fake_start)
     monkeypatch.setattr("qvl.cli.serve.load_spec", lambda folder: None)
     monkeypatch.setattr("qvl.cli.serve.find_model", Path)
     monkeypatch.delenv("QVL_API_KEY", raising=False)
@@ -68,15 +65,15 @@ def test_hints_are_for_flags_that_there_are_not() -> None:
     assert not {hint.removeprefix("--").replace("-", "_") for hint in HINTS} & flags
 
 
-def test_more_http_processes_have_a_supervisor(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_http_processes(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("--api-server-count", "1") == (EngineOptions(), ServerOptions())
     seen: list[int] = []
-    monkeypatch.setattr("qvl.server.supervisor.supervise", lambda server, options, count: seen.append(count) or 0)
+    monkeypatch.setattr("qvl.server.start.start", lambda server, options, count: seen.append(count) or 0)
     assert run(["serve", "--api-server-count", "3"]) == 0
     assert run(["serve", "--api_server_count=2", "--port", "0"]) == 0
     assert seen == [3, 2]
     for bad in ("0", "-1", "many", "1000"):
         assert run(["serve", "--api-server-count", bad]) == 2
-    assert parse("--api-server-count", "1") == (EngineOptions(), ServerOptions())
 
 
 KNOWN = [

@@ -19,9 +19,7 @@ from typing import IO, Any
 import pytest
 import requests
 
-from qvl.errors import ConfigError
 from qvl.server.counts import Counts, open_table, table_bytes
-from qvl.server.supervisor import process_count
 from tests.server import shapes
 from tests.server.live import first_line, wait_until
 from tests.server.test_run import alive, children_of
@@ -325,18 +323,6 @@ def test_a_taken_address_is_told_whoever_has_it(start: Start, checkpoint: Path, 
         taken.listen()
         third = launch(checkpoint, tmp_path, "fast", f'{{"port": {taken.getsockname()[1]}}}')
         assert "cannot listen on" in third.communicate(timeout=LIMIT)[1]
-
-
-def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert process_count("auto", "cpu") == 1
-    assert process_count("auto", "cuda") == 4
-    assert process_count("auto", "cuda:1") == 4
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    assert process_count("auto", "cuda") == 1
-    assert process_count("7", "cpu") == 7
-    with pytest.raises(ConfigError, match="api-server-count"):
-        process_count("several", "cpu")
 
 
 def test_the_table_adds_up(tmp_path: Path) -> None:
