@@ -133,7 +133,11 @@ class Film:
                 raise InvalidRequest(f"cannot read {source}: {error.strerror}") from error
         else:
             self._file = io.BytesIO(read(source, _POLICY, expect="video"))
-        self.facts = clip_facts(self._file, _POLICY)
+        try:
+            self.facts = clip_facts(self._file, _POLICY)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Film:
         return self

@@ -105,7 +105,8 @@ def find_model(who: Who, *, quiet: bool) -> Model:
 
 def _standard_input(task: Task[Any]) -> list[str]:
     if not is_piped(sys.stdin.buffer):
-        raise InvalidRequest(f"name a picture: qvl {task.name} FILE")
+        noun = "picture" if "image" in task.accepts else "video"
+        raise InvalidRequest(f"name a {noun}: qvl {task.name} FILE")
     return [STDIN]
 
 
