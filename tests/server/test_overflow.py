@@ -19,10 +19,11 @@ from PIL import Image
 
 from qvl.backends.echo import EchoBackend
 from qvl.errors import ConfigError, RequestFailed
+from qvl.media.load import Once
 from qvl.server.options import ServerOptions
 from qvl.types import ChatRequest, Delta, Message, Usage
 from tests.backends.conftest import made
-from tests.memory.scripted import is_summary, text_of
+from tests.memory.scripted import is_summary, media_of, text_of
 from tests.server.live import Live, live, wait_until
 from tests.server.test_metrics import numbers
 from tests.server.test_processes import running
@@ -42,6 +43,7 @@ class Teller(EchoBackend):
         self.summary: str | Exception = "They counted."
         self.hangs = False
         self.left = 0
+        self.loads = False
 
     async def chat(self, request: ChatRequest, request_id: str) -> AsyncGenerator[Delta, None]:  # type: ignore[override]
         if not is_summary(request.messages):
@@ -50,6 +52,8 @@ class Teller(EchoBackend):
                 yield delta
             return
         self.summaries.append(request)
+        for source in media_of(request.messages) if self.loads else ():
+            source.loaded = "pixels"  # type: ignore[attr-defined]
         try:
             if self.hangs:
                 await asyncio.Event().wait()
@@ -294,6 +298,17 @@ def test_a_slow_summary_is_given_up(wide: Teller) -> None:
     assert "longer than 0.2 s" in told["summary_error"]
     assert told["dropped_messages"] == 46
     assert wide.left == len(wide.summaries) == 1, "its work was ended too"
+
+
+def test_pictures_that_went_into_a_summary_are_given_back(summing: Live, wide: Teller) -> None:
+    """Their pixels would be held until the answer has ended, for nothing."""
+    messages = talk(60)
+    messages[1] = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}
+    wide.loads = True
+    assert summing.post(CHAT, {"messages": messages}).json()["qvl"]["summarised_media"] == 1
+    (shown,) = [source for request in wide.summaries for source in media_of(request.messages)]
+    assert isinstance(shown, Once)
+    assert shown.loaded is None
 
 
 def test_a_client_that_leaves_ends_the_summary(summing: Live, wide: Teller) -> None:
