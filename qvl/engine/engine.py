@@ -142,11 +142,14 @@ def _check_media(media: MediaInput, pixels: Pixels | None, spec: ModelSpec) -> N
 def engine_info(config: EngineConfig, runner: ModelRunner, load_seconds: float) -> EngineInfo:
     """What is served and how."""
     parameters = runner.model.parameters()
+    how = f"{runner.model.attention_reason}; products: {runner.model.linear_reason}"
+    if runner.decodes is not None:
+        how += f"; decodes: {runner.decodes.describe()}"
     return EngineInfo(
         model=config.served_name,
         device=device_name(runner.device),
         dtype=config.precision,
-        attention=f"{runner.model.attention_reason}; products: {runner.model.linear_reason}",
+        attention=how,
         num_blocks=config.num_blocks or 0,
         block_size=config.block_size,
         max_model_len=config.max_model_len,

@@ -23,6 +23,7 @@ from torch import Tensor
 from qvl.engine.inputs import DecodeNumbers, known_ids
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import Sampler
+from qvl.kernels.gpu import compiling_together
 from qvl.layers.attention import AttentionMetadata, KVCache
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
@@ -109,10 +110,15 @@ class DecodeSteps:
     def num_recorded(self) -> int:
         return len(self._replays)
 
+    def describe(self) -> str:
+        return f"{self.num_recorded} CUDA graphs" if self._replays else "without CUDA graphs"
+
     def _record(self, recorder: Recorder) -> None:
         """Every size, the largest first: the others fit into its memory."""
         started = time.monotonic()
         try:
+            if self.tables.device.type == "cuda":
+                self._compile()
             for size in reversed(self.sizes):
                 self._replays[size] = recorder.record(lambda size=size: self._compute(size))  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  # a driver, a compiler, an operation that no graph takes
@@ -124,6 +130,13 @@ class DecodeSteps:
             if self.tables.device.type == "cuda":
                 torch.cuda.empty_cache()  # what was tried on the recorder's stream is of no use elsewhere
         logger.info("recorded %d CUDA graphs of decodes in %.1f s", len(self.sizes), time.monotonic() - started)
+
+    def _compile(self) -> None:
+        """Build the kernels of all sizes at the same time; variants go by powers of two. Nothing is computed."""
+        with compiling_together():
+            for size in self.sizes:
+                if size & (size - 1) == 0 or size == self.sizes[-1]:
+                    self._compute(size)
 
     def run(self, numbers: DecodeNumbers) -> Decoded:
         """One step; the caches, the last tokens and what is returned are ready in the order of the stream."""

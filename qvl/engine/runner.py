@@ -272,6 +272,7 @@ def size_kv_cache(config: EngineConfig, model: Qwen2VLForConditionalGeneration) 
     warm_up(model, config.block_size)
     usable = usable_bytes(config, model.device)
     # Torch's own attention gathers contexts and may hold all scores of a chunk: that is measured.
-    bounded = model.attention.graph_safe and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    kernels = model.attention.graph_safe and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    bounded = kernels and model.dtype != torch.float32
     cost = None if bounded else measure_cost(model, config)
     return config.with_kv_memory(kv_cache_bytes(config, usable, cost))
