@@ -24,6 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qvl.errors import CheckpointError, InvalidRequest
+from qvl.specs.section import read_section
 from qvl.types import MediaKind, Message, TextPart
 
 # What Qwen2-VL's own template writes, for folders that carry none.
@@ -220,7 +221,7 @@ def _as_template_message(message: Message, texts: _Nonces) -> dict[str, Any]:
 
 def find_template(folder: Path) -> tuple[str, dict[str, str]]:
     """The folder's template (else Qwen2-VL's own) and the token names for it. Raises `CheckpointError`."""
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_section(folder, "tokenizer_config.json").values
     names = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
@@ -230,21 +231,12 @@ def find_template(folder: Path) -> tuple[str, dict[str, str]]:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8"), names
-    for template in (_read_json(folder / "chat_template.json").get("chat_template"), config.get("chat_template")):
+    for template in (
+        read_section(folder, "chat_template.json").values.get("chat_template"),
+        config.get("chat_template"),
+    ):
         if isinstance(template, list):  # several named ones
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         if isinstance(template, str):
             return template, names
     return CHATML, names
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path.name}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: must hold a JSON object")
-    return value
