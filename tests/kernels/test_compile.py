@@ -57,7 +57,7 @@ def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *,
     return compiled(_attend, capability, types, constants, options | ({"launch_pdl": True} if early else {}))
 
 
-# The last number: which instruction multiplies there. 8.9 and 12.x have the tiles of 8.6, 10.3 those of 10.0.
+# At the end: which instruction multiplies there. 10.3 has the tiles of 10.0.
 @pytest.mark.parametrize(
     ("capability", "head_dim", "decode", "instruction"),
     [
@@ -65,9 +65,11 @@ def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *,
         ((8, 0), 128, False, "mma.sync"),
         ((8, 6), 128, False, "mma.sync"),
         ((8, 6), 256, False, "mma.sync"),
+        ((8, 9), 128, False, "mma.sync"),
         ((9, 0), 128, False, "wgmma"),
         ((9, 0), 128, True, "mma.sync"),
         ((10, 0), 128, False, "tcgen05"),
+        ((12, 0), 128, False, "mma.sync"),
     ],
 )
 def test_attention_fits(capability: tuple[int, int], head_dim: int, decode: bool, instruction: str) -> None:

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from qvl.kernels.fp8 import FP8, Rounded, round_rows
 from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import GatherAttention
 from qvl.layers.attention import AttentionMetadata, Heads
+from tests.models import oracle
+from tests.models.pages import Pages
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -280,3 +283,31 @@ def test_products_with_fp8_weights() -> None:
     assert close(triton_linear.product(x, held.codes, scales=scales), exact, dtype)
     gate, up = exact.chunk(2, dim=1)
     assert close(triton_linear.product(x, held.codes, scales=scales, gated=True), F.silu(gate) * up, dtype)
+
+
+# --- all of them in a network -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the engine's own tests run the network")
+@torch.inference_mode()
+def test_a_network_with_these_kernels(checkpoints: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of many rows and a decode of one, against the network with the kernels of a CPU."""
+    from qvl.kernels import triton_linear
+    from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
+
+    network, reference = oracle.load_ours(checkpoints[0]), oracle.load_reference(checkpoints[0])
+    case = oracle.make_case(reference.config, "picture")
+    positions = oracle.reference_positions(reference, case)
+    exact = oracle.our_logits(network, case, positions, reference.config)
+    text = network.spec.text
+    network.attention = triton_attention(Heads(text.num_heads, text.num_kv_heads, text.head_dim))
+    monkeypatch.setattr(
+        Qwen2VLForConditionalGeneration,
+        "few_rows",
+        lambda self, x: triton_linear if len(x) <= triton_linear.MOST_ROWS else None,
+    )
+    pages, hidden = Pages(network, 1), oracle.our_embeddings(network, case, reference.config)
+    steps = [slice(0, -1), slice(len(hidden) - 1, None)]
+    out = [pages.step([(0, hidden[rows], positions[:, rows])])[0] for rows in steps]
+    assert [len(rows) for rows in out] == [len(hidden) - 1, 1]
+    assert oracle.relative_error(network.logits(torch.cat(out)), exact) < 1e-4
