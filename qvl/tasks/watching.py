@@ -16,7 +16,7 @@ from qvl.errors import BadAnswer, InvalidRequest, PayloadTooLarge, PromptTooLong
 from qvl.tasks.base import Ask, Kind, Model, Result, Sighted, Task, asked, cut_notes
 from qvl.tasks.film import Film, Shot, Stretch, plan
 from qvl.tasks.run import one
-from qvl.types import MediaPart, Message, Part, TextPart
+from qvl.types import MediaPart, Message, Part, SamplingParams, TextPart
 
 QUESTION = "Describe the video."
 SUMMARY = """These are notes about the parts of one video, in order.
@@ -83,10 +83,16 @@ class Watch(Task[Watched]):
         return dataclasses.replace(self, context=model.context() if isinstance(model, Sighted) else None)
 
     @property
+    def sampling(self) -> SamplingParams:
+        """An answer may take a quarter of the context at most: the frames need the rest."""
+        longest = max(1, (self.context or UNTOLD_CONTEXT) // 4)
+        return dataclasses.replace(super().sampling, max_tokens=min(self.max_tokens, longest))
+
+    @property
     def room(self) -> int:
         """Tokens for the frames of one question."""
         text = len(self.prompt.encode()) + _TEMPLATE_TOKENS  # no tokenizer makes more tokens than there are bytes
-        return (self.context or UNTOLD_CONTEXT) - self.max_tokens - text
+        return (self.context or UNTOLD_CONTEXT) - (self.sampling.max_tokens or 0) - text
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Watched]:
         part = next(part for part in parts if isinstance(part, MediaPart))

@@ -16,7 +16,7 @@ from qvl.types import Delta, MediaPart, Message, SamplingParams, TextPart
 from tests.media.clips import clip
 from tests.tasks.scripted import Scripted
 
-SMALL = 1050  # tokens of context, so that a short clip needs parts
+SMALL = 740  # tokens of context, so that a short clip needs parts
 
 
 def parts_of(task: Watch, model: Any, data: bytes) -> Any:
@@ -123,6 +123,12 @@ def test_the_context_of_the_model_decides() -> None:
     assert len(watch(clip(90), model=Told(["x"])).parts) == 3
 
 
+def test_an_answer_leaves_room_for_the_frames() -> None:
+    assert Watch(context=1024).sampling.max_tokens == 256 and Watch(context=1024).room > 600
+    assert Watch(context=32768).sampling.max_tokens == Watch(context=32768).max_tokens
+    assert Watch().room < 8192
+
+
 def test_a_clip_never_goes_out_whole(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip(600, 10))
@@ -157,7 +163,7 @@ def test_the_bundled_checkpoint_reads_a_clip(demo: Any, samples: Path) -> None:
 
 
 def test_the_bundled_checkpoint_reads_a_clip_in_parts(demo: Any, samples: Path) -> None:
-    task = Watch(summary=False, context=900)
+    task = Watch(summary=False, context=600)
     result = task.answer(asking(demo), (MediaPart("video", samples / "words.mp4"),))
     words = " ".join(part.text for part in result.value.parts).split()
     assert len(result.value.parts) == 2 and words[0] == "North" and words[-1] == "South" and "East" in words
