@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -109,7 +110,16 @@ def test_a_dataframe_or_a_word_about_pandas(monkeypatch: pytest.MonkeyPatch) -> 
         table.dataframe()
 
 
-def test_the_dataframe_holds_the_cells() -> None:
+def test_a_dataframe_is_made_of_rows_and_unique_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pandas is given, where it is not there to be tried."""
+    made: list[tuple[object, object]] = []
+    stand_in = SimpleNamespace(DataFrame=lambda rows, columns: made.append((rows, columns)))
+    monkeypatch.setitem(sys.modules, "pandas", stand_in)
+    Table.parse("|x|x|\n|-|-|\n|1|2|").dataframe()
+    assert made == [([("1", "2")], ["x", "x (2)"])]
+
+
+def test_the_dataframe_of_pandas_holds_the_cells() -> None:
     pytest.importorskip("pandas", reason="pandas is for who asks for its tables")
     frame = Table.parse(PLAIN).dataframe()
     assert list(frame.columns) == ["Item", "Price"]

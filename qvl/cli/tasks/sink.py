@@ -8,6 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
@@ -37,7 +38,7 @@ def is_folder(output: str) -> bool:
 
 def keep_inputs(path: Path, found: Sequence[Item]) -> None:
     """Raises `InvalidRequest` for an output that is an input."""
-    if path.exists() and any(_same(path, item.file) for item in found):
+    if os.path.realpath(path) in _inputs(found):
         raise InvalidRequest(f"{path} is an input: name another file")
 
 
@@ -120,13 +121,13 @@ class FolderSink(Sink):
 
 
 class FileNames:
-    """A file below `folder` for each item, named after it; pages of a PDF are numbered."""
+    """A file below `folder` for each item, named after it, and never an input; pages of a PDF are numbered."""
 
     def __init__(self, folder: Path, suffix: str, found: Sequence[Item]) -> None:
         self._folder = folder
         self._suffix = suffix
         self._paged = _paged(found)
-        self._taken: set[str] = set()
+        self._taken = _inputs(found)
 
     def path(self, item: Item) -> Path:
         """Its folder is made. Raises `InvalidRequest` where that is not possible."""
@@ -142,11 +143,13 @@ class FileNames:
         named = PurePosixPath(item.name)
         page = f"-{item.page:03}" if item.file in self._paged else ""
         stem = str(named.with_name(named.stem))
-        for candidate in (f"{stem}{page}", f"{item.name}{page}", *(f"{stem}{page}-{n}" for n in range(2, 10**6))):
+        numbered = (f"{stem}{page}-{n}" for n in count(2))
+        for candidate in chain((f"{stem}{page}", f"{item.name}{page}"), numbered):
             name = candidate + self._suffix
-            if name not in self._taken:
+            place = os.path.realpath(self._folder / name)
+            if place not in self._taken:
                 break
-        self._taken.add(name)
+        self._taken.add(place)
         return name
 
 
@@ -165,14 +168,12 @@ def as_dict(outcome: Outcome[Any]) -> dict[str, Any]:
 def _paged(found: Sequence[Item]) -> set[str]:
     """Files of which several pages are asked about."""
     pages = Counter(item.file for item in found if item.page is not None)
-    return {file for file, count in pages.items() if count > 1}
+    return {file for file, times in pages.items() if times > 1}
 
 
-def _same(output: Path, file: str) -> bool:
-    try:
-        return os.path.samefile(output, file)
-    except (OSError, ValueError):
-        return False
+def _inputs(found: Sequence[Item]) -> set[str]:
+    """Where the inputs lie, links followed."""
+    return {os.path.realpath(os.path.expanduser(item.file.removeprefix("file://"))) for item in found}
 
 
 def _open(path: Path) -> TextIO:
