@@ -118,7 +118,7 @@ def measure(asked: argparse.Namespace, url: str, pid: int | None) -> None:
         side,
         side,
     )
-    ratios: list[tuple[float, float]] = []
+    ratios: list[float] = []
     print(f"{describe('cpu')}; {asked.requests} requests, {asked.concurrency} at once\n")
     print("| round | bench, requests/s | batch, lines/s | batch / bench | server CPU s, bench | batch |")
     print("|---|---|---|---|---|---|")
@@ -132,10 +132,10 @@ def measure(asked: argparse.Namespace, url: str, pid: int | None) -> None:
                 rate = bench(url, load) if name == "bench" else batch(url, load, target, Path(folder))
                 found[name] = rate, (cpu_seconds(pid) - before if pid else 0.0)
             (fast, fast_cpu), (ours, our_cpu) = found["bench"], found["batch"]
-            ratios.append((ours / fast, our_cpu / fast_cpu if fast_cpu else 0.0))
-            print(f"| {number + 1} | {fast:.2f} | {ours:.2f} | {ours / fast:.3f} | {fast_cpu:.1f} | {our_cpu:.1f} |")
-    speed, cpu = (statistics.median(values) for values in zip(*ratios, strict=True))
-    print(f"\nmedian of batch / bench: {speed:.3f}; server CPU, batch / bench: {cpu:.3f}")
+            ratios.append(ours / fast)
+            spent = f"{fast_cpu:.1f} | {our_cpu:.1f}" if pid else "- | -"
+            print(f"| {number + 1} | {fast:.2f} | {ours:.2f} | {ours / fast:.3f} | {spent} |", flush=True)
+    print(f"\nmedian of batch / bench: {statistics.median(ratios):.3f}")
 
 
 def main() -> None:
