@@ -68,7 +68,11 @@ Seed: TypeAlias = Annotated[
     int, typer.Option(help="Makes requests without a seed of their own repeatable.", rich_help_panel=MODEL_PANEL)
 ]
 NumThreads: TypeAlias = Annotated[
-    int | None, typer.Option(help="CPU threads of the engine [default: all cores]", rich_help_panel=MODEL_PANEL)
+    int | None,
+    typer.Option(
+        help="CPU threads of the engine [default: OMP_NUM_THREADS, else all cores that it may use]",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 TrustRemoteCode: TypeAlias = Annotated[
     bool,

@@ -6,6 +6,7 @@ Knows torch's device interfaces. Does not know models or requests.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from qvl.engine.config import DeviceFacts, available_host_memory
 from qvl.errors import ConfigError
 from qvl.kernels.cpu_linear import preferred_cpu_dtype
 
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # `docker run --cpus`: microseconds of processor in each period
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -20,12 +22,28 @@ def read_facts(device: str = "auto") -> DeviceFacts:
     """Facts about "cpu", "cuda" or, for "auto", a GPU where there is one. Raises `ConfigError` when there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("'device' is 'cuda', but no CUDA GPU was found", param="device")
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cores = usable_cores()
     if device == "cpu" or not torch.cuda.is_available():
         dtype, _ = preferred_cpu_dtype()
         return DeviceFacts("cpu", (0, 0), available_host_memory(), str(dtype).removeprefix("torch."), num_cores)
     total = torch.cuda.get_device_properties(0).total_memory
     return DeviceFacts("cuda", torch.cuda.get_device_capability(0), total, "float32", num_cores)
+
+
+def usable_cores() -> int:
+    """Cores that this process may keep busy: its affinity, a container's share of them, at most OMP_NUM_THREADS.
+
+    Threads beyond that wait for each other: with two on one core's worth of time a token takes ten times as long.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdecimal() and int(asked) > 0:
+        cores = min(cores, int(asked))
+    try:
+        quota, _, period = CGROUP_QUOTA.read_text().strip().partition(" ")
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
+        return cores
 
 
 def is_out_of_memory(error: BaseException) -> bool:
