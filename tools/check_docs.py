@@ -136,11 +136,12 @@ def failure(block: Block, address: str) -> str | None:
 
     Every block runs in the repository, with a scratch folder as HOME; only caches (compiled kernels) are the user's.
     """
-    code = block.code.replace(DEFAULT_ADDRESS, address)
+    programs = Path(sys.executable).parent
+    code = block.code.replace(DEFAULT_ADDRESS, address).replace(".venv/bin/activate", f"'{programs}/activate'")
     with tempfile.TemporaryDirectory() as home:
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "QVL_BASE_URL": f"http://{address}",
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
