@@ -67,7 +67,8 @@ def decode_image(data: bytes | Image.Image | npt.NDArray[np.uint8], *, max_pixel
     except QvlError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadMedia("the picture has too many pixels") from None
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow refuses above twice its number
+        raise BadMedia(f"the picture has too many pixels; this server takes at most {most}: send it smaller") from None
     except _DECODE_ERRORS:
         raise BadMedia("the picture is damaged and cannot be decoded") from None
     return np.ascontiguousarray(pixels)
