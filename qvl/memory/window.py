@@ -156,7 +156,8 @@ def keep_steadily(older: Sequence[Cost], fixed: Cost, budget: Budget, stayed: in
         return most
     less = None if media is None else max(fixed.media, media - media // 4)
     least = keep_newest(older, fixed, room - (room - fixed.tokens) // 4, less)
-    return stayed if stayed is not None and least <= stayed <= most else max(least, min(1, most))
+    kept = stayed if stayed is not None and least <= stayed <= most else least
+    return max(kept, min(1, most))
 
 
 def decide(
