@@ -192,7 +192,6 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         seed=options.seed,
         policy=_resolve_policy(options),
     )
-    _check_kv_memory(options.kv_cache_memory, facts.total_memory)
     if device == "cpu":
         return config.with_kv_memory(_cpu_kv_bytes(config, options.kv_cache_memory, facts.total_memory))
     _check_gpu(config, facts.total_memory)
@@ -275,15 +274,6 @@ def _name_of(model: str, spec: ModelSpec) -> str:
     """What clients call the model: the name the user wrote; for a path its last part."""
     is_path = model.startswith((".", "/", "~")) or Path(model).expanduser().is_dir()
     return spec.name if is_path else model
-
-
-def _check_kv_memory(asked: int | None, total: int) -> None:
-    """What no machine could give is refused before anything is loaded."""
-    if asked is not None and asked > total:
-        raise ConfigError(
-            f"'kv_cache_memory' is {_gib(asked)}, but the device has {_gib(total)} in all; give it less",
-            param="kv_cache_memory",
-        )
 
 
 def _cpu_kv_bytes(config: EngineConfig, asked: int | None, available: int) -> int:
