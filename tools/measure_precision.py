@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qvl.bench.machine import describe
 from qvl.bench.shape import write_shape
 from qvl.engine.locate import demo_folder
-from qvl.engine.memory import run_decoder
+from qvl.engine.probe import run_decoder
 from qvl.layers.attention import make_kv_cache
 from qvl.models.registry import build_model
 from qvl.models.weights import load_weights
