@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from qvl.cli.tasks.flags import ApiKey, BaseUrl, ModelName
+
 DEFAULT_MAX_TOKENS = 1024
 
 
@@ -19,21 +21,13 @@ def ask(
         list[str] | None,
         typer.Argument(metavar="[FILE|URL]...", help="Pictures and videos; - reads one from standard input."),
     ] = None,
-    base_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="QVL_BASE_URL",
-            help="The server to ask [default: port 8000 of this machine if it answers, else none]",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A name the server serves, or a checkpoint folder to load here [default: demo]")
-    ] = None,
+    base_url: BaseUrl = None,
+    model: ModelName = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = DEFAULT_MAX_TOKENS,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: the checkpoint's]")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="QVL_API_KEY", help="The server's key.")] = None,
+    api_key: ApiKey = None,
     schema: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A JSON schema that the answer keeps to, checked here too.")
     ] = None,

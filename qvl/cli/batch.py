@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvl.cli import flags
+from qvl.cli.tasks.flags import SERVER_PANEL, ApiKey, BaseUrl
 from qvl.errors import ConfigError, QvlError
 from qvl.types import DEFAULT_URL
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from qvl.batch import Asker, BatchOptions, OpenAsker, Report, Source
 
 OUTPUT_PANEL = "Output"
-SERVER_PANEL = "Who answers"
 PACE_PANEL = "Pace"
 
 # What a line of the user's own may name: his machine is no stranger to him.
@@ -57,14 +57,7 @@ def batch(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress, no report.", rich_help_panel=OUTPUT_PANEL)
     ] = False,
-    base_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="QVL_BASE_URL",
-            help="The server to ask [default: port 8000 of this machine if it answers, else none]",
-            rich_help_panel=SERVER_PANEL,
-        ),
-    ] = None,
+    base_url: BaseUrl = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Load the model here, without a server.", rich_help_panel=SERVER_PANEL)
     ] = False,
@@ -76,9 +69,7 @@ def batch(
             rich_help_panel=SERVER_PANEL,
         ),
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="QVL_API_KEY", help="The server's key.", rich_help_panel=SERVER_PANEL)
-    ] = None,
+    api_key: ApiKey = None,
     concurrency: Annotated[
         int | None,
         typer.Option(

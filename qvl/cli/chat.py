@@ -9,18 +9,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from qvl.cli.tasks.flags import ApiKey, BaseUrl, ModelName
+
 
 def chat(
-    base_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="QVL_BASE_URL",
-            help="The server to talk to [default: port 8000 of this machine if it answers, else none]",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A name the server serves, or a checkpoint folder to load here [default: demo]")
-    ] = None,
+    base_url: BaseUrl = None,
+    model: ModelName = None,
     system: Annotated[str | None, typer.Option(help="The system message of a new conversation.")] = None,
     strategy: Annotated[
         Literal["summary", "window", "none"],
@@ -34,7 +28,7 @@ def chat(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: the checkpoint's]")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="QVL_API_KEY", help="The server's key.")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Talk to the model in the terminal, with pictures and videos: type or paste a file's path, or `/image FILE`.
 

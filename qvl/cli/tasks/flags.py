@@ -1,4 +1,7 @@
-"""The flags that all tasks share, each written once. Knows how they are explained; nothing is imported for them."""
+"""The flags that all tasks share, and those on who answers, which `ask`, `chat` and `batch` have too: each written once.
+
+Knows how they are explained; nothing is imported for them.
+"""
 
 from __future__ import annotations
 
