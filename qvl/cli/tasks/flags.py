@@ -1,4 +1,4 @@
-"""The flags that all tasks share, and those on who answers, which `ask`, `chat` and `batch` have too: each written once.
+"""The flags that all tasks share, and those on who answers that `ask`, `chat` and `batch` have too: each written once.
 
 Knows how they are explained; nothing is imported for them.
 """
