@@ -40,10 +40,14 @@ FILMS: list[list[Grid]] = [
 ]  # fmt: skip
 
 Task = Callable[[Studio, Grid], Sample]
-ONE_PICTURE: list[tuple[float, Task]] = [
-    (0.50, tasks.plain_reading), (0.08, tasks.one_line), (0.18, tasks.shape_box), (0.12, tasks.word_box),
-    (0.04, tasks.describe), (0.08, tasks.chinese_reading),
+ONE_PICTURE: list[Task] = [
+    tasks.plain_reading, tasks.one_line, tasks.shape_box, tasks.word_box, tasks.describe, tasks.chinese_reading
 ]  # fmt: skip
+SORTS = ["one", "two", "table", "several", "conversation", "video", "talk"]
+# How often each of them is drawn. From LATE on, boxes and films, which are learnt last, come more often.
+USUAL = ([0.50, 0.08, 0.18, 0.12, 0.04, 0.08], [0.545, 0.1, 0.13, 0.12, 0.025, 0.07, 0.01])
+LAST = ([0.33, 0.06, 0.25, 0.25, 0.03, 0.08], [0.50, 0.09, 0.10, 0.09, 0.025, 0.185, 0.01])
+LATE = 0.6
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,7 @@ def _sort_and_grids(rng: random.Random, progress: float) -> tuple[str, list[Grid
         return "one", [rng.choice(WORD_GRIDS)]
     if progress < 0.09:
         return "one", [rng.choice(WORD_GRIDS if rng.random() < 0.2 else LINE_GRIDS)]
-    weights = [0.545, 0.1, 0.13, 0.12, 0.025, 0.07, 0.01]
-    sort = rng.choices(["one", "two", "table", "several", "conversation", "video", "talk"], weights)[0]
+    sort = rng.choices(SORTS, (USUAL if progress < LATE else LAST)[1])[0]
     if sort == "one":
         return sort, [rng.choice(rng.choices([LINE_GRIDS, PAGE_GRIDS, LARGE_GRIDS], [0.08, 0.74, 0.18])[0])]
     if sort in ("two", "table"):
@@ -109,7 +112,7 @@ def make_sample(studio: Studio, recipe: Recipe, progress: float) -> Sample:
     if recipe.sort == "one" and progress < 0.09:
         sample = tasks.plain_reading(studio, grids[0])
     elif recipe.sort == "one":
-        task = rng.choices([maker for _, maker in ONE_PICTURE], [weight for weight, _ in ONE_PICTURE])[0]
+        task = rng.choices(ONE_PICTURE, (USUAL if progress < LATE else LAST)[0])[0]
         sample = task(studio, grids[0])
         sample.kind = task.__name__
     elif recipe.sort in ("two", "table"):
