@@ -48,6 +48,7 @@ TORCH = {
     "qvl.bench": True,
     "qvl.bench.load": False,
     "qvl.bench.shape": False,
+    "qvl.bench.vocabulary": False,
     "qvl.engine": True,
     "qvl.engine.answers": False,
     "qvl.engine.batch": False,

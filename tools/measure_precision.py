@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qvl.bench.machine import describe
 from qvl.bench.shape import write_shape
-from qvl.engine.locate import demo_folder
 from qvl.engine.probe import run_decoder
 from qvl.layers.attention import make_kv_cache
 from qvl.models.registry import build_model
@@ -72,7 +71,7 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        full = load_spec(write_shape("2b", Path(folder) / "2b", demo_folder()))
+        full = load_spec(write_shape("2b", Path(folder) / "2b"))
         text, vision = dataclasses.replace(full.text, num_layers=LAYERS), dataclasses.replace(full.vision, depth=BLOCKS)
         cut = dataclasses.replace(full, text=text, vision=vision)
         timed = {name: parts(load(cut, name)) for name in ("bf16", "int8", "int4")}

@@ -1,19 +1,18 @@
 """Checkpoint folders of the true Qwen2-VL shapes without weights: what `--load-format dummy` measures.
 
-The tokenizer is borrowed from another checkpoint (the bundled one): its ids stay, and the vocabulary is padded to the
-true size. Knows published shapes. Downloads nothing and writes no weights.
+The tokenizer is made up (`bench.vocabulary`), with as many tokens as the published one. Knows published shapes.
+Downloads nothing and writes no weights.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvl.bench.vocabulary import CONTROL_TOKENS, NUM_PLAIN, write_tokenizer
 from qvl.errors import ConfigError, suggest
-from qvl.specs import SpecialIds, load_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +33,8 @@ SHAPES = {
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, False),
     "72b": Shape(8192, 80, 64, 8, 29568, 152064, False),
 }
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+_IDS = {text: NUM_PLAIN + place for place, text in enumerate(CONTROL_TOKENS)}
+_PAD, _IM_END = _IDS["<|endoftext|>"], _IDS["<|im_end|>"]
 _VISION = {
     "depth": 32,
     "embed_dim": 1280,
@@ -70,7 +61,7 @@ _PROCESSOR = {
 }
 
 
-def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
+def write_shape(name: str, folder: Path) -> Path:
     """Write the folder of shape `name` ("2b", "7b", "72b"): configuration and tokenizer, no weights.
 
     Raises `ConfigError` for an unknown name or a folder that holds something else.
@@ -80,20 +71,17 @@ def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
         raise ConfigError(f"unknown shape '{name}'{suggest(name, SHAPES)}; known: {', '.join(SHAPES)}")
     if any(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder} holds weights: name an empty or a new folder")
-    ids = load_spec(tokenizer_from).ids
     folder.mkdir(parents=True, exist_ok=True)
-    for file in _TOKENIZER_FILES:
-        if (tokenizer_from / file).is_file():
-            shutil.copyfile(tokenizer_from / file, folder / file)
-    _dump(folder / "config.json", _config(shape, ids))
+    write_tokenizer(folder)
+    _dump(folder / "config.json", _config(shape))
     _dump(folder / "preprocessor_config.json", _PROCESSOR)
     _dump(
-        folder / "generation_config.json", {"eos_token_id": list(ids.eos), "pad_token_id": ids.pad, "do_sample": False}
+        folder / "generation_config.json", {"eos_token_id": [_IM_END, _PAD], "pad_token_id": _PAD, "do_sample": False}
     )
     return folder
 
 
-def _config(shape: Shape, ids: SpecialIds) -> dict[str, Any]:
+def _config(shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
@@ -111,13 +99,13 @@ def _config(shape: Shape, ids: SpecialIds) -> dict[str, Any]:
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
         "torch_dtype": "bfloat16",
-        "eos_token_id": ids.im_end,
-        "pad_token_id": ids.pad,
-        "vision_start_token_id": ids.vision_start,
-        "vision_end_token_id": ids.vision_end,
-        "vision_token_id": ids.vision_pad,
-        "image_token_id": ids.image_pad,
-        "video_token_id": ids.video_pad,
+        "eos_token_id": _IM_END,
+        "pad_token_id": _PAD,
+        "vision_start_token_id": _IDS["<|vision_start|>"],
+        "vision_end_token_id": _IDS["<|vision_end|>"],
+        "vision_token_id": _IDS["<|vision_pad|>"],
+        "image_token_id": _IDS["<|image_pad|>"],
+        "video_token_id": _IDS["<|video_pad|>"],
         "vision_config": {**_VISION, "hidden_size": shape.hidden_size},
     }
 

@@ -35,11 +35,10 @@ def shape(
     name: Annotated[str, typer.Argument(help="2b, 7b or 72b.")],
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],
 ) -> None:
-    """Write a folder with the shape of a published Qwen2-VL and the bundled tokenizer, for --load-format dummy."""
+    """Write a folder with the shape of a published Qwen2-VL and a tokenizer of its size, for --load-format dummy."""
     from qvl.bench.shape import write_shape
-    from qvl.engine.locate import demo_folder
 
-    print(write_shape(name, folder, demo_folder()))
+    print(write_shape(name, folder))
 
 
 @app.command("engine")

@@ -49,18 +49,20 @@ def test_without_a_picture_there_is_no_figure_for_it() -> None:
 
 
 @pytest.mark.parametrize(("name", "billions"), [("2b", 2.209), ("7b", 8.291), ("72b", 73.406)])
-def test_shapes_are_the_published_ones(checkpoint: Path, tmp_path: Path, name: str, billions: float) -> None:
-    """Parameter counts as the published checkpoints have them."""
-    spec = load_spec(write_shape(name, tmp_path / name, checkpoint))
+def test_shapes_are_the_published_ones(tmp_path: Path, name: str, billions: float) -> None:
+    """Parameter counts and control tokens as the published checkpoints have them."""
+    spec = load_spec(write_shape(name, tmp_path / name))
     assert spec.num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
-    assert spec.ids == load_spec(checkpoint).ids
+    assert (spec.ids.pad, spec.ids.im_start, spec.ids.eos) == (151643, 151644, (151645, 151643))
+    assert (spec.ids.vision_start, spec.ids.vision_end, spec.ids.vision_pad) == (151652, 151653, 151654)
+    assert (spec.ids.image_pad, spec.ids.video_pad) == (151655, 151656)
     tokenizer = Tokenizer.from_folder(spec.folder, spec.ids)
     assert tokenizer.vocab_size < spec.text.vocab_size == SHAPES[name].vocab_size
 
 
 def test_a_shape_never_overwrites_weights(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="holds weights"):
-        write_shape("2b", checkpoint, checkpoint)
+        write_shape("2b", checkpoint)
 
 
 def test_side_by_side_with_transformers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

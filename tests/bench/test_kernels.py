@@ -12,7 +12,6 @@ import torch
 
 from qvl.bench.gpu_timing import Ceilings, Row
 from qvl.bench.shape import SHAPES, write_shape
-from qvl.engine.locate import demo_folder
 from qvl.specs import load_spec
 
 
@@ -27,7 +26,7 @@ def test_the_matrices_of_a_token_are_those_of_the_model(name: str, tmp_path: Pat
 
     from qvl.bench.kernels import matrices
 
-    text = load_spec(write_shape(name, tmp_path / name, demo_folder())).text
+    text = load_spec(write_shape(name, tmp_path / name)).text
     counted = sum(rows * width * count for _, rows, width, count, *_ in matrices(SHAPES[name]))
     assert counted == text.num_layers * text.layer_matrix_parameters + text.vocab_size * text.hidden_size
 

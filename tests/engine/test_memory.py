@@ -26,9 +26,9 @@ H200 = DeviceFacts("cuda", (9, 0), int(139.8 * GIB), "float32", 16)
 
 
 @pytest.fixture(scope="module")
-def seven(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+def seven(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     """The 7B in bfloat16 on an H200, with what an engine takes by default but the context of the comparison."""
-    folder = write_shape("7b", tmp_path_factory.mktemp("shape") / "7b", checkpoint)
+    folder = write_shape("7b", tmp_path_factory.mktemp("shape") / "7b")
     return resolve(EngineOptions(model=str(folder), load_format="dummy", max_model_len=16384), H200)
 
 
