@@ -37,6 +37,7 @@ LEVELS = {
     "qvl.bench": 5,
     "qvl.server": 6,
     "qvl.cli": 6,
+    "qvl.__main__": 6,
 }
 # Whether a module may import torch when it is imported: the longest name decides. Everything that must not is what an
 # HTTP process or a client loads.

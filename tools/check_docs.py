@@ -114,7 +114,7 @@ def number_complaints() -> Iterator[str]:
 @contextmanager
 def server() -> Iterator[str]:
     """HOST:PORT of a server of the bundled checkpoint."""
-    command = [sys.executable, "-m", "qvl.cli", "serve", "demo", "--port", "0", "--num-threads", "1"]
+    command = [sys.executable, "-m", "qvl", "serve", "demo", "--port", "0", "--num-threads", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -29,7 +29,7 @@ from qvl.bench.load.prompts import bodies
 from qvl.bench.load.worker import Target
 from qvl.bench.machine import describe
 
-QVL = (sys.executable, "-m", "qvl.cli")
+QVL = (sys.executable, "-m", "qvl")
 OPTIONS = {"ignore_eos": True}
 NOT_IN_A_LINE = {"stream": None, "stream_options": None}
 

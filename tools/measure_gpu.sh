@@ -13,7 +13,7 @@ shape=${SHAPE:-7b}
 python=${PYTHON:-python3}
 export OUT=${OUT:-$(mktemp -d)} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} HF_HUB_OFFLINE=1
 model=${MODEL:-${TMPDIR:-/tmp}/qvl-shape-$shape}
-qvl="$python -m qvl.cli"
+qvl="$python -m qvl"
 server=
 
 # up PORT FLAGS...: a server of the shape; prints the seconds to the first 200 on /ready.

@@ -20,7 +20,7 @@ LIMIT = 300.0
 def main() -> int:
     port, *rest = sys.argv[1:]
     log = Path(os.environ.get("OUT", ".")) / f"serve-{port}.log"
-    command = [sys.executable, "-m", "qvl.cli", "serve", *rest, "--port", port, "--log-level", "info"]
+    command = [sys.executable, "-m", "qvl", "serve", *rest, "--port", port, "--log-level", "info"]
     started = time.monotonic()
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)

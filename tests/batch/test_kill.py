@@ -46,7 +46,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def start(source: Path, output: Path, url: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qvl.cli", "batch", str(source), "-o", str(output), "--base-url", url]
+    command = [sys.executable, "-m", "qvl", "batch", str(source), "-o", str(output), "--base-url", url]
     return subprocess.Popen([*command, "--resume", "--concurrency", str(AT_ONCE), "-q"], cwd=ROOT)
 
 

@@ -16,7 +16,7 @@ from qvl.specs import load_spec
 
 
 def qvl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qvl.cli", "bench", "kernels", *arguments]
+    command = [sys.executable, "-m", "qvl", "bench", "kernels", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 

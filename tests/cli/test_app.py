@@ -135,7 +135,7 @@ with live(EchoBackend("parrot")) as running:
 )
 def test_closed_and_full_streams(shell: str, code: int) -> None:
     done = subprocess.run(
-        ["sh", "-c", f'"{sys.executable}" -m qvl.cli {shell}'], cwd=ROOT, capture_output=True, timeout=120, check=False
+        ["sh", "-c", f'"{sys.executable}" -m qvl {shell}'], cwd=ROOT, capture_output=True, timeout=120, check=False
     )
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
@@ -149,7 +149,7 @@ def test_a_shell_completes_commands_and_flags(typed: str, offered: str) -> None:
     """What the script of `qvl --show-completion` runs when Tab is pressed."""
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_QVL_COMPLETE": "complete_bash"}
     done = subprocess.run(
-        [sys.executable, "-m", "qvl.cli"], cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True,
+        [sys.executable, "-m", "qvl"], cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout.split() == [offered]

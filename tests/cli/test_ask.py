@@ -51,7 +51,7 @@ def picture(tmp_path: Path) -> Path:
 def piped(data: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     """The command with `data` on its standard input."""
     return subprocess.run(
-        [sys.executable, "-m", "qvl.cli", "ask", *arguments], cwd=ROOT, input=data, capture_output=True, timeout=300,
+        [sys.executable, "-m", "qvl", "ask", *arguments], cwd=ROOT, input=data, capture_output=True, timeout=300,
         check=False,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_an_unreadable_picture_is_told_in_one_line(
 def test_a_terminal_or_dev_null_is_not_read(server: Live) -> None:
     with open(os.devnull, "rb") as null:
         done = subprocess.run(
-            [sys.executable, "-m", "qvl.cli", "ask", "Hi", "--base-url", server.url],
+            [sys.executable, "-m", "qvl", "ask", "Hi", "--base-url", server.url],
             cwd=ROOT, stdin=null, capture_output=True, timeout=300, check=False,
         )  # fmt: skip
     assert done.stdout == b"Hi\n"

@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
     lines = [json.dumps({"messages": [{"role": "user", "content": f"Job {i}"}]}) for i in range(200)]
     jobs.write_text("\n".join(lines))
     with live(EchoBackend("parrot", seconds_per_token=0.05)) as server:
-        command = [sys.executable, "-m", "qvl.cli", "batch", str(jobs), "-o", str(output), "--base-url", server.url]
+        command = [sys.executable, "-m", "qvl", "batch", str(jobs), "-o", str(output), "--base-url", server.url]
         command += ["--concurrency", "2"]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         end = time.monotonic() + 120

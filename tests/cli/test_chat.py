@@ -59,7 +59,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command(url: str, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "qvl.cli", "chat", "--base-url", url, *flags]
+    return [sys.executable, "-m", "qvl", "chat", "--base-url", url, *flags]
 
 
 def piped(lines: str, home: Path, url: str, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -152,7 +152,7 @@ def test_trust_remote_code_says_that_it_does_nothing(parse: Parse, capsys: pytes
 @contextmanager
 def served(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The ready line of a real `qvl serve`, and its process; killed if the test did not end it."""
-    command = [sys.executable, "-m", "qvl.cli", "serve", *arguments, "--port", "0", "--num-threads", "1"]
+    command = [sys.executable, "-m", "qvl", "serve", *arguments, "--port", "0", "--num-threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -184,7 +184,7 @@ def test_a_checkpoint_becomes_a_server_and_drains(checkpoint: Path) -> None:
 
 def test_a_folder_that_cannot_be_served_ends_with_its_reason(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    command = [sys.executable, "-m", "qvl.cli", "serve", str(tmp_path), "--port", "0"]
+    command = [sys.executable, "-m", "qvl", "serve", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told_once(checkpoint: Path, tmp_p
     folder = Path(shutil.copytree(checkpoint, tmp_path / "cut"))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    command = [sys.executable, "-m", "qvl.cli", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "qvl", "serve", str(folder), "--port", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     up, reason = done.stderr.splitlines()

@@ -40,7 +40,7 @@ def test_an_address_in_use_leaves_no_engine_behind(checkpoint: Path, tmp_path: P
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "qvl.cli", "serve", str(checkpoint), "--device", "cpu", "--port", port]
+        command = [sys.executable, "-m", "qvl", "serve", str(checkpoint), "--device", "cpu", "--port", port]
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2

@@ -113,7 +113,7 @@ def test_translate_piped_text() -> None:
         command = [
             sys.executable,
             "-m",
-            "qvl.cli",
+            "qvl",
             "translate",
             "--to",
             "zh",

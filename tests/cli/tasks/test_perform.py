@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def piped(data: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-m", "qvl.cli", *arguments], cwd=ROOT, input=data, capture_output=True, timeout=120,
+        [sys.executable, "-m", "qvl", *arguments], cwd=ROOT, input=data, capture_output=True, timeout=120,
         check=False,
     )  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_standard_input(folder: Path) -> None:
     assert [(json.loads(line)["file"], json.loads(line)["page"]) for line in pages] == [("-", 1), ("-", 2)]
     with open(os.devnull, "rb") as nothing:
         done = subprocess.run(
-            [sys.executable, "-m", "qvl.cli", "ocr"], cwd=ROOT, stdin=nothing, capture_output=True, timeout=120,
+            [sys.executable, "-m", "qvl", "ocr"], cwd=ROOT, stdin=nothing, capture_output=True, timeout=120,
             check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (2, b"qvl: name a picture: qvl ocr FILE\n")
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_it_and_what_was_written_stays(folder: Path, tmp_path: Path)
     for i in range(30):
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
     with live(EchoBackend("parrot", seconds_per_token=0.01)) as slow:
-        command = [sys.executable, "-m", "qvl.cli", "ocr", str(folder), "--json", "-o", str(output)]
+        command = [sys.executable, "-m", "qvl", "ocr", str(folder), "--json", "-o", str(output)]
         environment = {**os.environ, "QVL_BASE_URL": slow.url}
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=environment, text=True)
         end = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""`python -m qvl.cli`: the `qvl` command where it is not installed."""
+"""`python -m qvl`: the `qvl` command where it is not installed, or for a certain Python."""
 
 from __future__ import annotations
 
