@@ -34,6 +34,8 @@ from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import AbortRequest, EngineInfo, EngineStats, Outputs, Ready
 from qvl.errors import InvalidRequest, QvlError, Unavailable
 from qvl.media.given_up import given_up_by
+from qvl.media.kept import DEFAULT_BYTES
+from qvl.media.load import keep_pictures
 from qvl.media.stages import heard_by
 from qvl.specs import load_spec
 from qvl.tokenizer import Tokenizer
@@ -54,7 +56,8 @@ class LocalBackend:
     """Serves `options.model` on this machine.
 
     `command` starts the engine process (another one in tests). `engine`: one that is there already, instead.
-    `media_cores`: how many cores pictures may use at a time, by default all.
+    `media_cores`: how many cores pictures may use at a time, by default all. `kept_bytes`: how much of the pictures of
+    earlier requests is kept, for those that come again.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class LocalBackend:
         command: Sequence[str] = WORKER,
         engine: Engine | None = None,
         media_cores: int | None = None,
+        kept_bytes: int = DEFAULT_BYTES,
     ) -> None:
         self.observer: Observer | None = None
         self._options = options
@@ -73,6 +77,7 @@ class LocalBackend:
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, "qvl-text")
         self._media_pool = ThreadPoolExecutor(MEDIA_THREADS, "qvl-media")
         self._loading = Loading(media_cores)
+        self._kept = keep_pictures(kept_bytes)
         self._store = PixelStore([])
         self._launched = False
         self._live: dict[str, tuple[LiveRequest, int]] = {}
@@ -267,7 +272,7 @@ class LocalBackend:
         assert self._tokenizer is not None
         self._engine_info = ready.info
         config = EngineConfig.from_json(ready.config)
-        self._intake = Intake(config, self._tokenizer, loading=self._loading)
+        self._intake = Intake(config, self._tokenizer, loading=self._loading, kept=self._kept)
         self._picture = config.picture_rule
         self._grammars = self._grammars or GrammarCheck(config.spec.folder)
         self._reason = None

@@ -15,7 +15,8 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.loading import Loading
 from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
-from qvl.media.load import LoadedMedia, frame_size, load, picture_size
+from qvl.media.kept import Kept
+from qvl.media.load import LoadedMedia, frame_size, keep_pictures, load, picture_size
 from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import MediaSlot, Tokenizer
@@ -70,6 +71,7 @@ class Intake:
     """Prepares requests for an engine of this config.
 
     `check` refuses a constraint that no answer could keep to, by `InvalidRequest`; None where the caller has done so.
+    `kept`: pictures of earlier requests, for this config and policy; by default those of this intake.
     """
 
     def __init__(
@@ -78,9 +80,11 @@ class Intake:
         tokenizer: Tokenizer,
         check: Callable[[Constraint], None] | None = None,
         loading: Loading | None = None,
+        kept: Kept[LoadedMedia] | None = None,
     ) -> None:
         self._check = check
         self._loading = loading or Loading()
+        self._kept = kept or keep_pictures()
         self.config = config
         self.tokenizer = tokenizer
         self.spec = config.spec
@@ -162,12 +166,12 @@ class Intake:
     def _load(self, parts: Sequence[MediaPart], limits: PixelLimits) -> tuple[LoadedMedia, ...]:
         """Pictures have their final size on a CPU engine; a GPU resizes them itself."""
         resize_here = self.config.device == "cpu"
-        processor, policy, gate = self.spec.processor, self.config.policy, self._loading.gate
+        processor, policy, gate, kept = self.spec.processor, self.config.policy, self._loading.gate, self._kept
 
         def load_one(named: tuple[str, MediaPart]) -> LoadedMedia:
             name, part = named
             try:
-                return load(part, processor, policy, limits, resize_here=resize_here, gate=gate)
+                return load(part, processor, policy, limits, resize_here=resize_here, gate=gate, kept=kept)
             except InvalidRequest as error:
                 error.message = f"{name}: {error.message}"
                 error.args = (error.message,)

@@ -22,6 +22,7 @@ from qvl.media import fetch
 from qvl.media.fetch import MediaPolicy
 from qvl.media.given_up import turn
 from qvl.media.image import decode_image
+from qvl.media.kept import DEFAULT_BYTES, Kept
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.media.stages import reported, stage
 from qvl.media.video import FrameStack, check_sampling, decode_video, sample_indices
@@ -51,6 +52,16 @@ class LoadedMedia:
     original_size: tuple[int, int]
     num_tokens: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels."""
+        return self.pixels.nbytes
+
+
+def keep_pictures(capacity: int = DEFAULT_BYTES) -> Kept[LoadedMedia]:
+    """Room for `capacity` bytes of pixels of pictures that may come again."""
+    return Kept(lambda media: media.num_bytes, capacity)
+
 
 class Once:
     """Stands as `MediaPart.source` for another source that is read once, for who loads the same part several times.
@@ -76,10 +87,12 @@ def load(
     *,
     resize_here: bool,
     gate: threading.Semaphore | None = None,
+    kept: Kept[LoadedMedia] | None = None,
 ) -> LoadedMedia:
     """Read, decode, size and digest one part. `limits` fill what the part's own limits leave open.
 
-    Where a `gate` is given, everything but waiting for the network happens within it.
+    Where a `gate` is given, everything but waiting for the network happens within it. `kept`: pictures of the same
+    `spec`, `policy` and `resize_here`, so that the same file is decoded once for several requests.
 
     No request goes above the checkpoint's `max_pixels` (a larger wish is served with the checkpoint's). With
     `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
@@ -90,7 +103,7 @@ def load(
         loaded = once.loaded
         if loaded is None:
             inner = replace(part, source=once.source)
-            once.loaded = loaded = load(inner, spec, policy, limits, resize_here=resize_here, gate=gate)
+            once.loaded = loaded = load(inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept)
         return loaded
     limits = part.limits.over(limits)
     _check(limits, spec)
@@ -100,9 +113,9 @@ def load(
         data = fetch.read(part.source, policy, expect=part.kind)
         part = replace(part, source=data)
     if gate is None or _has_remote_frames(part):
-        return _load(part, spec, policy, limits, resize_here)
+        return _load(part, spec, policy, limits, resize_here, kept)
     with turn(gate):
-        return _load(part, spec, policy, limits, resize_here)
+        return _load(part, spec, policy, limits, resize_here, kept)
 
 
 def _has_remote_frames(part: MediaPart) -> bool:
@@ -111,26 +124,54 @@ def _has_remote_frames(part: MediaPart) -> bool:
 
 
 def _load(
-    part: MediaPart, spec: ProcessorSpec, policy: MediaPolicy, limits: PixelLimits, resize_here: bool
+    part: MediaPart,
+    spec: ProcessorSpec,
+    policy: MediaPolicy,
+    limits: PixelLimits,
+    resize_here: bool,
+    kept: Kept[LoadedMedia] | None,
 ) -> LoadedMedia:
     if part.kind == "video":
         pixels, size = _load_video(part.source, spec, policy, limits, resize_here)
-        height, width = frame_size(len(pixels), *size, spec, limits)
-    else:
-        picture = _load_picture(part.source, policy)
-        size = (picture.shape[0], picture.shape[1])
-        height, width = picture_size(*size, spec, limits)
-        pixels = np.ascontiguousarray(resize_bicubic(picture, height, width) if resize_here else picture)[None]
+        target = frame_size(len(pixels), *size, spec, limits)
+        return _loaded("video", pixels, _content_of(pixels), size, target, spec)
+
+    def picture(source: Any, content: bytes) -> LoadedMedia:
+        pixels = decode_image(source, max_pixels=policy.max_image_pixels)
+        size = (pixels.shape[0], pixels.shape[1])
+        target = picture_size(*size, spec, limits)
+        pixels = np.ascontiguousarray(resize_bicubic(pixels, *target) if resize_here else pixels)[None]
+        return _loaded("image", pixels, content or _content_of(pixels), size, target, spec)
+
+    data = _picture_file(part.source, policy)
+    if data is None:
+        return picture(part.source, b"")
+    # What a file shows is known by its bytes: hashing them takes a tenth of the time, and need not wait for pixels.
+    content = _content_of(data)
+    if kept is None:
+        return picture(data, content)
+    return kept.get((content, limits), lambda: picture(data, content))
+
+
+def _loaded(
+    kind: MediaKind,
+    pixels: Pixels,
+    content: bytes,
+    original_size: tuple[int, int],
+    target: tuple[int, int],
+    spec: ProcessorSpec,
+) -> LoadedMedia:
+    height, width = target
     slices = -(-len(pixels) // spec.temporal_patch_size)  # an odd last frame is shown twice
     grid = Grid(slices, height // spec.patch_size, width // spec.patch_size)
     return LoadedMedia(
-        kind=part.kind,
+        kind=kind,
         pixels=pixels,
         height=height,
         width=width,
         grid=grid,
-        digest=_digest(part.kind, pixels, (height, width), spec),
-        original_size=size,
+        digest=_digest(kind, content, target, spec),
+        original_size=original_size,
         num_tokens=grid.num_tokens(spec.merge_size),
     )
 
@@ -185,13 +226,12 @@ def _check(limits: PixelLimits, spec: ProcessorSpec) -> None:
         raise InvalidRequest("resized_height and resized_width must be at least 1", param="resized_height")
 
 
-def _load_picture(source: Any, policy: MediaPolicy, seconds: float | None = None) -> Pixels:
-    """Any single picture that a MediaPart may name -> uint8 [h, w, 3]."""
+def _picture_file(source: Any, policy: MediaPolicy, seconds: float | None = None) -> bytes | None:
+    """The bytes of the file that a MediaPart may name as a picture; None where its pixels are there already."""
     if isinstance(source, (np.ndarray, Image.Image)):
-        return decode_image(source, max_pixels=policy.max_image_pixels)
+        return None
     if isinstance(source, (str, bytes, bytearray, memoryview, Path)):
-        data = fetch.read(source, policy, expect="image", seconds=seconds)
-        return decode_image(data, max_pixels=policy.max_image_pixels)
+        return fetch.read(source, policy, expect="image", seconds=seconds)
     raise BadMedia("a picture is given as a URL, a data URL, a path, bytes, a PIL picture or a uint8 array [h, w, 3]")
 
 
@@ -210,7 +250,9 @@ def _load_video(
         stack = FrameStack(len(indices), policy, fit=fit, resize_here=resize_here)
         end = time.monotonic() + policy.total_timeout
         for index in indices.tolist():
-            stack.add(_load_picture(source[index], policy, end - time.monotonic()))
+            frame = source[index]
+            data = _picture_file(frame, policy, end - time.monotonic())
+            stack.add(decode_image(frame if data is None else data, max_pixels=policy.max_image_pixels))
         return stack.frames(), stack.size
     if isinstance(source, (str, bytes, bytearray, memoryview, Path)):
         data = fetch.read(source, policy, expect="video")
@@ -237,10 +279,21 @@ def _pick_frames(
 
 
 @stage("hash")
-def _digest(kind: MediaKind, pixels: Pixels, size: tuple[int, int], spec: ProcessorSpec) -> bytes:
-    """Everything that the embedding depends on. The pixels are hashed where they lie."""
-    settings = (spec.image_mean, spec.image_std, spec.patch_size, spec.temporal_patch_size, spec.merge_size)
+def _content_of(content: bytes | Pixels) -> bytes:
+    """What tells this file, or these pixels of this shape, from all others. Hashed where it lies."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"qvl media")
-    state.update(repr((kind, pixels.shape, size, settings)).encode())
-    state.update(pixels.reshape(-1).data)
+    if isinstance(content, bytes):
+        state.update(b"file")
+        state.update(content)
+    else:
+        state.update(repr(content.shape).encode())
+        state.update(content.reshape(-1).data)
+    return state.digest()
+
+
+def _digest(kind: MediaKind, content: bytes, size: tuple[int, int], spec: ProcessorSpec) -> bytes:
+    """Everything that the embedding depends on."""
+    settings = (spec.image_mean, spec.image_std, spec.patch_size, spec.temporal_patch_size, spec.merge_size)
+    state = hashlib.blake2b(content, digest_size=DIGEST_BYTES, person=b"qvl media")
+    state.update(repr((kind, size, settings)).encode())
     return state.digest()

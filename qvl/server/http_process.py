@@ -22,6 +22,7 @@ from qvl.backends.local import LocalBackend
 from qvl.engine.options import EngineOptions
 from qvl.engine.worker import first_line
 from qvl.errors import ConfigError, QvlError
+from qvl.media.kept import DEFAULT_BYTES
 from qvl.server.counts import Counts, open_table
 from qvl.server.options import ServerOptions
 from qvl.server.run import BACKLOG, SWITCH_SECONDS, bind, make_server
@@ -54,8 +55,14 @@ def serve(setup: Setup) -> int:
     options = setup.options
     counts = Counts(open_table(Path(setup.table)), setup.row)
     engine = SharedEngine(setup.socket, [Path(folder) for folder in setup.folders], lambda: counts.engine_restarts)
-    cores = max(1, (os.cpu_count() or 1) // setup.processes)
-    backend = LocalBackend(EngineOptions.from_dict(setup.engine), engine=engine, media_cores=cores)
+    # Twice its share of the cores: connections are never shared out evenly, and the cores of others stand idle then.
+    cores = max(1, 2 * (os.cpu_count() or 1) // setup.processes)
+    backend = LocalBackend(
+        EngineOptions.from_dict(setup.engine),
+        engine=engine,
+        media_cores=cores,
+        kept_bytes=DEFAULT_BYTES // setup.processes,
+    )
     listener = bind(options, shared=True)
     listener.listen(BACKLOG)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from qvl.errors import BadMedia, InvalidRequest, MediaRefused, PayloadTooLarge
 from qvl.media import load as load_module
 from qvl.media.fetch import MediaPolicy
-from qvl.media.load import LoadedMedia, Once, frame_size, load, picture_size
+from qvl.media.load import LoadedMedia, Once, frame_size, keep_pictures, load, picture_size
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.specs import ProcessorSpec
 from qvl.types import Grid, MediaPart, PixelLimits
@@ -87,7 +87,7 @@ def test_ratio_201_is_refused():
         take(noise(1, 201))
 
 
-def test_every_way_to_name_a_picture_gives_the_same_picture(site, tmp_path):
+def test_every_way_to_name_a_file_gives_the_same_picture(site, tmp_path):
     picture = noise(40, 60)
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -95,9 +95,35 @@ def test_every_way_to_name_a_picture_gives_the_same_picture(site, tmp_path):
     site.files["n.png"] = data
     (tmp_path / "n.png").write_bytes(data)
     policy = MediaPolicy(allow_private_hosts=True, allowed_local_path=tmp_path)
-    sources = [data, bytearray(data), picture, Image.fromarray(picture), site.url("n.png"), tmp_path / "n.png", "n.png",
-               f"file://{tmp_path}/n.png", "data:image/png;base64," + base64.b64encode(data).decode()]  # fmt: skip
-    assert len({take(source, policy=policy).digest for source in sources}) == 1
+    files = [data, bytearray(data), site.url("n.png"), tmp_path / "n.png", "n.png", f"file://{tmp_path}/n.png",
+             "data:image/png;base64," + base64.b64encode(data).decode()]  # fmt: skip
+    assert len({take(source, policy=policy).digest for source in files}) == 1
+    assert take(picture).digest == take(Image.fromarray(picture)).digest
+
+
+def test_a_file_that_comes_again_is_decoded_once(monkeypatch):
+    decoded = []
+    real = load_module.decode_image
+    monkeypatch.setattr(load_module, "decode_image", lambda *a, **k: (decoded.append(1), real(*a, **k))[1])
+    kept = keep_pictures()
+
+    def taken(source, **limits) -> LoadedMedia:
+        return load(MediaPart("image", source), SPEC, POLICY, PixelLimits(**limits), resize_here=True, kept=kept)
+
+    red, blue = png("red", (300, 200)), png("blue", (300, 200))
+    first = taken(red)
+    assert taken("data:image/png;base64," + base64.b64encode(red).decode()) is first
+    assert decoded == [1]
+    small, other = taken(red, max_pixels=20_000), taken(blue)
+    assert decoded == [1] * 3
+    assert len({first.digest, small.digest, other.digest}) == 3
+    assert small.pixels.shape != first.pixels.shape
+    np.testing.assert_array_equal(first.pixels, take(red).pixels)
+    np.testing.assert_array_equal(other.pixels, take(blue).pixels)
+    assert kept.used_bytes == sum(one.pixels.nbytes for one in (first, small, other))
+    for _ in range(2):
+        with pytest.raises(BadMedia):
+            taken(red[:-40])
 
 
 @pytest.mark.parametrize("source", [None, 7, ["a"], {"url": "x"}, object()])
@@ -205,6 +231,18 @@ def test_the_same_bytes_under_another_palette_or_mode_are_another_picture():
         palette.putpalette(np.random.default_rng(seed).integers(0, 256, 768, dtype=np.uint8).tobytes())
         pictures.append(palette)
     assert len({take(picture).digest for picture in pictures}) == 3
+
+
+def test_files_of_the_same_bytes_under_another_palette_are_other_pictures():
+    indices = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
+    digests = set()
+    for seed in (1, 2):
+        picture = Image.frombytes("P", (64, 64), indices.tobytes())
+        picture.putpalette(np.random.default_rng(seed).integers(0, 256, 768, dtype=np.uint8).tobytes())
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        digests.add(take(file.getvalue()).digest)
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize(
