@@ -92,8 +92,20 @@ def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
     return round_rows(out) if eight_bits else out
 
 
+def add_layer_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:  # all [n, size]
+    """x += delta in place; the layer norm of the sum, into `out` if given. The variance is taken in fp32."""
+    if x.is_cuda and x.is_contiguous() and (gpu := gpu_kernels()) is not None:
+        return gpu.add_layer_norm(x, delta, weight, bias, eps, out)
+    if delta is not None:
+        x += delta
+    normed = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return normed if out is None else out.copy_(normed)
+
+
 def quick_gelu(x: Tensor) -> Tensor:  # any shape
-    """x * sigmoid(1.702 x), the GELU approximation of CLIP and of this family's vision tower."""
+    """x * sigmoid(1.702 x), the GELU approximation of CLIP and of this family's vision tower; may overwrite x."""
     if x.is_cuda and x.is_contiguous() and (gpu := gpu_kernels()) is not None:
         return gpu.quick_gelu(x)
     library = kernels_for(x)

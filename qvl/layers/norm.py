@@ -7,11 +7,10 @@ know where in a network it stands.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvl.kernels.fp8 import Rounded
-from qvl.kernels.fused import add_rms_norm
+from qvl.kernels.fused import add_layer_norm, add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -41,5 +40,6 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # [n, size] -> [n, size]
-        return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, hidden_states: Tensor, delta: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The norm of hidden_states [n, size], to which `delta` is added in place first; in `out` if given."""
+        return add_layer_norm(hidden_states, delta, self.weight, self.bias, self.eps, out)
