@@ -35,7 +35,10 @@ class BackendInfo:
 
 
 class Observer(Protocol):
-    """Who wants to know how long the stages of a picture took (the server's metrics do)."""
+    """Who wants to know how long the stages of a request and of its pictures took (the server's metrics do)."""
+
+    def request_stage(self, stage: str, seconds: float) -> None:
+        """One request spent `seconds` in "prepare" (template, pictures, tokens) or waited so for its "first_token"."""
 
     def media_stage(self, kind: str, stage: str, seconds: float) -> None:
         """One picture or video (`kind`) spent `seconds` in `stage`: "fetch", "decode", "resize", "hash" or "share"."""

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
@@ -183,7 +184,9 @@ class LocalBackend:
         constraint = request.sampling.constraint
         if constraint is not None and self._grammars is not None:
             await self._grammars.check(constraint)
+        begun = time.perf_counter()
         ready = await self._in_thread(request, lambda: self._submit(request, request_id))
+        self._observe("prepare", begun)
         live = LiveRequest(ready.prepared, self._ready_tokenizer(), self._prefix(request))
         try:
             if self._reason is not None:
@@ -191,13 +194,21 @@ class LocalBackend:
             for index, add in enumerate(ready.adds):
                 self._live[add.request_id] = (live, index)
                 self._engine.send(add)
+            sent: float | None = time.perf_counter()
             async with aclosing(live.deltas(lambda index: self._abort(ready, index))) as deltas:
                 async for delta in deltas:
+                    if sent is not None:
+                        self._observe("first_token", sent)
+                        sent = None
                     yield delta
         finally:
             for index in range(len(ready.adds)):
                 self._abort(ready, index)
             self._store.discard(ready.files)
+
+    def _observe(self, stage: str, since: float) -> None:
+        if self.observer is not None:
+            self.observer.request_stage(stage, time.perf_counter() - since)
 
     def _abort(self, ready: Submission, index: int) -> None:
         """Tell the engine to forget one answer, unless it has ended by itself."""

@@ -18,12 +18,13 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from qvl.server.http_setup import SHARED_FOLDER
 from qvl.types import Delta, Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
-# The name is prometheus_client's own, which reads it when it is imported.
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+# The body arrives, is read, becomes a prompt, and waits for the engine to say something.
+REQUEST_STAGES = ("receive", "parse", "prepare", "first_token")
 STAGE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -65,6 +66,14 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
+        request_stages = Histogram(
+            "qvl_request_stage_seconds",
+            "Time that one request spends in a stage before its first token",
+            ["stage"],
+            buckets=STAGE_SECONDS,
+            registry=registry,
+        )
+        self._request_stages = {stage: request_stages.labels(stage) for stage in REQUEST_STAGES}
         self._overflowed = Counter(
             "qvl_overflowed_requests", "Conversations that were made to fit", ["strategy"], registry=registry
         )
@@ -91,6 +100,9 @@ class Metrics:
 
     def media_stage(self, kind: str, stage: str, seconds: float) -> None:
         self._stages.labels(kind, stage).observe(seconds)
+
+    def request_stage(self, stage: str, seconds: float) -> None:
+        self._request_stages[stage].observe(seconds)
 
     def overflowed(self, strategy: str, dropped: int, summarised: int) -> None:
         self._overflowed.labels(strategy).inc()

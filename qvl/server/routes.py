@@ -22,6 +22,7 @@ from qvl.backends.base import collect
 from qvl.backends.merge import merge
 from qvl.errors import QvlError
 from qvl.server.failures import ClientGone, check_model, internal_error, logger
+from qvl.server.metrics import Metrics
 from qvl.server.openapi import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from qvl.server.overflow import Fitting
 from qvl.server.service import Service
@@ -86,7 +87,7 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", tags=["answers"], summary="The answer to a conversation", openapi_extra=CHAT)
     async def chat_completions(request: Request) -> Response:
         since = time.perf_counter()
-        call = await _parse(wire.parse_chat, request)
+        call = await _parse(wire.parse_chat, request, service.metrics)
         head = _head("chatcmpl", call.model, service)
         fitting = Fitting(call.request)
         strategy = call.overflow or service.options.overflow
@@ -99,7 +100,7 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/completions", tags=["answers"], summary="The continuation of a text", openapi_extra=COMPLETION)
     async def completions(request: Request) -> Response:
         since = time.perf_counter()
-        call = await _parse(wire.parse_completion, request)
+        call = await _parse(wire.parse_completion, request, service.metrics)
         head = _head("cmpl", call.model, service)
         writer = wire.CompletionWriter(head, service.backend.token_bytes, call.options)
         streams = [service.backend.complete(one, f"{head.id}-{i}") for i, one in enumerate(call.requests)]
@@ -112,7 +113,7 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         "/tokenize", tags=["tokens"], summary="The tokens of a text or of a conversation", openapi_extra=TOKENIZE
     )
     async def tokenize(request: Request) -> Response:
-        call = await _parse(wire.parse_tokenize, request)
+        call = await _parse(wire.parse_tokenize, request, service.metrics)
         check_model(call.model, service.names)
         token_ids = await while_connected(request.receive, service.backend.tokenize(call.request))
         token_bytes = service.backend.token_bytes if call.return_token_strs else None
@@ -121,7 +122,7 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
 
     @router.post("/detokenize", tags=["tokens"], summary="The text of tokens", openapi_extra=DETOKENIZE)
     async def detokenize(request: Request) -> Response:
-        call = await _parse(wire.parse_detokenize, request)
+        call = await _parse(wire.parse_detokenize, request, service.metrics)
         check_model(call.model, service.names)
         return _json(wire.detokenize_response(await service.backend.detokenize(call.token_ids)))
 
@@ -177,12 +178,18 @@ def _head(prefix: str, model: str | None, service: Service) -> wire.Head:
     return wire.Head(f"{prefix}-{uuid.uuid4().hex}", check_model(model, service.names), int(time.time()))
 
 
-async def _parse(parse: Callable[[bytes], T], request: Request) -> T:
+async def _parse(parse: Callable[[bytes], T], request: Request, metrics: Metrics) -> T:
     """The body, whatever its content type says, in the words of `qvl.types`. Raises `InvalidRequest`."""
+    begun = time.perf_counter()
     pieces = await _read(request)
+    received = time.perf_counter()
     if sum(map(len, pieces)) <= PARSE_HERE_BYTES:
-        return parse(b"".join(pieces))
-    return await asyncio.get_running_loop().run_in_executor(_parser, lambda: parse(b"".join(pieces)))
+        call = parse(b"".join(pieces))
+    else:
+        call = await asyncio.get_running_loop().run_in_executor(_parser, lambda: parse(b"".join(pieces)))
+    metrics.request_stage("receive", received - begun)
+    metrics.request_stage("parse", time.perf_counter() - received)
+    return call
 
 
 async def _read(request: Request) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qvl.backends.base import collect
 from qvl.backends.local import LocalBackend
@@ -28,6 +30,8 @@ from qvl.types import (
 )
 from tests.backends.conftest import Start, made, until
 from tests.engine.fake_engine import BAD, CRASH, POISON
+
+SHARED = ["image: fetch", "image: hash", "image: share", "prepare", "first_token"]  # stages of every picture request
 
 
 def ask(text: str, **sampling: object) -> CompletionRequest:
@@ -58,6 +62,31 @@ async def test_text_and_exact_counts(backend_of: Start) -> None:
         assert done.usage == Usage(count, count + 1, 2), "the end token is counted, as it was computed"
         cut = await collect(backend.complete(ask("日本語 text 🙂 with words", max_tokens=2), "r"))
         assert (cut.answers[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
+
+
+async def test_an_observer_hears_of_every_stage_once(backend_of: Start) -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.stages: list[str] = []
+
+        def request_stage(self, stage: str, seconds: float) -> None:
+            assert seconds >= 0
+            self.stages.append(stage)
+
+        def media_stage(self, kind: str, stage: str, seconds: float) -> None:
+            self.stages.append(f"{kind}: {stage}")
+
+    file = io.BytesIO()
+    Image.fromarray(picture(1)).save(file, "PNG")
+    again = ChatRequest((Message("user", (MediaPart("image", file.getvalue()),)),), SamplingParams())
+    async with backend_of() as backend:
+        backend.observer = heard = Heard()
+        first = await collect(backend.chat(again, "a"))
+        assert sorted(heard.stages) == sorted([*SHARED, "image: decode", "image: resize"])
+        heard.stages.clear()
+        second = await collect(backend.chat(again, "b"))
+        assert sorted(heard.stages) == sorted(SHARED), "decoded once"
+        assert first.text == second.text, "the engine got the same pixels, although it had unlinked the first file"
 
 
 async def test_no_delta_ends_in_half_a_character(backend_of: Start) -> None:

@@ -52,6 +52,9 @@ def test_everything_is_counted_once() -> None:
     assert seen["qvl_request_seconds_count"] == 4
     assert seen["qvl_time_per_output_token_seconds_count"] == 4
     assert seen["qvl_media_stage_seconds_sum{kind=image,stage=decode}"] == 0.25
+    assert seen["qvl_request_stage_seconds_count{stage=receive}"] == 4
+    assert seen["qvl_request_stage_seconds_count{stage=parse}"] == 4
+    assert seen["qvl_request_stage_seconds_sum{stage=parse}"] > 0
     assert (seen["qvl_requests_in_flight"], seen["qvl_ready"], seen["qvl_engine_running"]) == (0, 1, 0)
 
 
