@@ -12,11 +12,9 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from qvl.backends.base import BackendInfo
 from qvl.backends.engines import SharedEngine
 from qvl.backends.local import LocalBackend
 from qvl.engine.options import EngineOptions
@@ -24,28 +22,10 @@ from qvl.engine.worker import first_line
 from qvl.errors import ConfigError, QvlError
 from qvl.media.kept import DEFAULT_BYTES
 from qvl.server.counts import Counts, open_table
-from qvl.server.options import ServerOptions
-from qvl.server.run import BACKLOG, SWITCH_SECONDS, bind, make_server
+from qvl.server.door import BACKLOG, bind
+from qvl.server.http_setup import Report, Setup
+from qvl.server.run import SWITCH_SECONDS, make_server
 from qvl.server.start import start_logging
-
-
-class Setup(msgspec.Struct, frozen=True):
-    """What the parent says first. `table` and `row`: see `counts`; `folders`: where this process puts pixels."""
-
-    options: ServerOptions
-    engine: dict[str, Any]
-    socket: str
-    folders: list[str]
-    table: str
-    row: int
-    processes: int
-
-
-class Report(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What this process says once: `info` when it answers requests, or what it ends of."""
-
-    info: BackendInfo | None = None
-    error: str | None = None
 
 
 def serve(setup: Setup) -> int:

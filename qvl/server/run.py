@@ -1,12 +1,10 @@
-"""Running the server in this process until it is told to stop: the socket, the one ready line, the way down.
+"""Running the server in this process until it is told to stop, and the way down.
 
 Knows uvicorn and signals. Does not know routes or engines.
 """
 
 from __future__ import annotations
 
-import errno
-import socket
 import sys
 import time
 from types import FrameType
@@ -14,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from qvl.backends.base import Backend, BackendInfo
-from qvl.errors import ConfigError, QvlError
+from qvl.backends.base import Backend
+from qvl.errors import QvlError
+from qvl.server.door import BACKLOG, CLOSE_SECONDS, bind, ready_line, url_of
 from qvl.server.http_protocol import http_protocol
 from qvl.server.options import ServerOptions
 from qvl.server.start import start_logging
@@ -25,10 +24,7 @@ if TYPE_CHECKING:
 
     from qvl.server.service import Service
 
-# After the running requests have ended (or were told that they will not), connections only have to be closed.
-CLOSE_SECONDS = 3
 KEEP_ALIVE_SECONDS = 75
-BACKLOG = 2048
 # Threads that prepare pictures hand the interpreter over to the loop this soon (Python's default is five times that).
 SWITCH_SECONDS = 0.001
 
@@ -105,41 +101,3 @@ def make_server(app: FastAPI, options: ServerOptions) -> Server:
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     return Server(config, app.state.service)
-
-
-def ready_line(url: str, info: BackendInfo, names: tuple[str, ...] = ()) -> str:
-    """The one line that says where, what, on which device, in which precision, and how much fits at once."""
-    name = (names or info.names)[0]
-    full = info.kv_tokens / info.max_model_len if info.max_model_len else 0.0
-    capacity = f"KV cache {info.kv_tokens:,} tokens = {full:.1f} requests of {info.max_model_len:,} tokens"
-    what = f"model {name}  device {info.device}  dtype {info.dtype}"
-    return f"qvl ready: {url}  {what}  {capacity}  ({info.load_seconds:.1f} s)"
-
-
-def bind(options: ServerOptions, *, shared: bool = False) -> socket.socket:
-    """A socket at the address of `options`; `shared` lets others of this user's that say so be bound there too.
-
-    Raises `ConfigError` when that cannot be.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        other = "; take another port: --port N, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {reason}{other}", param="port") from error
-    listener.set_inheritable(False)
-    return listener
-
-
-def url_of(options: ServerOptions, listener: socket.socket) -> str:
-    """Where a browser on this machine finds it."""
-    port = listener.getsockname()[1]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(options.host, options.host)
-    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from qvl.backends.engines import OwnEngine
+from qvl.backends.engines import WORKER, OwnEngine
 from qvl.engine.options import EngineOptions
 from qvl.errors import ConfigError
 from qvl.server.options import ServerOptions
@@ -18,16 +19,19 @@ CORES_PER_PROCESS = 4
 MOST_BY_DEFAULT = 4
 
 
-def start(options: ServerOptions, engine: EngineOptions, count: int) -> int:
-    """Serve with `count` HTTP processes until told to stop; returns 0. Raises what `run` and `supervise` raise."""
-    if count > 1:
-        from qvl.server.supervisor import supervise
+def start(options: ServerOptions, engine: EngineOptions, count: int, command: Sequence[str] = WORKER) -> int:
+    """Serve with `count` HTTP processes until told to stop; returns 0. Raises what `run` and `supervise` raise.
 
-        return supervise(options, engine, count)
+    `command` starts the engine.
+    """
     start_logging(options)
-    own = OwnEngine(engine)
+    own = OwnEngine(engine, command)
     own.launch()
     try:
+        if count > 1:
+            from qvl.server.supervisor import supervise
+
+            return supervise(options, engine, own, count)
         from qvl.backends.local import LocalBackend
         from qvl.server.run import run
 

@@ -15,22 +15,19 @@ import signal
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
 
 from qvl.backends.base import BackendInfo
-from qvl.backends.engines import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, STEADY_SECONDS, WORKER, OwnEngine
+from qvl.backends.engines import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, STEADY_SECONDS, OwnEngine
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import Outputs, Ready
 from qvl.errors import ConfigError
 from qvl.server.counts import Counts, open_table, table_bytes
-from qvl.server.http_process import Report, Setup
-from qvl.server.metrics import SHARED_FOLDER
+from qvl.server.door import CLOSE_SECONDS, bind, ready_line, url_of
+from qvl.server.http_setup import SHARED_FOLDER, Report, Setup
 from qvl.server.options import ServerOptions
-from qvl.server.run import CLOSE_SECONDS, bind, ready_line, url_of
-from qvl.server.start import start_logging
 
 logger = logging.getLogger("qvl.server")
 
@@ -39,20 +36,17 @@ HTTP_PROCESS = (sys.executable, "-m", "qvl.server.http_process")
 STUCK_SECONDS = 5.0
 
 
-def supervise(options: ServerOptions, engine: EngineOptions, count: int, command: Sequence[str] = WORKER) -> int:
+def supervise(options: ServerOptions, engine: EngineOptions, own: OwnEngine, count: int) -> int:
     """Serve with `count` HTTP processes until SIGTERM or SIGINT; returns 0.
 
-    `command` starts the engine. Raises `ConfigError` when the address cannot be bound or something cannot start.
+    `own` was launched from `engine`. Raises `ConfigError` when the address cannot be bound or something cannot start.
     """
     # Alone at first: a stranger's socket at this address is an error, not a sibling.
     with bind(options) as alone:
         options = replace(options, port=alone.getsockname()[1])
     with bind(options, shared=True) as holder:  # keeps the port; it never listens, so that it gets no connections
-        start_logging(options)
         url = url_of(options, holder)
         print(f"qvl: {count} HTTP processes start on {url}, the model is loading", file=sys.stderr, flush=True)
-        own = OwnEngine(engine, command)
-        own.launch()
         return asyncio.run(Supervisor(options, engine, own, count, url).run())
 
 

@@ -34,11 +34,11 @@ import json, sys
 from qvl.engine.options import EngineOptions
 from qvl.errors import QvlError
 from qvl.server.options import ServerOptions
-from qvl.server.supervisor import supervise
+from qvl.server.start import start
 engine = (sys.executable, "-m", "tests.engine.fake_engine", sys.argv[2])
 options = EngineOptions(model=sys.argv[1], device="cpu", max_model_len=512)
 try:
-    sys.exit(supervise(ServerOptions(**{"port": 0, **json.loads(sys.argv[4])}), options, int(sys.argv[3]), engine))
+    sys.exit(start(ServerOptions(**{"port": 0, **json.loads(sys.argv[4])}), options, int(sys.argv[3]), engine))
 except QvlError as error:
     sys.exit(f"refused: {error.message}")
 """

@@ -21,8 +21,9 @@ import requests
 from qvl.backends.base import BackendInfo
 from qvl.backends.echo import EchoBackend
 from qvl.errors import ConfigError
+from qvl.server.door import ready_line
 from qvl.server.options import ServerOptions
-from qvl.server.run import ready_line, run
+from qvl.server.run import run
 from tests.server.live import first_line, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
