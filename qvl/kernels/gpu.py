@@ -36,9 +36,9 @@ _compiling: ContextVar[bool] = ContextVar("qvl_compiling", default=False)
 class Tiles:
     """How the attention kernel is cut on one kind of GPU.
 
-    Of prefill: `rows` query rows (tokens x heads that share a KV head) against `block` keys a turn. `early`: a kernel
-    may start while the one before it ends (programmatic dependent launch). Without `tensor_cores` that Triton can use,
-    prefill is left to torch.
+    Of prefill: `rows` query rows (tokens x heads that share a KV head) against `block` keys a turn; `stages` turns of
+    keys are under way at a time. `early`: a kernel may start while the one before it ends (programmatic dependent
+    launch). Without `tensor_cores` that Triton can use, prefill is left to torch.
     """
 
     rows: int
@@ -46,6 +46,7 @@ class Tiles:
     warps: int
     stages: int
     decode_block: int
+    decode_stages: int
     tensor_cores: bool
     early: bool
 
@@ -70,13 +71,16 @@ def tiles_for(capability: Capability, dtype: torch.dtype, head_dim: int) -> Tile
     """The tiles that fit; `tests/kernels/test_compile.py` compiles every one of them."""
     if capability < (8, 0) or dtype == torch.float32:
         # Triton multiplies on tensor cores from 8.0 on, and never in full fp32.
-        return Tiles(0, 0, 0, 1, decode_block=16, tensor_cores=False, early=False)
-    wide = head_dim > 128
+        return Tiles(0, 0, 0, 1, decode_block=16, decode_stages=1, tensor_cores=False, early=False)
+    block = 32 if head_dim > 128 else 64
     early = early_on(capability)
     if shared_memory(capability) < 128 * KIB:
-        return Tiles(64, 32 if wide else 64, 4, 2, decode_block=32 if wide else 64, tensor_cores=True, early=early)
-    stages = 3 if capability >= (9, 0) and not wide else 2
-    return Tiles(128, 32 if wide else 64, 8, stages, decode_block=32 if wide else 64, tensor_cores=True, early=early)
+        rows, warps, stages = 64, 4, 2
+    elif capability < (9, 0):
+        rows, warps, stages = 128, 8, 2
+    else:  # two programs share a multiprocessor: one multiplies while the other takes exponentials
+        rows, warps, stages = 64, 4, 3
+    return Tiles(rows, block, warps, stages, decode_block=block, decode_stages=2, tensor_cores=True, early=early)
 
 
 def early_on(capability: Capability | None) -> bool:
@@ -87,14 +91,54 @@ def early_on(capability: Capability | None) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a Triton kernel, or only compile it inside `compiling_together`.
 
-    A kernel that is EARLY may start while the one before it ends; its first act is then to wait for that end.
+    A kernel that is EARLY may start while the one before it ends; it must wait for that end before it reads or writes
+    what the one before it writes or reads. Triton finds out anew at every call which of its compilations fits, in 30 to
+    60 microseconds; here that is done once for every kind of call.
     """
     if constants.get("EARLY"):
         constants["launch_pdl"] = True
     if _compiling.get():
         kernel.warmup(*arguments, grid=grid, **constants)
-    else:
-        kernel[grid](*arguments, **constants)
+        return
+    kind, values = kind_of(kernel, arguments, constants)
+    known = _launches.get(kind)
+    if known is not None:
+        compiled, rest = known
+        compiled[(*grid, 1, 1)[:3]](*values, *rest)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    names = getattr(kernel, "arg_names", ())[len(arguments) :]
+    # Triton's interpreter gives nothing back that could be called again.
+    if hasattr(compiled, "__getitem__") and all(name in constants for name in names):
+        _launches[kind] = compiled, tuple(constants[name] for name in names)
+
+
+# By kind: what Triton compiled (it holds its kernel, whose id is part of the kind), and the constants in its order.
+_launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def kind_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """What Triton compiles for, and the arguments with the addresses of tensors.
+
+    That is the dtype of a tensor and whether it lies at a multiple of 16, and of an integer whether it is 1, a multiple
+    of 16 and within 32 bits.
+    """
+    kind, values = [id(kernel), *constants.items()], []
+    device = None
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            address = argument.data_ptr()
+            kind += argument.dtype, not address & 15
+            values.append(address)
+            if device is None:
+                device = argument.get_device()
+            continue
+        values.append(argument)
+        if isinstance(argument, int):
+            kind += argument == 1, not argument & 15, -(2**31) <= argument < 2**31
+        else:
+            kind.append(type(argument))
+    return (device, *kind), values
 
 
 @contextmanager
@@ -136,8 +180,9 @@ def gpu_problem() -> str | None:
         from qvl.kernels import triton_ops
 
         x = torch.ones(2, 16, device="cuda")
-        if not torch.allclose(triton_ops.quick_gelu(x), x * torch.sigmoid(1.702 * x)):
-            return warn_of("a first kernel gave wrong numbers")
+        for _ in range(2):  # compiled, and then launched again as what was compiled
+            if not torch.allclose(triton_ops.quick_gelu(x.clone()), x * torch.sigmoid(1.702 * x)):
+                return warn_of("a first kernel gave wrong numbers")
     except ImportError as error:
         return warn_of(f"Triton cannot be imported ({error})")
     except Exception as error:  # noqa: BLE001  # a compiler, a driver or a linker: each raises what it likes

@@ -177,3 +177,49 @@ def test_without_a_mode_for_it_kernels_just_run(monkeypatch: pytest.MonkeyPatch)
     with gpu.compiling_together():
         gpu.launch(kernel, (1,))
     assert kernel.seen == [("ran", {})]
+
+
+class Compiled(Kernel):
+    """Gives back, as Triton does, something that runs the same compilation again with all arguments in order."""
+
+    arg_names = ("x_ptr", "n", "BLOCK")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*arguments: object, **constants: Any) -> Again:
+            self.seen.append(("looked up", constants))
+            return Again(self)
+
+        return run
+
+
+class Again:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *values: self.kernel.seen.append((f"ran on {grid}", {"values": values}))
+
+
+def test_what_triton_compiled_is_looked_up_once_for_every_kind_of_call() -> None:
+    kernel = Compiled()
+    memory = torch.zeros(64)
+
+    def looked_up(x: torch.Tensor, n: int, block: int = 32) -> bool:
+        """Whether Triton was asked; else the same compilation ran with these values."""
+        gpu.launch(kernel, (2,), x, n, num_warps=4, BLOCK=block)
+        done, details = kernel.seen.pop()
+        if done != "looked up":
+            assert (done, details) == ("ran on (2, 1, 1)", {"values": (x.data_ptr(), n, block)})
+        return done == "looked up"
+
+    assert looked_up(memory, 32)
+    assert not looked_up(memory, 32)
+    assert not looked_up(memory[4:], 48)  # another address, another multiple of 16
+    assert looked_up(memory[1:], 32)  # an address that is no multiple of 16
+    assert looked_up(memory, 33)
+    assert not looked_up(memory, 35)
+    assert looked_up(memory, 1)
+    assert looked_up(memory, 2**40)
+    assert looked_up(memory.to(torch.bfloat16), 32)
+    assert looked_up(memory, 32, block=64)
+    assert not looked_up(memory[1:], 16)
