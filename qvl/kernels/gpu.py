@@ -168,6 +168,7 @@ def triton_module() -> ModuleType | None:
         return None
 
 
+@functools.cache
 def capability_of(device: torch.device) -> Capability | None:
     """(major, minor) of a CUDA device, None elsewhere."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -190,6 +191,7 @@ def gpu_problem() -> str | None:
     return None
 
 
+@functools.cache
 def gpu_kernels() -> ModuleType | None:
     """`qvl.kernels.triton_ops` when it can be used."""
     if gpu_problem() is not None:

@@ -6,6 +6,7 @@ SiLU(gate) * up, and the sum with the residual. Knows tensors. Does not know lay
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class Shape:
         return self.block // 256  # 16 bytes of 16-bit weights for each thread and row
 
 
+@functools.cache
 def shape_for(m: int, k: int) -> Shape:
     """Enough loads under way in each program, and registers for the sums of all m rows."""
     return Shape(4 if m == 1 else 2, 1024 if k % 1024 == 0 or k >= 8192 else 512)
@@ -58,9 +60,9 @@ def product(
     shape = shape or shape_for(padded, k)
     out = x.new_empty(m, n)
     # What is not given is a pointer that is never followed.
-    given = (x if tensor is None else tensor for tensor in (scales, norm, bias, residual))
+    given = [x if tensor is None else tensor for tensor in (scales, norm, bias, residual)]
     launch(
-        _product, (triton.cdiv(weight.shape[0], shape.rows),),
+        _product, (-(-weight.shape[0] // shape.rows),),
         x, weight, *given, out, m, n, k, eps,
         M=padded, ROWS=shape.rows, BLOCK=shape.block, SCALED=scales is not None, NORM=norm is not None,
         BIAS=bias is not None, GATED=gated, RESIDUAL=residual is not None, EARLY=early, num_warps=shape.warps,
