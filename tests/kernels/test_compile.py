@@ -43,18 +43,22 @@ def compiled(
 
 def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, decode: bool) -> Any:
     """For seven query heads a KV head, as in the 7B."""
-    from qvl.kernels.triton_attention import FIELDS, _attend
+    from qvl.kernels import triton_decode, triton_prefill
 
     tiles = tiles_for(capability, dtype, head_dim)
-    number, early = "*" + TYPES[dtype], tiles.early and decode
-    types = {"q_ptr": number, "k_ptr": number, "v_ptr": number, "table_ptr": "*i32", "items_ptr": "*i32"}
-    part = "*fp32" if decode else number
-    types |= {"out_ptr": number, "part_ptr": part, "weight_ptr": part, "table_stride": "i32", "scale": "fp32"}
-    constants = {"KH": 4, "D": head_dim, "PAGE": 16, "GROUP": 7, "FIELDS": FIELDS, "PARTS": decode, "EARLY": early}
-    constants["ROWS"] = tiles.decode_rows(7) if decode else tiles.rows
-    constants["BLOCK"] = tiles.decode_block if decode else tiles.block
-    options: dict[str, Any] = {"num_warps": 4 if decode else tiles.warps, "num_stages": tiles.stages}
-    return compiled(_attend, capability, types, constants, options | ({"launch_pdl": True} if early else {}))
+    number = "*" + TYPES[dtype]
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), number)
+    types |= {"table_ptr": "*i32", "table_stride": "i32", "scale": "fp32"}
+    constants = {"KH": 4, "D": head_dim, "PAGE": 16, "GROUP": 7}
+    if not decode:
+        constants |= {"ROWS": tiles.rows, "BLOCK": tiles.block, "FIELDS": triton_prefill.FIELDS}
+        options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        return compiled(triton_prefill._prefill, capability, types | {"tiles_ptr": "*i32"}, constants, options)
+    types |= {"items_ptr": "*i32", "arrived_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
+    constants |= {"HEADS": 8, "ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block, "SPAN": triton_decode.SPAN}
+    constants |= {"FIELDS": triton_decode.FIELDS, "EARLY": tiles.early}
+    options = {"num_warps": 4, "num_stages": tiles.decode_stages} | ({"launch_pdl": True} if tiles.early else {})
+    return compiled(triton_decode._decode, capability, types, constants, options)
 
 
 # At the end: which instruction multiplies there. 10.3 has the tiles of 10.0.

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def wide(rounded: Rounded) -> Tensor:
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
-TILES = Tiles(rows=32, block=16, warps=4, stages=2, decode_block=16, tensor_cores=True, early=False)
+TILES = Tiles(rows=32, block=16, warps=4, stages=2, decode_block=16, decode_stages=2, tensor_cores=True, early=False)
 
 
 def triton_attention(heads: Heads, tiles: Tiles = TILES, multiprocessors: int = 8) -> Any:
@@ -115,10 +116,11 @@ def some_angles(rows: int, dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("heads", "query", "context", "page"),
     [
-        (Heads(14, 2, 32), [1, 1, 1, 9, 3], [70, 1, 33, 20, 3], 16),  # seven to one, as in the 7B
-        (Heads(6, 1, 16), [1], [90], 4),  # one sequence in many parts
+        (Heads(14, 2, 32), [1, 1, 1, 9, 3], [300, 1, 33, 20, 3], 16),  # seven to one, as in the 7B
+        (Heads(6, 1, 16), [1], [1500], 4),  # one sequence in more parts than are joined at a time
         (Heads(4, 4, 16), [1, 1, 1], [5, 16, 17], 16),  # each in one part
         (Heads(8, 1, 16), [40], [40], 16),
+        (Heads(7, 1, 16), [21], [75], 4),  # a chunk behind a prefix, and rows that no head fills
     ],
 )
 @pytest.mark.parametrize("tensor_cores", [True, False])
@@ -130,7 +132,7 @@ def test_attention(heads: Heads, query: list[int], context: list[int], page: int
     shape = (blocks, page, heads.num_kv_heads, heads.head_dim)
     ours = (numbers(*shape, dtype=dtype), numbers(*shape, dtype=dtype))
     theirs = (ours[0].clone(), ours[1].clone())
-    tiles = TILES if tensor_cores else Tiles(0, 0, 0, 1, decode_block=16, tensor_cores=False, early=False)
+    tiles = replace(TILES, tensor_cores=tensor_cores)
     attention, gather = triton_attention(heads, tiles), GatherAttention()
     out = attention.run(qkv, angles, ours, attention.plan(step))
     exact = gather.run(qkv.clone(), angles, theirs, gather.plan(step))
@@ -143,7 +145,7 @@ def test_attention(heads: Heads, query: list[int], context: list[int], page: int
 def test_padded_rows_store_nothing_and_give_zeros() -> None:
     """What a CUDA graph's bucket holds besides its requests; the host's lengths are upper bounds that nobody reads."""
     heads = Heads(4, 2, 16)
-    step, blocks = a_step([1, 1, 1], [40, 7, 1], 4)
+    step, blocks = a_step([1, 1, 1], [400, 7, 1], 4)
     step.seq_lens[2], step.slot_mapping[2] = 0, -1
     step.context_lens = [10_000] * 3
     qkv, angles = numbers(3, 8 * 16), some_angles(3, 16)
@@ -164,22 +166,35 @@ def test_padded_rows_store_nothing_and_give_zeros() -> None:
 
 
 @here
-@pytest.mark.parametrize("lengths", [[1], [64, 0, 1, 300], [33] * 9, [1000, 1, 1, 1]])
+@pytest.mark.parametrize("lengths", [[1], [64, 0, 1, 3000], [330] * 9, [32_000, 1, 0, 1]])
 def test_every_key_of_every_decode_is_in_one_item(lengths: list[int]) -> None:
     attention = triton_attention(Heads(4, 2, 16))
     cut = attention.cut(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), len(lengths))
-    seen: dict[int, list[tuple[int, int, int]]] = {i: [] for i in range(len(lengths))}
-    for seq, row, tokens, context, first, stop, part, _ in cut.items.tolist():
-        if tokens:
-            assert (row, tokens, context) == (seq, 1, lengths[seq] - 1)
-            seen[seq].append((first, stop, part))
-    bounds = cut.bounds.tolist()
+    seen: dict[int, list[list[int]]] = {i: [] for i in range(len(lengths))}
+    for number, (seq, *item, parts, _, _, _) in enumerate(cut.items.tolist()):
+        if parts:
+            seen[seq].append([number, *item, parts])
     for seq, length in enumerate(lengths):
-        parts = sorted(seen[seq])
-        assert [first for first, _, _ in parts] == [0, *(stop for _, stop, _ in parts[:-1])][: len(parts)]
-        assert (parts[-1][1] if parts else 0) == length
-        numbered = list(range(bounds[seq], bounds[seq + 1]))
-        assert [part for _, _, part in parts] == (numbered if len(parts) > 1 else [-1] * len(parts))
+        first_item = seen[seq][0][0]
+        ends = [0, *(stop for _, _, stop, _, _ in seen[seq])]
+        assert ends[-1] == length
+        assert ends == sorted(ends)
+        for i, item in enumerate(seen[seq]):
+            assert item == [first_item + i, ends[i], ends[i + 1], first_item, len(seen[seq])]
+    assert not cut.arrived.any()
+
+
+@here
+def test_layers_of_a_step_join_their_parts_alike() -> None:
+    """The counters of a cut are as they were when a layer has ended."""
+    heads, lengths = Heads(4, 2, 16), [700, 3, 400]
+    step, blocks = a_step([1] * 3, lengths, 16)
+    kv, q = (numbers(blocks, 16, 2, 16), numbers(blocks, 16, 2, 16)), numbers(3, 4, 16)
+    attention = triton_attention(heads)
+    plan = attention.plan(step)
+    first = attention.attend(q, kv, plan)
+    assert not plan.decodes.arrived.any()
+    assert torch.equal(attention.attend(q, kv, plan), first)
 
 
 # --- between the products ---------------------------------------------------------------------------------------------
@@ -201,7 +216,26 @@ def test_norm_gate_and_gelu(dtype: torch.dtype) -> None:
     gate_up = numbers(2, 2 * 1030, dtype=dtype)
     gate, up = gate_up.double().chunk(2, dim=1)
     assert close(triton_ops.silu_and_mul(gate_up), F.silu(gate) * up, dtype)
-    assert close(triton_ops.quick_gelu(gate_up), gate_up.double() * torch.sigmoid(1.702 * gate_up.double()), dtype)
+    gelu = gate_up.double() * torch.sigmoid(1.702 * gate_up.double())
+    assert close(triton_ops.quick_gelu(gate_up), gelu, dtype)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layer_norm_of_a_sum(dtype: torch.dtype) -> None:
+    from qvl.kernels import triton_ops
+
+    x, delta, weight, bias = (numbers(*shape, dtype=dtype) for shape in ((3, 100), (3, 100), (100,), (100,)))
+    x += 3  # so that the mean matters
+    total = x + delta
+    exact = F.layer_norm(total.double(), (100,), weight.double(), bias.double(), 1e-6)
+    into = torch.empty_like(x)
+    assert triton_ops.add_layer_norm(x, delta, weight, bias, 1e-6, into) is into
+    assert close(into, exact, dtype)
+    assert close(x, total, dtype)
+    before = x.clone()
+    assert close(triton_ops.add_layer_norm(x, None, weight, bias, 1e-6), exact, dtype)
+    assert torch.equal(x, before)
 
 
 @here
