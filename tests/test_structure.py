@@ -60,6 +60,7 @@ TORCH = {
     "qvl.engine.encoder_cache": False,
     "qvl.engine.grammar": False,
     "qvl.engine.grammar_worker": False,
+    "qvl.engine.head_start": False,
     "qvl.engine.hub": False,
     "qvl.engine.loading": False,
     "qvl.engine.locate": False,
@@ -68,6 +69,7 @@ TORCH = {
     "qvl.engine.protocol": False,
     "qvl.engine.scheduler": False,
     "qvl.engine.sequence": False,
+    "qvl.engine.start_clock": False,
     "qvl.engine.step": False,
     "qvl.engine.worker": False,
 }

@@ -12,7 +12,6 @@ or who is asking.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence as Items
 
 import msgspec
@@ -27,6 +26,7 @@ from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput,
 from qvl.engine.runner import Flight, ModelRunner
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
+from qvl.engine.start_clock import StartClock
 from qvl.errors import InvalidRequest
 from qvl.specs import ModelSpec
 
@@ -38,17 +38,17 @@ Pixels = npt.NDArray[np.uint8]
 class Engine:
     """Serves the model of `config`. Raises `CheckpointError` or `ConfigError` when it cannot start.
 
-    `grammars` may be shared with whoever prepares requests in this process.
+    `grammars` may be shared with whoever prepares requests in this process. `clock` has run since the start began.
     """
 
-    def __init__(self, config: EngineConfig, grammars: Grammars | None = None) -> None:
-        started = time.monotonic()
-        self.runner = ModelRunner(config)
+    def __init__(self, config: EngineConfig, grammars: Grammars | None = None, clock: StartClock | None = None) -> None:
+        clock = clock or StartClock()
+        self.runner = ModelRunner(config, clock)
         self.config = self.runner.config
         assert self.config.num_blocks is not None
         blocks = BlockManager(self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, blocks, self.runner.encoder_cache)
-        self.info = engine_info(self.config, self.runner, time.monotonic() - started)
+        self.info = engine_info(self.config, self.runner, clock.seconds)
         self.grammars = grammars or Grammars(config.spec, rehearsed=False)
         self._seeds = random.Random(self.config.seed)
         self._flight: Flight | None = None  # launched, and not taken in yet

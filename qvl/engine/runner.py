@@ -28,6 +28,7 @@ from qvl.engine.memory import kv_cache_bytes, usable_bytes
 from qvl.engine.probe import measure_cost, warm_up
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, Sampler, SamplerRow
+from qvl.engine.start_clock import StartClock
 from qvl.engine.vision import MediaEncoder
 from qvl.layers.attention import KVCache, make_kv_cache
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -72,13 +73,15 @@ class ModelRunner:
     Raises `CheckpointError` and `ConfigError` (a given max_model_len does not fit into the memory that is left).
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, clock: StartClock | None = None) -> None:
+        clock = clock or StartClock()
         torch.set_num_threads(config.num_threads)
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
-        self.model = load_model(config, self.device)
+        self.model = load_model(config, self.device, clock)
         self.config = config = size_kv_cache(config, self.model)
+        clock.passed("first steps")
         assert config.num_blocks is not None
         self.kv_cache: KVCache = make_kv_cache(
             config.spec.text, config.num_blocks, config.block_size, self.model.dtype, self.device
@@ -92,7 +95,9 @@ class ModelRunner:
         self.masks = Masks(vocab_size, ends=ids.eos, never=ids.never_sampled)
         self.decodes: DecodeSteps | None = None
         if self.device.type == "cuda" and self.model.attention.graph_safe:
+            clock.passed("caches")
             self.prepare_decodes(None if config.enforce_eager else CudaRecorder(self.device))
+            clock.passed("graphs")
 
     @torch.inference_mode()
     def prepare_decodes(self, recorder: Recorder | None) -> None:
@@ -255,12 +260,14 @@ def sampler_row(index: int, entry: ScheduledSeq, line: int, allowed: Words | Non
     )
 
 
-def load_model(config: EngineConfig, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def load_model(config: EngineConfig, device: torch.device, clock: StartClock) -> Qwen2VLForConditionalGeneration:
     """The network with its weights."""
     dtype = DTYPES[config.dtype]
     load_format = cast("LoadFormat", config.load_format)  # the options know no other words
     model = build_model(config.spec, dtype, device, config.quantization, config.attention_backend)
+    clock.passed("kernels")
     load_weights(model, config.spec.folder, device=device, dtype=dtype, load_format=load_format)
+    clock.passed("weights")
     return model
 
 

@@ -87,11 +87,26 @@ Loader = Callable[[EngineOptions], tuple[EngineLike, str]]
 
 def load_engine(options: EngineOptions) -> tuple[EngineLike, str]:
     """A ready engine and its final config as JSON. Raises `ConfigError` in words for the operator."""
+    from qvl.engine.head_start import begin_context, begin_triton
+    from qvl.engine.start_clock import StartClock
+
+    clock = StartClock()
+    begin_context(options.device)
     from qvl.engine.config import resolve
     from qvl.engine.device import read_facts
+
+    clock.passed("torch")
+    facts = read_facts(options.device)
+    clock.passed("device")
+    triton = begin_triton() if facts.kind == "cuda" else None
     from qvl.engine.engine import Engine
 
-    engine = Engine(resolve(options, read_facts(options.device)))
+    config = resolve(options, facts)
+    if triton is not None:
+        triton.join()
+    clock.passed("imports")
+    engine = Engine(config, clock=clock)
+    logger.info("the engine started in %s", clock)
     return engine, engine.config.to_json()
 
 

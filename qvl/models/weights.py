@@ -251,6 +251,7 @@ def fill_randomly(model: nn.Module) -> None:
     One block is drawn and repeated, because drawing billions of numbers takes minutes.
     """
     block = torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_STD
+    blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for module in model.modules():
         matrix = quantised_matrix(module, "weight")
         if matrix is not None:
@@ -259,14 +260,16 @@ def fill_randomly(model: nn.Module) -> None:
             if isinstance(module, RMSNorm | LayerNorm):
                 parameter.data.fill_(1.0 if leaf == "weight" else 0.0)
             elif matrix is None or leaf == "bias":
-                fill_repeated(parameter.data.view(-1), block.to(parameter.device, parameter.dtype))
+                kind = parameter.device, parameter.dtype
+                blocks[kind] = blocks[kind] if kind in blocks else block.to(*kind)
+                fill_repeated(parameter.data.view(-1), blocks[kind])
 
 
 def fill_repeated(flat: Tensor, block: Tensor) -> None:
     """`block` over and over."""
-    for start in range(0, flat.numel(), len(block)):
-        target = flat[start : start + len(block)]
-        target.copy_(block[: target.numel()])
+    whole = flat.numel() // len(block) * len(block)
+    flat[:whole].view(-1, len(block)).copy_(block)
+    flat[whole:].copy_(block[: flat.numel() - whole])
 
 
 def write_repeated(matrix: QuantisedMatrix | Fp8Matrix, block: Tensor) -> None:

@@ -1,0 +1,46 @@
+"""What an engine on a GPU waits for at its start, begun in threads while Python imports: they hold no interpreter.
+
+    main    | import torch ............. | import the engine, resolve | kernels, weights, ...
+    thread  | driver, CUDA context ..... |
+    thread                               | Triton's key ............. |
+
+Nothing here is needed, and nothing here may fail a start: whoever comes first does the work, the other finds it done.
+Knows the CUDA driver's names and Triton's. Does not know torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+
+
+def begin_context(device: str) -> None:
+    """The driver and the context of the first GPU, which torch will use: some tenths of a second, seconds with many."""
+    if device != "cpu":
+        # Read by the driver when it starts; torch would set it, but later than this.
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+        threading.Thread(target=_retain_context, name="qvl-context", daemon=True).start()
+
+
+def _retain_context() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # no driver, or not what we know
+        cuda = ctypes.CDLL("libcuda.so.1")  # calls through it leave the interpreter to others
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+
+def begin_triton() -> threading.Thread:
+    """Import Triton and let it read itself: the key of its cache is a hash of 400 MB of libraries."""
+    thread = threading.Thread(target=_read_triton, name="qvl-triton", daemon=True)
+    thread.start()
+    return thread
+
+
+def _read_triton() -> None:
+    with contextlib.suppress(ImportError, OSError):  # not there, or another version: it is read when it is needed
+        from triton.runtime.cache import triton_key
+
+        triton_key()
