@@ -77,7 +77,8 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Raises `InvalidRequest` for text that is not Unicode (lone surrogates)."""
         try:
-            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+            # As a batch: without offsets, and the interpreter is free for others (a long text takes a tenth of a second).
+            ids: list[int] = self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text must be valid Unicode without lone surrogates") from error
         return ids
