@@ -74,10 +74,9 @@ class LocalBackend:
         self._options = options
         self._engine: Engine = engine or OwnEngine(options, command)
         self._name = options.served_model_name or _shown_name(options.model)
+        # Texts are encoded one by one: the threads that `tokenizers` keeps for many would only stand about.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Text does not wait behind pictures: a slow download holds a thread for as long as its time-out.
-        os.environ.setdefault(
-            "TOKENIZERS_PARALLELISM", "false"
-        )  # one text at a time: its threads would only stand about
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, "qvl-text")
         self._media_pool = ThreadPoolExecutor(MEDIA_THREADS, "qvl-media")
         self._loading = Loading(media_cores)

@@ -77,7 +77,7 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Raises `InvalidRequest` for text that is not Unicode (lone surrogates)."""
         try:
-            # As a batch: without offsets, and the interpreter is free for others (a long text takes a tenth of a second).
+            # As a batch: without offsets, and others get the interpreter (a long text takes a tenth of a second).
             ids: list[int] = self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text must be valid Unicode without lone surrogates") from error
