@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
+def noise_keys(seeds: Sequence[int] | npt.NDArray[np.int64], positions: Sequence[int]) -> npt.NDArray[np.int32]:
     """Two 32-bit words per row from its 64-bit seed and its position (splitmix64, twice). -> [m, 2]"""
     state = np.asarray(seeds, dtype=np.int64).view(np.uint64)
     state = _mix64(_mix64(state) + np.asarray(positions, dtype=np.uint64))

@@ -20,6 +20,7 @@ from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import DTYPES, is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
+from qvl.engine.gpu_sampler import make_sampler
 from qvl.engine.grammar import Words
 from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder
 from qvl.engine.inputs import StepInputs, build_inputs, decode_numbers
@@ -27,7 +28,7 @@ from qvl.engine.masks import Masking, Masks
 from qvl.engine.memory import kv_cache_bytes, usable_bytes
 from qvl.engine.probe import measure_cost, warm_up
 from qvl.engine.rows import SequenceRows
-from qvl.engine.sampler import FAILED, Drawing, Sampler, SamplerRow
+from qvl.engine.sampler import FAILED, Drawing, SamplerRow
 from qvl.engine.start_clock import StartClock
 from qvl.engine.vision import MediaEncoder
 from qvl.layers.attention import KVCache, make_kv_cache
@@ -91,7 +92,9 @@ class ModelRunner:
         self.encoder_cache: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_bytes)
         self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
         ids, vocab_size = config.spec.ids, config.spec.text.vocab_size
-        self.sampler = Sampler(vocab_size, config.max_num_seqs, never_sampled=ids.never_sampled, device=self.device)
+        self.sampler = make_sampler(
+            vocab_size, config.max_num_seqs, tuple(ids.never_sampled), self.device, self.model.compute_dtype
+        )
         self.masks = Masks(vocab_size, ends=ids.eos, never=ids.never_sampled)
         self.decodes: DecodeSteps | None = None
         if self.device.type == "cuda" and self.model.attention.graph_safe:

@@ -60,12 +60,14 @@ class Drawn:
     """
 
     tokens: Tensor
-    tables: list[tuple[list[SamplerRow], Tensor]] = field(default_factory=list)
+    tables: list[tuple[Sequence[SamplerRow], Tensor]] = field(default_factory=list)
 
     def fetch(self) -> Drawing:
         """Begin to copy it to the host."""
-        parts = [self.tokens.to(torch.int32), *(table.flatten() for _, table in self.tables)]
-        return Drawing(self, Fetch(parts[0] if len(parts) == 1 else torch.cat(parts)))
+        if not self.tables:
+            return Drawing(self, Fetch(self.tokens))
+        tables = [table.flatten() for _, table in self.tables]
+        return Drawing(self, Fetch(torch.cat([self.tokens.to(torch.int32), *tables])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +120,22 @@ class Sampler:
         if not rows:
             return Drawn(best)
         drawn = Drawn(best.clone())
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            self._draw_some(logits, best, rows[start : start + ROWS_AT_ONCE], drawn)
+        for part in parts(rows):
+            self._draw_some(logits, best, part, drawn.tokens)
+        self.tell_logprobs(logits, rows, drawn)
         return drawn
 
-    def _draw_some(self, logits: Tensor, best: Tensor, rows: Sequence[SamplerRow], drawn: Drawn) -> None:
+    def tell_logprobs(self, logits: Tensor, rows: Sequence[SamplerRow], drawn: Drawn) -> None:
+        """Add the log-probabilities that `rows` want, those of `logits` before any rule, to what was drawn."""
+        for part in parts([row for row in rows if row.sampling.logprobs is not None]):
+            index = self._index([row.index for row in part])
+            raw = torch.log_softmax(logits.index_select(0, index).float(), dim=1)
+            num_top = max(row.sampling.logprobs or 0 for row in part)
+            drawn.tables.append((part, _pack_logprobs(raw, drawn.tokens.index_select(0, index), num_top)))
+
+    def _draw_some(self, logits: Tensor, best: Tensor, rows: Sequence[SamplerRow], drawn: Tensor) -> None:
         index = self._index([row.index for row in rows])
         part = logits.index_select(0, index).float()
-        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-        raw = torch.log_softmax(part.index_select(0, self._index(wanted)), dim=1) if wanted else None
         penalised = [i for i, row in enumerate(rows) if wants_penalties(row.sampling)]
         counted = [rows[i] for i in penalised]
         lines = self._penalise(part, penalised, counted) if penalised else None
@@ -137,15 +146,11 @@ class Sampler:
         tokens = self._choose(part, rows).masked_fill(failed, FAILED)
         if lines is not None:
             self.counts.count(counted, lines, tokens.index_select(0, self._index(penalised)))
-        drawn.tokens.index_copy_(0, index, tokens)
-        if raw is not None:
-            num_top = max(rows[i].sampling.logprobs or 0 for i in wanted)
-            table = _pack_logprobs(raw, tokens.index_select(0, self._index(wanted)), num_top)
-            drawn.tables.append(([rows[i] for i in wanted], table))
+        drawn.index_copy_(0, index, tokens)
 
     def _choose(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         """Every row by the cheapest way that its rules allow. [m, vocab] -> [m] int64"""
-        kinds = [_kind(row.sampling, self.vocab_size) for row in rows]
+        kinds = [kind_of(row.sampling, self.vocab_size) for row in rows]
         ways = {"greedy": self._take_best, "free": self._draw, "few": self._draw_filtered, "many": self._draw_filtered}
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
         for kind in sorted(set(kinds)):
@@ -161,18 +166,18 @@ class Sampler:
 
     def _draw(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         """From the whole vocabulary."""
-        return self._pick(logits / self._column(rows, "temperature"), self._all_ids, rows)
+        return self._pick(logits * self._scale(rows), self._all_ids, rows)
 
     def _draw_filtered(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         """From what top_k and top_p leave."""
-        temperature, top_p = self._column(rows, "temperature"), self._column(rows, "top_p")
-        counts = [_top_k(row.sampling, self.vocab_size) for row in rows]
+        scale, top_p = self._scale(rows), self._column(rows, "top_p")
+        counts = [top_k_of(row.sampling, self.vocab_size) for row in rows]
         top_k = self._index(counts)[:, None]
         if max(counts) <= FEW_CANDIDATES:
             values, ids = logits.topk(max(counts), dim=1)
-            values = values / temperature
+            values = values * scale
             return self._pick(_filter_sorted(values, values[:, :1], top_k, top_p), ids.to(torch.int32), rows)
-        scaled = logits / temperature
+        scaled = logits * scale
         total = scaled.logsumexp(dim=1, keepdim=True)
         if self.device.type == "cpu" and self.vocab_size > FEW_CANDIDATES:
             # The few best are nearly always all that top_p leaves. Asking a GPU would mean to wait for it.
@@ -180,8 +185,8 @@ class Sampler:
             enough = (values - total).exp().sum(dim=1, keepdim=True) > top_p
             if bool((enough | (top_k <= FEW_CANDIDATES)).all()):
                 return self._pick(_filter_sorted(values, total, top_k, top_p), ids.to(torch.int32), rows)
-        values, ids = scaled.sort(dim=1, descending=True, stable=True)
-        return self._pick(_filter_sorted(values, total, top_k, top_p), ids.to(torch.int32), rows)
+        values, ids = logits.sort(dim=1, descending=True, stable=True)
+        return self._pick(_filter_sorted(values * scale, total, top_k, top_p), ids.to(torch.int32), rows)
 
     def _pick(self, values: Tensor, ids: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         """min_p, then the Gumbel-max trick: scaled logits [m, c] of the candidates `ids` [m or 1, c] -> [m] int64"""
@@ -191,6 +196,9 @@ class Sampler:
         keys = put(noise_keys([row.seed for row in rows], [row.position for row in rows]), self.device)
         best = (values + gumbel(keys, ids)).argmax(dim=1, keepdim=True)
         return ids.expand(len(rows), -1).gather(1, best)[:, 0].to(torch.int64)
+
+    def _scale(self, rows: Sequence[SamplerRow]) -> Tensor:
+        return put(np.asarray([[scale_of(row.sampling)] for row in rows], dtype=np.float32), self.device)
 
     def _column(self, rows: Sequence[SamplerRow], name: str) -> Tensor:
         """One number of every row's rules, [m, 1]."""
@@ -252,22 +260,32 @@ class Sampler:
         return put(np.asarray(numbers, dtype=np.int64), self.device)
 
 
+def parts(rows: Sequence[SamplerRow]) -> list[Sequence[SamplerRow]]:
+    """As many as are computed at once."""
+    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+
+
 def unpack_bits(words: Tensor, count: int) -> Tensor:
     """The first `count` bits of every line, on whatever device. int32 [k, n] -> bool [k, count]"""
     bit = torch.arange(32, dtype=torch.int32, device=words.device)
     return ((words[:, :, None] >> bit) & 1).flatten(1)[:, :count].to(torch.bool)
 
 
-def _kind(sampling: SamplingParams, vocab_size: int) -> str:
+def kind_of(sampling: SamplingParams, vocab_size: int) -> str:
     if is_greedy(sampling):
         return "greedy"
-    top_k = _top_k(sampling, vocab_size)
+    top_k = top_k_of(sampling, vocab_size)
     if top_k <= FEW_CANDIDATES and top_k < vocab_size:
         return "few"
     return "free" if top_k == vocab_size and (sampling.top_p or 1.0) >= 1.0 else "many"
 
 
-def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
+def scale_of(sampling: SamplingParams) -> float:
+    """What scores are multiplied with, rounded to fp32, before they are compared."""
+    return 1.0 / (sampling.temperature or 1.0)
+
+
+def top_k_of(sampling: SamplingParams, vocab_size: int) -> int:
     top_k = sampling.top_k or 0
     return min(top_k, vocab_size) if top_k > 0 else vocab_size
 
