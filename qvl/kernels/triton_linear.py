@@ -125,11 +125,13 @@ def _product(
         live = i < n
     at = tl.arange(0, BLOCK)
     w_at = w_ptr + rows.to(tl.int64)[:, None] * k + at[None, :]
-    # Weights are read one turn ahead; the first before the kernel in front has ended, which does not write them.
+    # Weights are read one turn ahead; the first before the kernel in front has ended, which does not write them. The
+    # kernel behind may begin so early too: no kernel ends before all in front of it have, so it waits for all of them.
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(w_at, mask=live[:, None] & (at < k)[None, :], other=0.0, eviction_policy="evict_first")
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
     acc0 = tl.zeros([ROWS, BLOCK], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
