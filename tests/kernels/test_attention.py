@@ -39,9 +39,9 @@ def gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         ((8, 0), torch.bfloat16, 163, "paged prefill (128-row tiles"),
         ((8, 6), torch.bfloat16, 99, "paged prefill (64-row tiles"),
         ((8, 9), torch.float16, 99, "paged prefill (64-row tiles"),
-        ((9, 0), torch.bfloat16, 227, "paged prefill (128-row tiles"),
-        ((10, 0), torch.bfloat16, 227, "paged prefill (128-row tiles"),
-        ((10, 3), torch.bfloat16, 227, "paged prefill (128-row tiles"),
+        ((9, 0), torch.bfloat16, 227, "paged prefill (64-row tiles"),
+        ((10, 0), torch.bfloat16, 227, "paged prefill (64-row tiles"),
+        ((10, 3), torch.bfloat16, 227, "paged prefill (64-row tiles"),
         ((12, 0), torch.bfloat16, 99, "paged prefill (64-row tiles"),
     ],
 )
