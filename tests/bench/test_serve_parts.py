@@ -76,6 +76,28 @@ def test_an_answer_without_text_still_ends() -> None:
     assert (outcome.error, outcome.first, outcome.tpot) == ("", outcome.last, None)
 
 
+def test_a_count_tells_of_a_token_that_has_no_text_yet() -> None:
+    def counted(text: str, tokens: int) -> dict[str, object]:
+        return {**piece(text), "usage": {"completion_tokens": tokens}}
+
+    role, half, whole = counted("", 0), counted("", 1), counted("é", 2)
+    stream = events(role, half, whole, piece("", finish_reason="stop"), "[DONE]")
+    outcome = read(stream, 1)
+    ends = [i + 1 for i in range(len(stream)) if stream[i : i + 2] == b"\n\n"]
+    assert (outcome.first, outcome.chunks, outcome.output_tokens) == (ends[1], 1, 2)
+    assert outcome.tpot == ends[3] - ends[1]
+
+
+def test_an_answer_in_one_piece_says_nothing_about_its_tokens() -> None:
+    stream = events(piece("abc", finish_reason="stop"), {"usage": {"completion_tokens": 3}}, "[DONE]")
+    outcome = read(stream, 1)
+    assert (outcome.error, outcome.first, outcome.tpot) == ("", outcome.last, None)
+    figures = summarise(TEXT, [outcome, answered(0, 1, 1, 3)], wall=1, processes=1, client_cpu=0)
+    assert figures.whole_answers == 1
+    assert figures.tpot_ms == Spread.of([1.0])
+    assert figures.doubts == ["1 answers came in one piece: their TTFT is the time of the whole answer"]
+
+
 @pytest.mark.parametrize(
     ("stream", "error"),
     [

@@ -15,7 +15,8 @@ LONGEST_ERROR = 300
 class Outcome:
     """What became of one request. Times are seconds of `time.perf_counter`, which all processes of a machine share.
 
-    `first`: the first piece of text; `last`: the last chunk of the answer. `gaps`: seconds between pieces of text.
+    `first`: the first token that the client could know of, by its text or, where chunks carry counts, by its count;
+    `last`: the last chunk of the answer. `gaps`: seconds between pieces of text.
     `error` is empty when the answer was complete; otherwise the other fields mean nothing.
     """
 
@@ -30,7 +31,7 @@ class Outcome:
 
     @property
     def ttft(self) -> float:
-        """Seconds to the first piece of text."""
+        """Seconds to the first token."""
         return self.first - self.start
 
     @property
@@ -40,8 +41,15 @@ class Outcome:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first; None for an answer of one token."""
-        return (self.last - self.first) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+        """Seconds per token after the first; None for an answer of one token, and for one that came in one piece."""
+        return (
+            None if self.output_tokens < 2 or self.is_one_piece else (self.last - self.first) / (self.output_tokens - 1)
+        )
+
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether nothing was seen of the answer before its end: its first token's time is not known then."""
+        return self.first >= self.last
 
 
 class _Delta(msgspec.Struct):
@@ -121,11 +129,13 @@ class Stopwatch:
         if not chunk.choices:
             return
         delta = chunk.choices[0].delta
-        if delta.content or delta.reasoning_content:
+        has_text = bool(delta.content or delta.reasoning_content)
+        # A first token may have no text to show yet (half a character): a count in its chunk tells of it all the same.
+        if not outcome.first and (has_text or (chunk.usage is not None and chunk.usage.completion_tokens > 0)):
+            outcome.first = now
+        if has_text:
             if outcome.chunks:
                 outcome.gaps.append(now - self._text_at)
-            else:
-                outcome.first = now
             outcome.chunks += 1
             self._text_at = now
         outcome.last = now

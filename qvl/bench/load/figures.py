@@ -36,10 +36,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One run. `ttft_ms`: to the first piece of text; `tpot_ms`: per token after it, one value a request; `itl_ms`:
+    """One run. `ttft_ms`: to the first token; `tpot_ms`: per token after it, one value a request; `itl_ms`:
     between one piece of text and the next, one value a piece; `e2e_ms`: to the end. Rates count answered requests only,
-    over `wall_s`. `short_answers`: answers with fewer tokens than asked for; `client_cpu`: how much of a core the
-    busiest client process took.
+    over `wall_s`. `short_answers`: answers with fewer tokens than asked for; `whole_answers`: of which nothing was seen
+    before their end; `client_cpu`: how much of a core the busiest client process took.
     """
 
     load: Load
@@ -53,6 +53,7 @@ class Figures:
     prompt_tokens: float
     output_tokens: float
     short_answers: int
+    whole_answers: int
     ttft_ms: Spread | None
     tpot_ms: Spread | None
     itl_ms: Spread | None
@@ -69,6 +70,8 @@ class Figures:
             found.append(f"{self.errors} of {self.requests} requests failed, the first with: {self.first_error}")
         if self.short_answers:
             found.append(f"{self.short_answers} answers had fewer than {self.load.output_tokens} tokens")
+        if self.whole_answers:
+            found.append(f"{self.whole_answers} answers came in one piece: their TTFT is the time of the whole answer")
         if self.client_cpu > BUSY:
             found.append(f"a client process took {self.client_cpu:.0%} of a core: more --processes may show more")
         return found
@@ -91,6 +94,7 @@ def summarise(load: Load, outcomes: Sequence[Outcome], *, wall: float, processes
         prompt_tokens=round(prompt / max(1, len(good)), 1),
         output_tokens=round(output / max(1, len(good)), 1),
         short_answers=sum(o.output_tokens < load.output_tokens for o in good),
+        whole_answers=sum(o.is_one_piece and o.output_tokens > 1 for o in good),
         ttft_ms=Spread.of([o.ttft for o in good]),
         tpot_ms=Spread.of([o.tpot for o in good if o.tpot is not None]),
         itl_ms=Spread.of([gap for o in good for gap in o.gaps]),
