@@ -73,11 +73,12 @@ def attend_keys(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
     keys = tl.arange(0, BLOCK)
-    page = tl.load(table_ptr + tl.minimum(first + keys, stop - 1) // PAGE)
+    end = tl.maximum(stop, 1) - 1
+    page = tl.load(table_ptr + tl.minimum(first + keys, end) // PAGE)
     for start in range(first, stop, BLOCK):
-        t = tl.minimum(start + keys, stop - 1)
+        t = tl.minimum(start + keys, end)
         where = (page.to(tl.int64) * (PAGE * KH * D) + t % PAGE * (KH * D))[:, None] + dims[None, :]
-        page = tl.load(table_ptr + tl.minimum(start + BLOCK + keys, stop - 1) // PAGE)
+        page = tl.load(table_ptr + tl.minimum(start + BLOCK + keys, end) // PAGE)
         k = tl.load(k_ptr + where)
         v = tl.load(v_ptr + where)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
