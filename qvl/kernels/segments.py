@@ -1,53 +1,80 @@
 """Full attention inside each of many segments: the pictures of a step, which do not see each other.
 
-Knows torch's attention kernels, and which of them is the fastest where. Does not know pictures.
+Knows our kernel and torch's, and which of them is the fastest where. Does not know pictures.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels.gpu import Capability
+from qvl.kernels.fused import rotate
+from qvl.kernels.gpu import Capability, capability_of, gpu_problem, told, warn_of
 
+OURS: Capability = (9, 0)  # it is written for this one's tensor cores
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
+WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
+SLOWER = "cuDNN's attention is used instead: a picture of a megapixel takes about a third longer"
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Consecutive segments as (first row, count, length) of neighbours of one length; and, where there are many such
-    groups on a GPU, their borders for a kernel that takes them all.
+    """Consecutive segments as (first row, count, length) of neighbours of one length; and what a kernel that takes all
+    of them at once needs, where there is one: tiles for ours, or borders for torch's.
     """
 
     groups: list[tuple[int, int, int]]
+    tiles: Tensor | None  # int32 [tiles, 4]
     bounds: Tensor | None  # int32 [segments + 1]
     longest: int
 
     @classmethod
-    def of(
-        cls, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, capability: Capability | None
-    ) -> Segments:
+    def of(cls, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, head_dim: int) -> Segments:
         groups = []
         start = 0
         for length, same in itertools.groupby(lengths):
             count = len(list(same))
             groups.append((start, count, length))
             start += count * length
-        bounds = None
-        if len(groups) > MANY and capability is not None and capability >= (8, 0) and dtype != torch.float32:
-            array = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-            bounds = torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
-        return cls(groups, bounds, max(lengths))
+        tiles = bounds = None
+        if (kernel := segment_kernel(device, dtype, head_dim)) is not None:
+            tiles = uploaded(kernel.tiles_of(lengths), device)
+        elif len(groups) > MANY and has_flash(dtype, capability_of(device)):
+            bounds = uploaded(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
+        return cls(groups, tiles, bounds, max(lengths))
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def uploaded(numbers: npt.NDArray[np.int32], device: torch.device) -> Tensor:
+    """On a GPU, without waiting for what it does."""
+    return torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
+
+
+def segment_attention(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    """[n, 3, heads, head_dim] -> [n, heads * head_dim], queries and keys turned by their angles first.
+
+    qkv is overwritten, and may be where the result lies.
+    """
+    turned = rotate(qkv[:, :2].flatten(1, 2), *angles)
+    if segments.tiles is not None:
+        from qvl.kernels import triton_segments
+
+        assert turned.data_ptr() == qkv.data_ptr()
+        return triton_segments.attend_segments(qkv, segments.tiles)
+    q, k = turned.unflatten(1, (2, -1)).unbind(1)
+    return attend_by_torch(q, k, qkv[:, 2], segments)
+
+
+def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """q, k, v [n, heads, head_dim]: [n, heads * head_dim]."""
     if segments.bounds is not None:
         from torch.nn.attention.varlen import varlen_attn
@@ -62,6 +89,45 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
         batch = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
         outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1).flatten(1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@functools.cache
+def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType | None:
+    """`qvl.kernels.triton_segments` where it runs, tried out once; warns when it should run and does not."""
+    if capability_of(device) != OURS or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
+        return None
+    try:
+        from qvl.kernels import triton_segments
+
+        if triton_segments.halves(head_dim) is None:
+            return None
+        problem = problem_of(triton_segments, device, dtype, head_dim)
+    except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
+        problem = f"the kernel for attention in pictures did not run ({told(error)})"
+    if problem is not None:
+        warn_of(problem, SLOWER)
+        return None
+    return triton_segments
+
+
+def problem_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What is wrong with it, or None: segments of more than one turn of keys, of less than one, and of a single key."""
+    lengths, heads = [300, 5, 1, 128], 2
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator, dtype=dtype, device=device)
+    alone = [
+        F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3)[:, None]).squeeze(0).transpose(0, 1).flatten(1)
+        for part in qkv.float().split(lengths)
+    ]
+    exact = torch.cat(alone)
+    out = kernel.attend_segments(qkv, uploaded(kernel.tiles_of(lengths), device))
+    error = float((out.float() - exact).norm() / exact.norm())
+    return None if error <= WRONG else f"the kernel for attention in pictures is wrong by {error:.1%}"
+
+
+def has_flash(dtype: torch.dtype, capability: Capability | None) -> bool:
+    """Where torch brings FlashAttention-2."""
+    return capability is not None and capability >= (8, 0) and dtype != torch.float32
 
 
 def prefers_cudnn(dtype: torch.dtype, capability: Capability | None) -> bool:
@@ -85,12 +151,19 @@ def preferred_order(dtype: torch.dtype, capability: Capability | None) -> Abstra
     return order
 
 
-def describe_segments(dtype: torch.dtype, device: torch.device, capability: Capability | None) -> str:
-    """What attends inside pictures there, for the operator."""
+def describe_segments(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+    """What attends inside pictures there, for the operator; makes the choice (and builds the kernel) if need be."""
     if device.type != "cuda":
         return "torch SDPA"
+    if segment_kernel(device, dtype, head_dim) is not None:
+        return "triton"
+    return describe_torch(dtype, capability_of(device))
+
+
+def describe_torch(dtype: torch.dtype, capability: Capability | None) -> str:
+    """Which of torch's kernels attends inside pictures."""
     if prefers_cudnn(dtype, capability):
         return "cuDNN attention, FlashAttention-2 for many sizes at once"
-    if capability is not None and capability >= (8, 0) and dtype != torch.float32:
+    if has_flash(dtype, capability):
         return "FlashAttention-2 (torch)"
     return "torch SDPA (memory-efficient kernel: FlashAttention needs compute capability 8.0 and 16 bits)"

@@ -7,11 +7,11 @@ parts: the widest activations of 65,536 would take gigabytes. Does not know pixe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvl.kernels.fused import rotate
 from qvl.kernels.gpu import capability_of
 from qvl.kernels.segments import Segments, preferred_order, segment_attention
 from qvl.layers.activation import ACTIVATIONS
@@ -23,7 +23,7 @@ from qvl.types import Grid
 
 LAYER_NORM_EPS = 1e-6
 MLP_ROWS = 8192  # patches that go through an MLP at a time; a multiple of what becomes one token
-ATTENTION_BYTES = 64 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
+ATTENTION_BYTES = 128 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
 
 
 class VisionAttention(nn.Module):
@@ -38,17 +38,16 @@ class VisionAttention(nn.Module):
         self.proj = Linear(width, width, bias=True, dtype=dtype, compute_dtype=compute_dtype)
 
     def forward(
-        self, hidden_states: Tensor, norm: LayerNorm, angles: tuple[Tensor, Tensor], segments: Segments
+        self, hidden_states: Tensor, norm: LayerNorm, normed: Tensor, angles: tuple[Tensor, Tensor], segments: Segments
     ) -> Tensor:
-        """What `proj` takes: [patches, embed_dim]."""
+        """What `proj` takes: [patches, embed_dim]. `normed` is norm(hidden_states) and may be overwritten."""
         each = self.heads_at_once(hidden_states)
         if each == self.num_heads:
-            return attend(self.qkv(norm(hidden_states)).unflatten(1, (3, each, -1)), angles, segments)
-        out = torch.empty_like(hidden_states)
+            return segment_attention(self.qkv(normed).unflatten(1, (3, each, -1)), angles, segments)
         for first in range(0, self.num_heads, each):
             qkv = self.some_heads(hidden_states, norm, first, each)
-            out[:, first * self.head_dim : (first + each) * self.head_dim] = attend(qkv, angles, segments)
-        return out
+            normed[:, first * self.head_dim : (first + each) * self.head_dim] = segment_attention(qkv, angles, segments)
+        return normed
 
     def some_heads(self, hidden_states: Tensor, norm: LayerNorm, first: int, count: int) -> Tensor:
         """Queries, keys and values of heads [first, first + count): [patches, 3, count, head_dim]."""
@@ -68,12 +67,6 @@ class VisionAttention(nn.Module):
         one = 3 * self.head_dim * len(hidden_states) * hidden_states.element_size()
         fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0 and n * one <= ATTENTION_BYTES]
         return max(fitting, default=1)
-
-
-def attend(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-    """[patches, 3, heads, head_dim] -> [patches, heads * head_dim]; may overwrite qkv."""
-    q, k, v = qkv.unbind(1)
-    return segment_attention(rotate(q, *angles), rotate(k, *angles), v, segments)
 
 
 def chunks(rows: int) -> Iterator[slice]:
@@ -104,13 +97,19 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(spec, dtype, compute_dtype)
         self.mlp = VisionMLP(spec, dtype, compute_dtype)
 
-    def forward(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> None:
-        """Adds to hidden_states in place."""
-        heads = self.attn(hidden_states, self.norm1, angles, segments)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        normed: Tensor,
+        following: LayerNorm,
+        angles: tuple[Tensor, Tensor],
+        segments: Segments,
+    ) -> None:
+        """Adds to hidden_states in place. `normed` comes as this block's norm of it, and leaves as the following's."""
+        heads = self.attn(hidden_states, self.norm1, normed, angles, segments)
         for rows in chunks(len(heads)):
             part = hidden_states[rows]
-            part += self.attn.proj(heads[rows])
-            part += self.mlp(self.norm2(part))
+            following(part, self.mlp(self.norm2(part, self.attn.proj(heads[rows]))), out=normed[rows])
 
 
 class PatchEmbed(nn.Module):
@@ -137,8 +136,8 @@ class PatchMerger(nn.Module):
             Linear(self.merged_dim, spec.hidden_size, bias=True, dtype=dtype, compute_dtype=compute_dtype),
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # [patches, embed_dim] -> [tokens, hidden_size]
-        return self.mlp(self.ln_q(hidden_states).view(-1, self.merged_dim))
+    def forward(self, normed: Tensor) -> Tensor:  # [patches, embed_dim], behind ln_q -> [tokens, hidden_size]
+        return self.mlp(normed.view(-1, self.merged_dim))
 
 
 class VisionTower(nn.Module):
@@ -160,18 +159,20 @@ class VisionTower(nn.Module):
         spec, dtype = self.spec, self.compute_dtype
         parts = pixel_values if isinstance(pixel_values, list) else [pixel_values]
         device = parts[0].device
-        capability = capability_of(device)
         lengths = [grid.h * grid.w for grid in grids for _ in range(grid.t)]
-        segments = Segments.of(lengths, device, dtype, capability)
+        segments = Segments.of(lengths, device, dtype, spec.head_dim)
         angles = vision_angles(grids, spec.merge_size, spec.head_dim, device)
         embedded = []
         while parts:
             embedded.append(self.patch_embed(parts.pop(0).to(dtype)))
         hidden_states = joined(embedded)
-        with preferred_order(dtype, capability):
-            for block in self.blocks:
-                block(hidden_states, angles, segments)
-        return joined([self.merger(hidden_states[rows]) for rows in chunks(len(hidden_states))])
+        norms: list[Any] = [*(block.norm1 for block in self.blocks), self.merger.ln_q]
+        normed = norms[0](hidden_states)
+        with preferred_order(dtype, capability_of(device)):
+            for block, norm in zip(self.blocks, norms[1:], strict=True):
+                block(hidden_states, normed, norm, angles, segments)
+        del hidden_states
+        return joined([self.merger(normed[rows]) for rows in chunks(len(normed))])
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -1,49 +1,98 @@
-"""Attention inside segments against each segment alone, and which kernel is taken where."""
+"""Attention inside segments against each segment alone, which kernel is taken where, and how segments become tiles."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from qvl.kernels.segments import MANY, Segments, describe_segments, preferred_order, segment_attention
+from qvl.kernels.fused import rotate
+from qvl.kernels.gpu import shared_memory
+from qvl.kernels.segments import (
+    MANY,
+    OURS,
+    Segments,
+    describe_segments,
+    describe_torch,
+    preferred_order,
+    segment_attention,
+    segment_kernel,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def each_alone(qkv: Tensor, angles: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+    """In the dtype of qkv, by torch's plainest way."""
+    q, k, v = qkv.unbind(1)
+    q, k = rotate(q.clone(), *angles), rotate(k.clone(), *angles)
+    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part).transpose(0, 1).flatten(1) for part in parts])
+
+
+def some_angles(rows: int, dim: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    half = (torch.rand(rows, 1, dim // 2, device=device) * 6).repeat(1, 1, 2)
+    return half.cos(), half.sin()
 
 
 def test_segments_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     lengths = [4, 4, 6, 2, 2]
-    q, k, v = (torch.randn(18, 3, 8) for _ in range(3))
-    out = segment_attention(q, k, v, Segments.of(lengths, CPU, torch.float32, None))
-    alone = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in segment)).transpose(0, 1).flatten(1)
-        for segment in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    ]
-    assert torch.allclose(out, torch.cat(alone), atol=1e-6)
+    qkv, angles = torch.randn(18, 3, 3, 8), some_angles(18, 8)
+    exact = each_alone(qkv, angles, lengths)
+    out = segment_attention(qkv, angles, Segments.of(lengths, CPU, torch.float32, 8))
+    assert torch.allclose(out, exact, atol=1e-6)
 
 
 def test_neighbours_of_one_length_are_one_group() -> None:
-    assert Segments.of([4, 4, 6, 2, 2], CPU, torch.float32, None).groups == [(0, 2, 4), (8, 1, 6), (14, 2, 2)]
+    assert Segments.of([4, 4, 6, 2, 2], CPU, torch.float32, 8).groups == [(0, 2, 4), (8, 1, 6), (14, 2, 2)]
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    return float((out.float() - exact).norm() / exact.norm())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_many_groups_go_through_one_kernel() -> None:
+@on_gpu
+@pytest.mark.parametrize("lengths", [[100 + 4 * i for i in range(MANY + 2)], [1, 128, 3, 700, 129], [256]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_segments_of_many_lengths_on_a_gpu(lengths: list[int], dtype: torch.dtype) -> None:
+    """Our kernel where it runs, and both ways of torch."""
     torch.manual_seed(0)
-    lengths = [100 + 4 * i for i in range(MANY + 2)]
-    q, k, v = (torch.randn(sum(lengths), 4, 80, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    capability = torch.cuda.get_device_capability()
-    many = Segments.of(lengths, CUDA, torch.bfloat16, capability)
-    assert many.bounds is not None
-    with preferred_order(torch.bfloat16, capability):
-        one_by_one = segment_attention(q, k, v, Segments(many.groups, None, many.longest))
-    out = segment_attention(q, k, v, many)
-    exact = segment_attention(q.float(), k.float(), v.float(), Segments(many.groups, None, many.longest))
-    assert (out - exact).norm() < 1e-2 * exact.norm()
-    assert (one_by_one - exact).norm() < 1e-2 * exact.norm()
+    qkv, angles = torch.randn(sum(lengths), 3, 4, 80, device="cuda"), some_angles(sum(lengths), 80, CUDA)
+    exact = each_alone(qkv.to(dtype).float(), angles, lengths)
+    ours = Segments.of(lengths, CUDA, dtype, 80)
+    assert (ours.tiles is not None) == (torch.cuda.get_device_capability() == OURS)
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    ways = [ours, Segments(ours.groups, None, None, ours.longest)]
+    if torch.cuda.get_device_capability() >= (8, 0):
+        ways.append(Segments(ours.groups, None, bounds, ours.longest))
+    with preferred_order(dtype, torch.cuda.get_device_capability()):
+        for way in ways:
+            assert relative_error(segment_attention(qkv.to(dtype), angles, way), exact) < 1e-2
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_what_lies_behind_a_segment_does_not_reach_it() -> None:
+    """A picture whose numbers overflowed must not take its neighbours along."""
+    torch.manual_seed(0)
+    lengths = [200, 56, 300]
+    qkv, angles = torch.randn(556, 3, 4, 80, device="cuda", dtype=torch.bfloat16), some_angles(556, 80, CUDA)
+    exact = each_alone(qkv.float(), angles, lengths)
+    qkv[200:256] = float("nan")
+    out = segment_attention(qkv, angles, Segments.of(lengths, CUDA, torch.bfloat16, 80))
+    assert relative_error(out[:200], exact[:200]) < 1e-2
+    assert relative_error(out[256:], exact[256:]) < 1e-2
+    assert out[200:256].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +107,92 @@ def test_many_groups_go_through_one_kernel() -> None:
         ((12, 0), "FlashAttention-2", False),
     ],
 )
-def test_every_compute_capability_has_a_kernel(capability: tuple[int, int], words: str, cudnn: bool) -> None:
-    assert words in describe_segments(torch.float16, CUDA, capability)
+def test_torch_has_a_kernel_for_every_compute_capability(capability: tuple[int, int], words: str, cudnn: bool) -> None:
+    assert words in describe_torch(torch.float16, capability)
     assert isinstance(preferred_order(torch.float16, capability), contextlib.nullcontext) != cudnn
-    assert describe_segments(torch.float32, CPU, None) == "torch SDPA"
+
+
+def test_a_cpu_has_no_kernel_of_ours() -> None:
+    assert segment_kernel(CPU, torch.float32, 80) is None
+    assert describe_segments(torch.float32, CPU, 80) == "torch SDPA"
+
+
+# --- our kernel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[1], [128], [129, 128, 5476], [4] * 9])
+def test_every_query_row_is_in_one_tile(lengths: list[int]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from qvl.kernels import triton_segments
+
+    tiles = triton_segments.tiles_of(lengths)
+    assert tiles.dtype == np.int32
+    rows = [row for first, count, _, _ in tiles.tolist() for row in range(first, first + count)]
+    assert sorted(rows) == list(range(sum(lengths)))
+    ends = np.cumsum(lengths)
+    for first, count, key, keys in tiles.tolist():
+        segment = int(np.searchsorted(ends, first, side="right"))
+        assert (key, keys) == (ends[segment] - lengths[segment], lengths[segment])
+        assert 0 < count <= triton_segments.ROWS
+        assert first + count <= ends[segment]
+    assert tiles[:, 3].tolist() == sorted(tiles[:, 3].tolist(), reverse=True)
+
+
+def test_which_head_dims_are_two_powers_of_two() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from qvl.kernels.triton_segments import halves
+
+    assert {dim: halves(dim) for dim in (32, 48, 64, 72, 80, 96, 112, 128)} == {
+        32: None, 48: (32, 16), 64: None, 72: None, 80: (64, 16), 96: (64, 32), 112: None, 128: None
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_it_builds_and_keeps_its_numbers_in_registers(
+    dtype: torch.dtype, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = compiled_segments(dtype, name)
+    assert kernel.metadata.shared <= shared_memory(OURS)
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert "setmaxnreg" in ptx
+    assert ".local" not in ptx
+
+
+def compiled_segments(dtype: torch.dtype, name: str) -> Any:
+    """For the tower's head_dim, as `attend_segments` launches it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from qvl.kernels import triton_segments as segments
+
+    dim = 80
+    boxes = segments.boxes_of(dim)
+    flat = torch.empty(256, 3 * 16 * dim, dtype=dtype)
+    layouts = [segments.described(flat, *box).layout for box in boxes]
+    types: dict[str, str] = {
+        argument: f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
+        for argument, (rows, columns), layout in zip(
+            ("q_low", "q_high", "k_low", "k_high"), boxes, layouts, strict=True
+        )
+    }
+    types |= {"tiles_ptr": "*i32", "out_ptr": f"*{name}", "stride": "i32", "tiles": "i32", "width": "i32"}
+    types |= {"scale": "fp32"}
+    constants = {"D": dim, "KEYS": segments.KEYS, "STAGES": segments.STAGES, "FIELDS": segments.FIELDS}
+    names = segments._segments.arg_names
+    aligned = {
+        (names.index(argument),): [["tt.divisibility", 16]] for argument in ("tiles_ptr", "out_ptr", "stride", "width")
+    }
+    source = GluonASTSource(
+        fn=segments._segments,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs=aligned,
+    )
+    options = {"num_warps": 4, "maxnreg": segments.REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", OURS[0] * 10 + OURS[1], 32), options=options)

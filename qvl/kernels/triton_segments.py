@@ -1,0 +1,275 @@
+"""Attention inside segments for compute capability 9.0, in Gluon, the part of Triton that says which warps do what.
+
+One program takes 128 query rows of one head. One warp fetches keys and values by TMA; two groups of four warps have 64
+rows each, and multiply on tensor cores while they take exponentials: the scores of the next keys are under way, and the
+last weights times their values, while the softmax of these goes on. head_dim is two powers of two (80 = 64 + 16), each
+with its own tiles: torch's kernels fill 80 up to 96 or 128.
+
+Knows tensors of queries, keys and values. Does not know pictures. Importing this file imports Triton;
+`qvl.kernels.segments` does so only where such a GPU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qvl.kernels.gpu import launch
+
+ROWS = 128  # query rows of a program, half of them for each group of warps
+KEYS = 128  # keys a turn
+STAGES = 2  # tiles of keys, and of values, that are fetched ahead
+FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
+REGISTERS = 168  # of a thread at the start; then the groups take those that the fetching warp leaves
+LOG2E = 1.4426950408889634
+
+
+def halves(head_dim: int) -> tuple[int, int] | None:
+    """The two powers of two that make head_dim, or None where two are not enough or one is too small or large."""
+    low = 1 << (head_dim.bit_length() - 1)
+    high = head_dim - low
+    return (low, high) if high >= 16 and high & (high - 1) == 0 and head_dim <= 96 else None
+
+
+def tiles_of(lengths: Sequence[int]) -> np.ndarray:
+    """int32 [tiles, FIELDS]: the query rows of consecutive segments; those with the most keys first, so that none of
+    them runs last.
+    """
+    found, start = [], 0
+    for length in lengths:
+        at = np.arange(0, length, ROWS, dtype=np.int32)
+        tiles = np.empty((len(at), FIELDS), dtype=np.int32)
+        tiles[:, 0], tiles[:, 1] = start + at, np.minimum(ROWS, length - at)
+        tiles[:, 2:] = start, length
+        found.append(tiles)
+        start += length
+    together = np.concatenate(found)
+    return np.ascontiguousarray(together[np.argsort(-together[:, 3], kind="stable")])
+
+
+def attend_segments(qkv: Tensor, tiles: Tensor) -> Tensor:
+    """qkv [n, 3, heads, head_dim] contiguous: [n, heads * head_dim], which is where the queries lay."""
+    rows, _, heads, dim = qkv.shape
+    flat = qkv.view(rows, -1)
+    launch(
+        _segments, (len(tiles) * heads,),
+        *(described(flat, *box) for box in boxes_of(dim)), tiles, qkv, flat.stride(0), len(tiles), heads * dim,
+        dim**-0.5 * LOG2E, D=dim, KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+    return qkv[:, 0].flatten(1)
+
+
+def boxes_of(head_dim: int) -> list[tuple[int, int]]:
+    """Rows and columns of what is fetched at a time: both parts of a group's queries, and of the keys or values."""
+    both = halves(head_dim)
+    assert both is not None
+    return [(rows, columns) for rows in (ROWS // 2, KEYS) for columns in both]
+
+
+def described(flat: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """How TMA fetches [rows, columns] of it at a time."""
+    kind = gl.float16 if flat.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns], layout)
+
+
+@gluon.jit
+def _fetch(
+    k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
+):  # fmt: skip
+    """The keys and values of a segment, from its end to its beginning, as their places become free."""
+    LOW: gl.constexpr = k0.shape[2]
+    tile = tiles_ptr + gl.program_id(0) % tiles * FIELDS
+    first_key = gl.load(tile + 2)
+    turns = gl.cdiv(gl.load(tile + 3), KEYS)
+    k_column = width + gl.program_id(0) // tiles * D
+    v_column = width + k_column
+    for i in range(turns):
+        at = i % STAGES
+        phase = (i // STAGES) & 1
+        row = first_key + (turns - 1 - i) * KEYS
+        mbarrier.wait(k_empty.index(at), phase ^ 1)
+        mbarrier.expect(k_full.index(at), KEYS * D * 2)
+        tma.async_copy_global_to_shared(k_low, [row, k_column], k_full.index(at), k0.index(at))
+        tma.async_copy_global_to_shared(k_high, [row, k_column + LOW], k_full.index(at), k1.index(at))
+        mbarrier.wait(v_empty.index(at), phase ^ 1)
+        mbarrier.expect(v_full.index(at), KEYS * D * 2)
+        tma.async_copy_global_to_shared(k_low, [row, v_column], v_full.index(at), v0.index(at))
+        tma.async_copy_global_to_shared(k_high, [row, v_column + LOW], v_full.index(at), v1.index(at))
+
+
+@gluon.jit
+def _scores(q0, q1, k0, k1, ROWS: gl.constexpr, KEYS: gl.constexpr, S: gl.constexpr):
+    """Queries times keys, under way."""
+    s = warpgroup_mma(q0, k0.permute((1, 0)), gl.zeros((ROWS, KEYS), gl.float32, S), use_acc=False, is_async=True)
+    return warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def _clear(values, live):
+    """Zeros from row `live` on: what lies behind a segment may be anything, and 0 * nan is nan."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    row = gl.arange(0, values.shape[0], gl.SliceLayout(1, L))
+    old = values.load(L)
+    values.store(gl.where((row < live)[:, None], old, gl.zeros_like(old)))
+
+
+@gluon.jit
+def _store(to_ptr, acc, total, live, stride):
+    """Rows of the result that are in the segment."""
+    L: gl.constexpr = acc.type.layout
+    row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, L))
+    column = gl.arange(0, acc.shape[1], gl.SliceLayout(0, L))
+    out = acc / gl.convert_layout(total, gl.SliceLayout(1, L))[:, None]
+    at = to_ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.store(at, out.to(to_ptr.dtype.element_ty), mask=(row < live)[:, None])
+
+
+@gluon.jit
+def _attend(
+    group: gl.constexpr, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
+    k_full, k_empty, v_full, v_empty,
+    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
+):  # fmt: skip
+    """A group of four warps: its rows of the tile against all keys of the segment."""
+    ROWS: gl.constexpr = q0.shape[1]
+    LOW: gl.constexpr = k0.shape[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW, 16])
+    O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D - LOW, 16])
+    tile = tiles_ptr + gl.program_id(0) % tiles * FIELDS
+    column = gl.program_id(0) // tiles * D
+    first_row = gl.load(tile) + group * ROWS
+    live = gl.load(tile + 1) - group * ROWS
+    length = gl.load(tile + 3)
+    turns = gl.cdiv(length, KEYS)
+    left = length - (turns - 1) * KEYS
+
+    q0, q1, q_full = q0.index(group), q1.index(group), q_full.index(group)
+    mbarrier.expect(q_full, ROWS * D * 2)
+    tma.async_copy_global_to_shared(q_low, [first_row, column], q_full, q0)
+    tma.async_copy_global_to_shared(q_high, [first_row, column + LOW], q_full, q1)
+    mbarrier.wait(q_full, 0)
+
+    # The segment's last keys come first: only they need a mask.
+    mbarrier.wait(k_full.index(0), 0)
+    under_way = _scores(q0, q1, k0.index(0), k1.index(0), ROWS, KEYS, S)
+    s = warpgroup_mma_wait(0, deps=(under_way,))
+    mbarrier.arrive(k_empty.index(0))
+    s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s, -1e30)
+    best = gl.max(s, 1) * scale
+    e = gl.exp2(s * scale - best[:, None])
+    total = gl.sum(e, 1)
+    weights = e.to(q_low.dtype)
+    acc0 = gl.zeros((ROWS, LOW), gl.float32, O0)
+    acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
+    mbarrier.wait(v_full.index(0), 0)
+    if left < KEYS:
+        # Both groups write the same.
+        _clear(v0.index(0), left)
+        _clear(v1.index(0), left)
+        fence_async_shared()
+
+    for i in range(1, turns):
+        at = i % STAGES
+        last = (i - 1) % STAGES
+        mbarrier.wait(k_full.index(at), (i // STAGES) & 1)
+        under_way = _scores(q0, q1, k0.index(at), k1.index(at), ROWS, KEYS, S)
+        mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
+        w0 = gl.convert_layout(weights, gl.DotOperandLayout(0, O0, 2))
+        w1 = gl.convert_layout(weights, gl.DotOperandLayout(0, O1, 2))
+        next0 = warpgroup_mma(w0, v0.index(last), acc0, is_async=True)
+        next1 = warpgroup_mma(w1, v1.index(last), acc1, is_async=True)
+        s = warpgroup_mma_wait(2, deps=(under_way,))
+        mbarrier.arrive(k_empty.index(at))
+        new = gl.maximum(best, gl.max(s, 1) * scale)
+        e = gl.exp2(s * scale - new[:, None])
+        fade = gl.exp2(best - new)
+        total = total * fade + gl.sum(e, 1)
+        best = new
+        acc0, acc1, w0, w1 = warpgroup_mma_wait(0, deps=(next0, next1, w0, w1))
+        mbarrier.arrive(v_empty.index(last))
+        acc0 = acc0 * gl.convert_layout(fade, gl.SliceLayout(1, O0))[:, None]
+        acc1 = acc1 * gl.convert_layout(fade, gl.SliceLayout(1, O1))[:, None]
+        weights = e.to(q_low.dtype)
+
+    last = (turns - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)
+    acc0 = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, O0, 2)), v0.index(last), acc0)
+    acc1 = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, O1, 2)), v1.index(last), acc1)
+    to_ptr = out_ptr + first_row.to(gl.int64) * stride + column
+    _store(to_ptr, acc0, total, live, stride)
+    _store(to_ptr + LOW, acc1, total, live, stride)
+
+
+@gluon.jit
+def _places(box, count: gl.constexpr):
+    """Shared memory for so many boxes."""
+    return gl.allocate_shared_memory(box.dtype, [count] + box.block_shape, box.layout)  # noqa: RUF005
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit(do_not_specialize=["tiles"])
+def _segments(
+    q_low, q_high, k_low, k_high,  # the same memory [n, 3 * width], in boxes of half a head_dim
+    tiles_ptr,  # int32 [tiles, FIELDS]
+    out_ptr,  # [n, stride]: the results go where the queries are
+    stride,
+    tiles,
+    width,  # heads * D
+    scale,
+    D: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FIELDS: gl.constexpr,
+):  # fmt: skip
+    """One program: one tile and one head; all tiles of a head are neighbours, as they read the same keys."""
+    q0 = _places(q_low, 2)
+    q1 = _places(q_high, 2)
+    k0 = _places(k_low, STAGES)
+    k1 = _places(k_high, STAGES)
+    v0 = _places(k_low, STAGES)
+    v1 = _places(k_high, STAGES)
+    q_full = _barriers(2)
+    k_full = _barriers(STAGES)
+    k_empty = _barriers(STAGES)
+    v_full = _barriers(STAGES)
+    v_empty = _barriers(STAGES)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)  # both groups
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_attend, (0, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
+                       k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+            (_attend, (1, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
+                       k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+            (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
+                      k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+        ],
+        [4, 1],  # warps of the second and the third
+        [240, 24],  # and their registers; the first keeps 240
+    )  # fmt: skip
