@@ -72,17 +72,17 @@ def sampling_bytes(config: EngineConfig) -> int:
 
 def vision_bytes(config: EngineConfig, patches: int) -> int:
     """Activations of the vision tower over `patches` patches: while they are embedded, with what went in; in a block,
-    with the result of attention, beside the larger of some heads (q, k, v, turned ones, their result) and a part of the
-    MLP; in the merger, with its result twice.
+    with a norm of the stream, beside the larger of some heads (q, k, v, their result, and rows that are normed again)
+    and a part of the MLP; in the merger, with its result twice.
     """
     vision, size = config.spec.vision, DTYPE_BYTES[config.dtype]
     stream = patches * vision.embed_dim * size
     angles = patches * 2 * vision.head_dim * 4
-    one_head = 3 * vision.head_dim * patches * size
-    heads = 2 * max(one_head, min(ATTENTION_BYTES, vision.num_heads * one_head))
-    mlp = min(patches, VISION_ROWS) * (2 * vision.mlp_dim + 2 * vision.embed_dim) * size
-    block = stream + max(heads, mlp)
     rows = min(patches, VISION_ROWS)
+    one_head = 3 * vision.head_dim * patches * size
+    heads = max(one_head, min(ATTENTION_BYTES, vision.num_heads * one_head)) * 4 // 3 + rows * vision.embed_dim * size
+    mlp = rows * (vision.mlp_dim + 2 * vision.embed_dim) * size
+    block = stream + max(heads, mlp)
     merger = (2 * (patches // vision.merge_size**2) * vision.hidden_size + rows * 4 * vision.embed_dim) * size
     return stream + angles + max(patches * vision.patch_dim * size + stream, block, merger)
 

@@ -42,7 +42,7 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     assert sampling_bytes(seven) == 2 * tokens * hidden * 2 + 152064 * (256 * 2 + 32 * 40)
     patches = largest_patches(seven)
     assert patches == 65_536  # a picture of 16,384 tokens
-    block = 8192 * (2 * 5120 + 2 * 1280) * 2
+    block = (128 << 20) * 4 // 3 + 8192 * 1280 * 2
     assert vision_bytes(seven, patches) == patches * (2 * 1280 * 2 + 2 * 80 * 4) + block
 
 
