@@ -22,6 +22,7 @@ from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.fp8 import Fp8Matrix
 from qvl.layers.linear import Linear
 from qvl.layers.norm import LayerNorm, RMSNorm
+from qvl.models.parameters import materialise, quantised_matrix
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.safetensors_file import DTYPES, Entry, SafetensorsFile
 
@@ -213,19 +214,6 @@ def check_tied(embedding: Source | None, head: Source) -> None:
         )
 
 
-def materialise(model: Qwen2VLForConditionalGeneration, device: torch.device | str) -> None:
-    """Memory for every parameter (`Module.to_empty` would import 30 MB of tracing machinery for it)."""
-    for path, module in model.named_modules():
-        form = model.form_of(path) if isinstance(module, Linear) else None
-        if form is not None:
-            assert isinstance(module, Linear)
-            module.quantise(form, device)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                setattr(module, leaf, nn.Parameter(empty, requires_grad=False))
-
-
 def copy(source: Source, module: nn.Module, leaf: str, slot: Slot) -> None:
     """One tensor into its rows of a parameter, piece by piece, cast or rounded on the way."""
     matrix = quantised_matrix(module, leaf)
@@ -238,11 +226,6 @@ def copy(source: Source, module: nn.Module, leaf: str, slot: Slot) -> None:
     assert target.numel() == math.prod(slot.shape), slot
     for start, piece in source.file.pieces(source.entry):
         target[start : start + piece.numel()].copy_(piece)
-
-
-def quantised_matrix(module: nn.Module, leaf: str) -> QuantisedMatrix | Fp8Matrix | None:
-    """The codes that stand for this parameter."""
-    return module.matrix if isinstance(module, Linear) and leaf == "weight" else None
 
 
 def fill_randomly(model: nn.Module) -> None:
