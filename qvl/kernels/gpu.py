@@ -101,7 +101,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel.warmup(*arguments, grid=grid, **constants)
         return
     kind, values = kind_of(kernel, arguments, constants)
-    known = _launches.get(kind)
+    known = _launches.get(kind) if kind is not None else None
     if known is not None:
         compiled, rest = known
         compiled[(*grid, 1, 1)[:3]](*values, *rest)
@@ -109,7 +109,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     compiled = kernel[grid](*arguments, **constants)
     names = getattr(kernel, "arg_names", ())[len(arguments) :]
     # Triton's interpreter gives nothing back that could be called again.
-    if hasattr(compiled, "__getitem__") and all(name in constants for name in names):
+    if kind is not None and hasattr(compiled, "__getitem__") and all(name in constants for name in names):
         _launches[kind] = compiled, tuple(constants[name] for name in names)
 
 
@@ -117,11 +117,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 _launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def kind_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
+def kind_of(
+    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[tuple[Any, ...] | None, list[Any]]:
     """What Triton compiles for, and the arguments with the addresses of tensors.
 
     That is the dtype of a tensor and whether it lies at a multiple of 16, and of an integer whether it is 1, a multiple
-    of 16 and within 32 bits.
+    of 16 and within 32 bits. None: there is something else among them (a description of a tensor, say).
     """
     kind, values = [id(kernel), *constants.items()], []
     device = None
@@ -136,8 +138,10 @@ def kind_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) 
         values.append(argument)
         if isinstance(argument, int):
             kind += argument == 1, not argument & 15, -(2**31) <= argument < 2**31
+        elif isinstance(argument, float):
+            kind.append(float)
         else:
-            kind.append(type(argument))
+            return None, values
     return (device, *kind), values
 
 

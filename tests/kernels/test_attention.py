@@ -223,3 +223,6 @@ def test_what_triton_compiled_is_looked_up_once_for_every_kind_of_call() -> None
     assert looked_up(memory.to(torch.bfloat16), 32)
     assert looked_up(memory, 32, block=64)
     assert not looked_up(memory[1:], 16)
+    for _ in range(2):  # Triton alone knows what it compiles for other things
+        gpu.launch(kernel, (2,), memory, object(), num_warps=4, BLOCK=32)
+        assert kernel.seen.pop()[0] == "looked up"
