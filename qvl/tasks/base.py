@@ -19,10 +19,19 @@ from qvl.types import Completion, Delta, Message, Part, PictureRule, SamplingPar
 T = TypeVar("T")
 
 Kind: TypeAlias = Literal["image", "video", "text"]
-# Answers a conversation, to its end. Raises `QvlError`s.
-Ask: TypeAlias = Callable[[tuple[Message, ...], SamplingParams], Completion]
+# Makes of an answer that is still coming what the result's text will begin with.
+Growing: TypeAlias = Callable[[str], str]
 
 CUT = "the answer was cut at its length (--max-tokens allows more)"
+
+
+class Ask(Protocol):
+    """Answers a conversation, to its end. Raises `QvlError`s."""
+
+    def __call__(
+        self, messages: tuple[Message, ...], sampling: SamplingParams, growing: Growing | None = None, /
+    ) -> Completion:
+        """With `growing`, somebody may be shown the result while the answer comes."""
 
 
 class Model(Protocol):
@@ -87,6 +96,10 @@ class Task(ABC, Generic[T]):
     def text(self, value: T) -> str:
         return str(value)
 
+    def growing(self, answer: str) -> str:
+        """What `text` will begin with, by an answer that is still coming; empty where only a whole one tells."""
+        return ""
+
     def data(self, value: T) -> Any:
         return value
 
@@ -97,7 +110,7 @@ class Task(ABC, Generic[T]):
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[T]:
         """The result for one input: here one question and one reading; a task of several questions overrides it."""
-        completion = ask(asked(self.prompt, parts), self.sampling)
+        completion = ask(asked(self.prompt, parts), self.sampling, self.growing)
         return self.result(self.read(completion.text), cut_notes(completion))
 
     def result(self, value: T, notes: tuple[str, ...] = ()) -> Result[T]:
@@ -122,6 +135,14 @@ def asked(prompt: str, parts: Sequence[Part], *, system: str | None = None) -> t
 def cut_notes(completion: Completion) -> tuple[str, ...]:
     """The note that an answer is not whole, where it is not."""
     return (CUT,) if completion.answers[0].finish_reason == "length" else ()
+
+
+_OPENING = re.compile(r"\s*(?:```|~~~)[^\n]*")
+
+
+def certain(answer: str) -> str:
+    """What stays of an answer that is still coming: no blank or fence at its end, nor a fence that it begins with."""
+    return "" if _OPENING.fullmatch(answer) else answer.rstrip().rstrip("`~").rstrip()
 
 
 _FENCED = re.compile(r"\A\s*(`{3,}|~{3,})[^\n]*\n(.*?)(?:\n?[ \t]*\1[`~]*\s*)?\Z", re.S)

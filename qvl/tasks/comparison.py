@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from qvl.errors import BadAnswer
-from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes
+from qvl.tasks.base import Ask, Model, Result, Task, asked, certain, cut_notes
 from qvl.tasks.differences import SAME, Difference, difference
 from qvl.tasks.fields import Extract
 from qvl.tasks.inputs import Reading, one_part
@@ -100,7 +100,7 @@ class Compare(Task[Comparison]):
             result = Listing(lang=self.lang, max_tokens=self.max_tokens).answer(ask, parts)
             value = Comparison(differences=tuple(result.value["differences"]), pixels=pixels)
             return self.result(value, (*result.notes, pixels.told()))
-        completion = ask(asked(self.prompt, parts), self.sampling)
+        completion = ask(asked(self.prompt, parts), self.sampling, self.growing)
         value = replace(self.read(completion.text), pixels=pixels)
         return self.result(value, (*cut_notes(completion), pixels.told()))
 
@@ -115,6 +115,9 @@ class Compare(Task[Comparison]):
         return "\n".join(
             f"- {item['what']} ({item['where']}): {item['first']} -> {item['second']}" for item in value.differences
         )
+
+    def growing(self, answer: str) -> str:
+        return certain(answer).lstrip()
 
     def data(self, value: Comparison) -> dict[str, Any]:
         told = {"differences": list(value.differences)} if self.listed else {"answer": value.text}

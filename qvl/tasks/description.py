@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, certain, cut_notes
 from qvl.tasks.language import language
 from qvl.tasks.run import one
 from qvl.types import MediaKind, MediaPart, Part
@@ -51,7 +51,7 @@ class Describe(Task[str]):
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[str]:
         is_video = any(isinstance(part, MediaPart) and part.kind == "video" for part in parts)
-        completion = ask(asked(self._prompt("video" if is_video else "image"), parts), self.sampling)
+        completion = ask(asked(self._prompt("video" if is_video else "image"), parts), self.sampling, self.growing)
         return self.result(self.read(completion.text), cut_notes(completion))
 
     def _prompt(self, kind: MediaKind) -> str:
@@ -63,6 +63,9 @@ class Describe(Task[str]):
 
     def read(self, answer: str) -> str:
         return answer.strip()
+
+    def growing(self, answer: str) -> str:
+        return self.read(certain(answer))
 
 
 def describe(

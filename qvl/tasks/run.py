@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from qvl.client import Client, collect, local_server
 from qvl.errors import QvlError
-from qvl.tasks.base import Ask, Model, Result, Sighted, Task
+from qvl.tasks.base import Ask, Growing, Model, Result, Sighted, Task
 from qvl.tasks.inputs import Item, Pages, Reading, items, one_part
 from qvl.tasks.pdf import Resolution
 from qvl.types import DEFAULT_URL, Completion, Delta, Message, SamplingParams
@@ -99,14 +99,16 @@ def run(
     *,
     concurrency: int = CONCURRENCY,
     heard: Callable[[str], None] | None = None,
+    shown: Callable[[str], None] | None = None,
 ) -> Generator[Outcome[T], None, None]:
     """The outcome of every item, in order, with at most `concurrency` asked about at a time.
 
-    `heard` is called with every piece of every answer, from several threads. Closing the iterator early ends what is
-    still under way.
+    `heard` is called with every piece of every answer, from several threads; `shown` with what the text of a result
+    will begin with, whenever that has grown: for one item, since it does not say whose. Closing the iterator early
+    ends what is still under way.
     """
     stop = threading.Event()
-    ask = asking(model, stop, heard)
+    ask = asking(model, stop, heard, shown)
     task = task.for_model(model)
 
     def work(item: Item) -> Outcome[T]:
@@ -125,21 +127,31 @@ def run(
             yield waiting.popleft().result()
 
 
-def asking(model: Model, stop: threading.Event | None = None, heard: Callable[[str], None] | None = None) -> Ask:
-    """What a task asks `model` with; once `stop` is set, an answer ends at its next token. `heard` gets its pieces."""
+def asking(
+    model: Model,
+    stop: threading.Event | None = None,
+    heard: Callable[[str], None] | None = None,
+    shown: Callable[[str], None] | None = None,
+) -> Ask:
+    """What a task asks `model` with; once `stop` is set, an answer ends at its next token. `heard` and `shown` as for
+    `run`."""
 
-    def until_stopped(deltas: Iterator[Delta]) -> Iterator[Delta]:
+    def followed(deltas: Iterator[Delta], growing: Growing | None) -> Iterator[Delta]:
+        answer = ""
         for delta in deltas:
             if stop is not None and stop.is_set():
                 raise _Stopped
             if heard is not None:
                 heard(delta.text)
+            if shown is not None and growing is not None:
+                answer += delta.text
+                shown(growing(answer))
             yield delta
 
-    def ask(messages: tuple[Message, ...], sampling: SamplingParams) -> Completion:
+    def ask(messages: tuple[Message, ...], sampling: SamplingParams, growing: Growing | None = None, /) -> Completion:
         deltas = model.stream(messages, sampling)
         try:
-            return collect(until_stopped(deltas))
+            return collect(followed(deltas, growing))
         finally:
             if isinstance(deltas, Generator):
                 deltas.close()  # now, not when the last trace of an error is forgotten: whoever answers can stop

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, certain, cut_notes
 from qvl.tasks.run import one
 from qvl.types import Part, TextPart
 
@@ -62,13 +62,17 @@ class Solve(Task[Solution]):
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Solution]:
         is_text = all(isinstance(part, TextPart) for part in parts)
-        completion = ask(asked(TEXT_PROMPTS[self.lang] if is_text else self.prompt, parts), self.sampling)
+        prompt = TEXT_PROMPTS[self.lang] if is_text else self.prompt
+        completion = ask(asked(prompt, parts), self.sampling, self.growing)
         solution = self.read(completion.text)
         missing = (NO_ANSWER,) if solution.answer is None else ()
         return self.result(solution, (*missing, *cut_notes(completion)))
 
     def text(self, value: Solution) -> str:
         return value.steps if value.answer is None or not self.answer_only else value.answer
+
+    def growing(self, answer: str) -> str:
+        return "" if self.answer_only else certain(answer).lstrip()
 
     def data(self, value: Solution) -> Any:
         return {"answer": value.answer, "steps": value.steps}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Model, Task, unfenced
+from qvl.tasks.base import Model, Task, certain, unfenced
 from qvl.tasks.run import one
 
 Language = Literal["en", "zh"]
@@ -31,6 +31,9 @@ class Ocr(Task[str]):
 
     def read(self, answer: str) -> str:
         return "\n".join(line.rstrip() for line in unfenced(answer).strip("\n").splitlines())
+
+    def growing(self, answer: str) -> str:
+        return self.read(certain(answer))
 
 
 def ocr(source: Any, *, lang: Language = "en", model: Model | None = None, page: int | None = None) -> str:

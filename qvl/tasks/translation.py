@@ -5,13 +5,14 @@ Knows the questions, and that a long text is translated in parts. Does not know 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qvl.errors import InvalidRequest
-from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes, unfenced
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, certain, cut_notes, unfenced
 from qvl.tasks.language import language
 from qvl.tasks.run import one
 from qvl.types import Part, TextPart
@@ -46,6 +47,9 @@ class Translate(Task[str]):
     def read(self, answer: str) -> str:
         return unfenced(answer).strip()
 
+    def growing(self, answer: str) -> str:
+        return self.read(certain(answer))
+
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[str]:
         if not all(isinstance(part, TextPart) for part in parts):
             return super().answer(ask, parts)
@@ -55,10 +59,14 @@ class Translate(Task[str]):
         if not whole.strip():
             raise InvalidRequest("there is no text to translate")
         for text, gap in split(whole):
-            completion = ask(asked(self.text_prompt, [TextPart(text)]), self.sampling)
+            growing = functools.partial(self._grown, "".join(translated), text)
+            completion = ask(asked(self.text_prompt, [TextPart(text)]), self.sampling, growing)
             translated += [self._kept_fence(text, completion.text), gap]
             notes += [note for note in cut_notes(completion) if note not in notes]
         return self.result("".join(translated), tuple(notes))
+
+    def _grown(self, before: str, text: str, answer: str) -> str:
+        return before + self._kept_fence(text, certain(answer))
 
     def _kept_fence(self, text: str, answer: str) -> str:
         """A fence around the answer is the model's own, but for a text that had one itself."""

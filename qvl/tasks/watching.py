@@ -7,13 +7,14 @@ files or the command line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qvl.errors import BadAnswer, InvalidRequest, PayloadTooLarge, PromptTooLong, QvlError
-from qvl.tasks.base import Ask, Kind, Model, Result, Sighted, Task, asked, cut_notes
+from qvl.tasks.base import Ask, Growing, Kind, Model, Result, Sighted, Task, asked, certain, cut_notes
 from qvl.tasks.film import Film, Shot, Stretch, plan
 from qvl.tasks.run import one
 from qvl.types import MediaPart, Message, Part, SamplingParams, TextPart
@@ -105,7 +106,7 @@ class Watch(Task[Watched]):
         answer = ""
         if self.summary:
             try:
-                answer = self._summary(ask, seen, notes)
+                answer = self._summary(ask, seen, notes, functools.partial(_grown, f"{_listed(seen)}\n\n"))
             except QvlError as error:
                 notes.append(f"there is no summary: {error.message}")
         return self.result(Watched(answer, tuple(seen)), tuple(dict.fromkeys(notes)))
@@ -117,7 +118,7 @@ class Watch(Task[Watched]):
             for number, shot in enumerate(film.shots(stretches), start=1):
                 if self.tell is not None and len(stretches) > 1:
                     self.tell(f"part {number} of {len(stretches)}: {shot.stretch.title}")
-                seen += self._look(ask, shot, notes)
+                self._look(ask, shot, seen, notes, alone=len(stretches) == 1)
         except QvlError as error:
             if not seen:
                 raise
@@ -126,31 +127,32 @@ class Watch(Task[Watched]):
             )
         return seen
 
-    def _look(self, ask: Ask, shot: Shot, notes: list[str]) -> list[Seen]:
-        """A part, in two halves where it is too long for the model after all."""
+    def _look(self, ask: Ask, shot: Shot, seen: list[Seen], notes: list[str], *, alone: bool) -> None:
+        """Add what is seen of a part, of its two halves where it is too long for the model after all."""
+        before = "" if alone else f"{_listed(seen)}\n[{shot.stretch.title}] ".lstrip("\n")
         try:
-            completion = ask(asked(self.prompt, (shot.part,)), self.sampling)
+            completion = ask(asked(self.prompt, (shot.part,)), self.sampling, functools.partial(_grown, before))
         except QvlError as error:
             if not (_is_too_long(error) and shot.can_be_halved):
                 raise
-            return [seen for half in shot.halves() for seen in self._look(ask, half, notes)]
+            for half in shot.halves():
+                self._look(ask, half, seen, notes, alone=False)
+            return
         notes += cut_notes(completion)
-        return [Seen(shot.stretch.begin, shot.stretch.end, self._text(completion.text))]
+        seen.append(Seen(shot.stretch.begin, shot.stretch.end, self._text(completion.text)))
 
-    def _summary(self, ask: Ask, seen: Sequence[Seen], notes: list[str]) -> str:
+    def _summary(self, ask: Ask, seen: Sequence[Seen], notes: list[str], growing: Growing | None = None) -> str:
         """One answer over all parts; where they are too many for the model, over summaries of their halves."""
-        listed = "\n".join(f"[{_title(part)}] {part.text}" for part in seen)
-        text = SUMMARY.format(notes=listed, question=self.prompt)
+        text = SUMMARY.format(notes=_listed(seen), question=self.prompt)
         try:
-            completion = ask((Message("user", (TextPart(text),)),), self.sampling)
+            completion = ask((Message("user", (TextPart(text),)),), self.sampling, growing)
         except QvlError as error:
             if not (_is_too_long(error) and len(seen) > 2):
                 raise
             middle = len(seen) // 2
             halves = [seen[:middle], seen[middle:]]
-            return self._summary(
-                ask, [Seen(half[0].begin, half[-1].end, self._summary(ask, half, notes)) for half in halves], notes
-            )
+            told = [Seen(half[0].begin, half[-1].end, self._summary(ask, half, notes)) for half in halves]
+            return self._summary(ask, told, notes, growing)
         notes += cut_notes(completion)
         return self._text(completion.text)
 
@@ -166,7 +168,7 @@ class Watch(Task[Watched]):
     def text(self, value: Watched) -> str:
         if len(value.parts) < 2:
             return value.answer
-        listed = "\n".join(f"[{_title(part)}] {part.text}" for part in value.parts)
+        listed = _listed(value.parts)
         return f"{listed}\n\n{value.answer}" if value.answer else listed
 
     def data(self, value: Watched) -> dict[str, Any]:
@@ -174,8 +176,13 @@ class Watch(Task[Watched]):
         return {"answer": value.answer or None, "parts": parts}
 
 
-def _title(seen: Seen) -> str:
-    return Stretch(seen.begin, seen.end, (), 0).title
+def _listed(seen: Sequence[Seen]) -> str:
+    """The parts as they are printed, and as they are told to the model that sums them up."""
+    return "\n".join(f"[{Stretch(part.begin, part.end, (), 0).title}] {part.text}" for part in seen)
+
+
+def _grown(before: str, answer: str) -> str:
+    return before + certain(answer).lstrip()
 
 
 def _is_too_long(error: QvlError) -> bool:

@@ -7,32 +7,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from qvl.backends.echo import EchoBackend
 from qvl.cli.app import run
 from tests.client.misbehaving import STREAM, misbehaving, reply
-from tests.server.live import Live, live
+from tests.server.live import Live
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live(EchoBackend("parrot")) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The developer's own settings are no part of the test."""
-    monkeypatch.delenv("QVL_BASE_URL", raising=False)
-    monkeypatch.delenv("QVL_API_KEY", raising=False)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +22,9 @@ from tests.server.live import Live, live
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live(EchoBackend("parrot")) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the developer's settings nor his running server are part of the test."""
-    monkeypatch.delenv("QVL_BASE_URL", raising=False)
-    monkeypatch.delenv("QVL_API_KEY", raising=False)
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server at the default address, whatever runs on the developer's machine."""
     monkeypatch.setattr("qvl.cli.batch.DEFAULT_URL", "http://127.0.0.1:9")
 
 

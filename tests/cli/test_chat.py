@@ -35,12 +35,6 @@ COMMANDS = ("/image", "/video", "/undo", "/quit", "/help")
 CSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live(EchoBackend("parrot")) as running:
-        yield running
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qvl.backends.echo import EchoBackend
 from qvl.cli.who import Who, find
 from qvl.client import Client, local_server
 from qvl.errors import ModelNotFound, Unavailable
 from tests.client.misbehaving import misbehaving, reply
-from tests.server.live import Live, live
+from tests.server.live import Live
 
 NOBODY = "http://127.0.0.1:9"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live(EchoBackend("parrot")) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("QVL_BASE_URL", raising=False)
-    monkeypatch.delenv("QVL_API_KEY", raising=False)
 
 
 def test_a_named_server_comes_first(server: Live) -> None:

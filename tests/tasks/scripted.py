@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from qvl.types import Delta, FinishReason, MediaPart, Message, SamplingParams, TextPart, Usage
 
 Messages = tuple[Message, ...]
+PIECE = 3  # characters that come at a time
+
 Answer = str | Exception | Callable[[Messages], str]
 
 
@@ -28,8 +30,8 @@ class Scripted:
         if isinstance(answer, Exception):
             raise answer
         text = answer if isinstance(answer, str) else answer(messages)
-        for piece in (text[:7], text[7:]):
-            yield Delta(0, piece)
+        for at in range(0, len(text), PIECE):
+            yield Delta(0, text[at : at + PIECE])
         yield Delta(0, "", (), None, self.finish_reason, None, Usage(5, len(text)))
 
     def prompts(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qvl.tasks import Ocr
-from qvl.tasks.base import CUT, asked, cut_notes, fenced, unfenced
+from qvl.tasks.base import CUT, asked, certain, cut_notes, fenced, unfenced
 from qvl.types import Answer, Completion, MediaPart, TextPart, Usage
 
 PICTURE = MediaPart("image", b"x")
@@ -36,6 +36,26 @@ def test_pictures_come_first_and_a_text_stands_below_the_prompt() -> None:
 )
 def test_a_fence_around_all_of_it_goes(answer: str, inside: str) -> None:
     assert unfenced(answer) == inside
+
+
+@pytest.mark.parametrize(
+    "answer, stays",
+    [
+        ("", ""),
+        (" \n", ""),
+        ("OPEN", "OPEN"),
+        ("OPEN \n", "OPEN"),
+        ("``", ""),
+        ("```", ""),
+        (" ```python", ""),
+        ("```\nOPEN", "```\nOPEN"),
+        ("```\nOPEN\n``", "```\nOPEN"),
+        ("say `x`", "say `x"),
+        ("`x` is it", "`x` is it"),
+    ],
+)
+def test_what_stays_of_an_answer_that_is_still_coming(answer: str, stays: str) -> None:
+    assert certain(answer) == stays
 
 
 def test_the_first_fence_of_an_answer_that_also_talks() -> None:

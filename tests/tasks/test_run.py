@@ -12,17 +12,17 @@ import pytest
 from PIL import Image
 
 from qvl.errors import BadMedia, Unavailable
-from qvl.tasks import Ocr, each, ocr
+from qvl.tasks import Describe, Ocr, ReadTable, Solve, Task, Translate, each, ocr
 from qvl.tasks import run as module
 from qvl.tasks.base import CUT
+from qvl.tasks.inputs import Item, Reading, items
 from qvl.tasks.run import run
-from qvl.types import Delta, Message, SamplingParams, Usage
+from qvl.types import Delta, Message, SamplingParams, TextPart, Usage
 from tests.tasks import documents
 from tests.tasks.scripted import Messages, Scripted
 
 if TYPE_CHECKING:
     from qvl import LLM
-    from qvl.tasks.inputs import Item
 
 WAIT = 60.0
 
@@ -110,8 +110,6 @@ def test_items_are_not_read_far_ahead(pictures: list[Path]) -> None:
     taken: list[str] = []
 
     def found() -> Iterator[Item]:
-        from qvl.tasks.inputs import Reading, items
-
         for item in items([*pictures, *pictures, *pictures], Reading()):
             taken.append(item.file)
             yield item
@@ -141,8 +139,6 @@ def test_leaving_early_ends_what_is_under_way(pictures: list[Path]) -> None:
 
 
 def each_item(pictures: list[Path]) -> list[Item]:
-    from qvl.tasks.inputs import Reading, items
-
     return items(pictures, Reading())
 
 
@@ -181,3 +177,46 @@ def test_without_a_server_the_bundled_checkpoint_answers(
     monkeypatch.setenv("QVL_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(Unavailable, match="no server answers"):
         ocr(samples / "open.png")
+
+
+STEPS = "First.\n\n```\n1 + 1\n```\n\n\\boxed{2}"
+
+
+@pytest.mark.parametrize(
+    "task, answer, text",
+    [
+        (Ocr(), "OPEN  \n8 to 17 \n", "OPEN\n8 to 17"),
+        (Ocr(), "```text\nOPEN\n8 to 17\n```", "OPEN\n8 to 17"),
+        (Translate(to="fr"), " Bonjour le monde\n\n", "Bonjour le monde"),
+        (Describe(), "Two dogs  \nand `a cat`\n", "Two dogs  \nand `a cat`"),
+        (Solve(), f"\n{STEPS}\n", STEPS),
+    ],
+)
+def test_what_is_shown_of_an_answer_stays(task: Task[str], answer: str, text: str, pictures: list[Path]) -> None:
+    shown: list[str] = []
+    (outcome,) = run(task, items([pictures[0]], Reading()), Scripted([answer]), shown=shown.append)
+    assert outcome.result is not None and outcome.result.text == text
+    seen = [one for one in shown if one]
+    assert len(set(seen)) > 2, "it comes in pieces"
+    assert all(text.startswith(one) for one in seen)
+    assert seen == sorted(seen, key=len), "nothing is taken back"
+    assert text.removeprefix(seen[-1]).strip("` \n") == ""
+
+
+@pytest.mark.parametrize("task", [ReadTable(), Solve(answer_only=True)])
+def test_what_only_a_whole_answer_tells_is_not_shown(task: Task[str], pictures: list[Path]) -> None:
+    shown: list[str] = []
+    answer = "| a | b |\n| --- | --- |\n| 1 | \\boxed{2} |"
+    (outcome,) = run(task, items([pictures[0]], Reading()), Scripted([answer]), shown=shown.append)
+    assert outcome.result is not None and not any(shown)
+
+
+def test_a_long_text_is_shown_across_its_questions() -> None:
+    """Each part of a translation follows those that are done."""
+    text = TextPart("\n\n".join(["Hallo" + " Welt." * 400] * 2))
+    model = Scripted(["Hello world.", "```\nGood bye.\n```"])
+    shown: list[str] = []
+    (outcome,) = run(Translate(), [Item("-", lambda: text)], model, shown=shown.append)
+    assert outcome.result is not None and outcome.result.text == "Hello world.\n\nGood bye."
+    assert all(outcome.result.text.startswith(one) for one in shown)
+    assert "Hello world.\n\nGood" in shown and "Hello world.\n\nGood bye." in shown

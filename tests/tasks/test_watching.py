@@ -94,6 +94,17 @@ def test_a_summary_that_does_not_fit_is_made_of_summaries() -> None:
     assert model.asked[-4:] == [4, 2, 2, 2]  # all, the halves, the two summaries
 
 
+def test_parts_and_their_summary_are_shown_as_they_come() -> None:
+    shown: list[str] = []
+    ask = asking(Scripted(["first", "second", "third", "all of it"]), shown=shown.append)
+    result = Watch(context=SMALL).answer(ask, (MediaPart("video", clip(90)),))
+    assert all(result.text.startswith(one) for one in shown) and shown[-1] == result.text
+    assert {"[0:00-0:03] fir", "[0:00-0:03] first\n[0:03-0:06] sec"} <= set(shown)
+    shown.clear()
+    Watch().answer(ask, (MediaPart("video", clip(30)),))
+    assert shown[0] == "all", "a short clip has no parts"
+
+
 def test_what_was_seen_before_a_failure_is_kept() -> None:
     model = Scripted(["first", Unavailable("the server is gone")])
     result = parts_of(Watch(context=SMALL), model, clip(90))

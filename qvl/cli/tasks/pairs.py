@@ -14,7 +14,7 @@ from qvl.cli.tasks.sink import keep_inputs, open_sink
 from qvl.cli.tasks.status import Status, tell
 from qvl.cli.who import Who
 from qvl.errors import InvalidRequest
-from qvl.tasks.base import Model, Task
+from qvl.tasks.base import Growing, Model, Task
 from qvl.tasks.comparison import Compare, Comparison
 from qvl.tasks.differences import draw_difference
 from qvl.tasks.inputs import STDIN, Item, Pages, Reading, items
@@ -26,10 +26,6 @@ from qvl.types import Completion, MediaPart, Message, SamplingParams
 def perform_pair(task: Compare, how: How, who: Who, draw: str | None) -> int:
     """The exit code. A model is looked for, or loaded, only when something is to be asked."""
     find = functools.cache(lambda: find_model(who, quiet=how.quiet))
-
-    def ask(messages: tuple[Message, ...], sampling: SamplingParams) -> Completion:
-        return asking(find())(messages, sampling)
-
     pair = _items(how, find)
     if how.output is not None:
         keep_inputs(Path(how.output).expanduser(), pair)
@@ -37,6 +33,13 @@ def perform_pair(task: Compare, how: How, who: Who, draw: str | None) -> int:
     drawing = None if draw is None else _drawing(draw, pair)
     chosen: Task[Comparison] = task.with_max_tokens(how.max_tokens)
     with Status(task.name, pair[1:], quiet=how.quiet) as status, sink:
+        shown = status.around(sink.grow) if how.to_terminal else None
+
+        def ask(
+            messages: tuple[Message, ...], sampling: SamplingParams, growing: Growing | None = None, /
+        ) -> Completion:
+            return asking(find(), None, status.hear, shown)(messages, sampling, growing)
+
         parts = [item.load() for item in pair]
         result = chosen.answer(ask, parts)
         status.clear()

@@ -37,6 +37,11 @@ class How:
     quiet: bool = False
     max_tokens: int | None = None
 
+    @property
+    def to_terminal(self) -> bool:
+        """Whether a person reads the texts; the text of a single input is then shown while its answer comes."""
+        return self.output is None and not self.as_json and sys.stdout.isatty()
+
 
 def perform(task: Task[Any], how: How, who: Who, *, extra: Callable[[Sequence[Item]], Sink] | None = None) -> int:
     """The exit code: 0, or 1 when some of several inputs failed. The error of a single one is raised.
@@ -53,7 +58,8 @@ def perform(task: Task[Any], how: How, who: Who, *, extra: Callable[[Sequence[It
     besides = None if extra is None else extra(found)
     if len(failed) < len(found):
         model = find_model(who, quiet=how.quiet)
-        failed = _ask(task, found, model, (sink, besides), who.concurrency, how.quiet)
+        streamed = how.to_terminal and len(found) == 1
+        failed = _ask(task, found, model, (sink, besides), who.concurrency, quiet=how.quiet, streamed=streamed)
     else:  # there is nothing to load a model for
         with sink:
             for outcome in failed:
@@ -67,13 +73,16 @@ def _ask(
     model: Model,
     sinks: tuple[Sink, Sink | None],
     concurrency: int,
+    *,
     quiet: bool,
+    streamed: bool,
 ) -> list[Outcome[Any]]:
     """Ask about all items and write what comes. What failed."""
     failed: list[Outcome[Any]] = []
     sink, besides = sinks
     status = Status(task.name, found, quiet=quiet)
-    outcomes = run(task, found, model, concurrency=concurrency, heard=status.hear)
+    shown = status.around(sink.grow) if streamed else None
+    outcomes = run(task, found, model, concurrency=concurrency, heard=status.hear, shown=shown)
     with status, sink, closing(outcomes):
         for outcome in outcomes:
             status.clear()

@@ -49,6 +49,9 @@ class Sink(ABC):
     def put(self, outcome: Outcome[Any]) -> None:
         """Write it. Raises `InvalidRequest` where that is not possible."""
 
+    def grow(self, text: str) -> None:  # noqa: B027  most sinks write what is whole
+        """The text of the only outcome begins with this; `put` follows."""
+
     def __enter__(self) -> Sink:
         return self
 
@@ -85,14 +88,29 @@ class TextSink(_Stream):
         super().__init__(path)
         self._headings = headings
         self._first = True
+        self._grown = ""  # written already, and no line's end yet
+
+    def grow(self, text: str) -> None:
+        if text != self._grown and text.startswith(self._grown):
+            self.write(text.removeprefix(self._grown))
+            self._grown = text
 
     def put(self, outcome: Outcome[Any]) -> None:
         if outcome.result is None:
             return
         text = outcome.result.text
+        whole = text if text.endswith("\n") else f"{text}\n"
         head = f"==> {outcome.item.title} <==\n" if self._headings else ""
-        self.write(("" if self._first else "\n") + head + text + ("" if text.endswith("\n") else "\n"))
-        self._first = False
+        if whole.startswith(self._grown):
+            self.write(("" if self._first else "\n") + head + whole.removeprefix(self._grown))
+        else:  # the end of the answer changed how its beginning is read
+            self.write(f"\n\n{whole}")
+        self._first, self._grown = False, ""
+
+    def close(self) -> None:
+        if self._grown:  # an error or Ctrl-C is told on a line of its own
+            self.write("\n")
+        super().close()
 
 
 class JsonSink(_Stream):

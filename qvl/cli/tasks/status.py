@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from qvl.tasks.inputs import Item
@@ -40,11 +40,21 @@ class Status:
 
     def clear(self) -> None:
         """Make room for something to read; the line stays away until `advance`."""
-        if self._shown:
+        if self._shown and not self._aside:
             with self._lock:
                 self._aside = True
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
+
+    def around(self, write: Callable[[str], None]) -> Callable[[str], None]:
+        """`write` to the same terminal, with room made as soon as there is something."""
+
+        def written(text: str) -> None:
+            if text:
+                self.clear()
+                write(text)
+
+        return written
 
     def hear(self, piece: str) -> None:
         """An answer has grown."""

@@ -52,16 +52,18 @@ def watch(
         tell(line)
 
     files, question = split(inputs or [])
+    how = How(files, None, None, output, as_json, quiet, max_tokens)
+    streamed = how.to_terminal and len(files) < 2
     task = Watch(
         question=QUESTION if question is None else question,
         fps=fps,
         begin=seconds_of(begin),
         end=None if end is None else seconds_of(end),
         summary=summary,
-        tell=progress if sys.stderr.isatty() and not quiet else None,
+        tell=progress if sys.stderr.isatty() and not (quiet or streamed) else None,
     )
     who = Who(base_url, model, api_key, concurrency)
-    return perform(task, How(files, None, None, output, as_json, quiet, max_tokens), who)
+    return perform(task, how, who)
 
 
 def split(words: list[str]) -> tuple[list[str], str | None]:

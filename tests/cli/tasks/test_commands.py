@@ -29,12 +29,6 @@ def server() -> Iterator[Live]:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("QVL_BASE_URL", raising=False)
-    monkeypatch.delenv("QVL_API_KEY", raising=False)
-
-
 @pytest.fixture
 def told(server: Live, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What a command prints whose questions the bundled checkpoint answers."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qvl.cli.app import run
-from tests.tasks.scripted import Scripted
+from qvl.types import Delta, SamplingParams, Usage
+from tests.cli.tasks.terminal import Terminal
+from tests.tasks.scripted import Messages, Scripted
 
 LISTED = json.dumps({"differences": [{"what": "square", "where": "left", "first": "none", "second": "red"}]})
 
@@ -36,6 +40,23 @@ def test_in_words(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys
     assert out == "A red square.\n" and "of the pixels differ, in 1 place" in err
     assert run(["compare", *pair, "-q"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_words_as_they_come(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    seen: list[str] = []
+
+    class Watching:
+        def stream(self, messages: Messages, sampling: SamplingParams, /) -> Iterator[Delta]:
+            for piece in ("A red", " square."):
+                seen.append(terminal.getvalue())
+                yield Delta(0, piece)
+            yield Delta(0, "", (), None, "stop", None, Usage())
+
+    monkeypatch.setattr("qvl.cli.tasks.pairs.find_model", lambda who, quiet: Watching())
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run(["compare", *pair, "-q"]) == 0
+    assert (seen, terminal.getvalue()) == (["", "A red"], "A red square.\n")
 
 
 def test_as_a_list(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

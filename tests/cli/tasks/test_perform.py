@@ -16,24 +16,21 @@ from PIL import Image
 
 from qvl.backends.echo import EchoBackend
 from qvl.cli.app import run
+from qvl.errors import QvlError, Unavailable
+from qvl.types import Delta, SamplingParams, Usage
+from tests.cli.tasks.terminal import Terminal
 from tests.server.live import Live, live
 from tests.tasks import documents
+from tests.tasks.scripted import Messages
 
 ROOT = Path(__file__).resolve().parents[3]
 ECHO = "Read all the text in the picture. [1 image]"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live(EchoBackend("parrot")) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
-def asked(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The developer's own settings and server are no part of the test."""
+def asked(server: Live, plain_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, and no server of the developer's."""
     monkeypatch.setenv("QVL_BASE_URL", server.url)
-    monkeypatch.delenv("QVL_API_KEY", raising=False)
     monkeypatch.setattr("qvl.cli.tasks.perform.DEFAULT_URL", "http://127.0.0.1:9")
 
 
@@ -57,6 +54,59 @@ def piped(data: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
 def test_one_picture_is_its_text_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["ocr", str(folder / "a.png")]) == 0
     assert capsys.readouterr() == (f"{ECHO}\n", "")
+
+
+class Watched:
+    """A model that looks at the terminal before each piece of its answer."""
+
+    def __init__(self, *pieces: str | QvlError) -> None:
+        self.pieces = pieces
+        self.seen: list[str] = []
+
+    def stream(self, messages: Messages, sampling: SamplingParams, /) -> Iterator[Delta]:
+        for piece in self.pieces:
+            self.seen.append(sys.stdout.getvalue())  # type: ignore[attr-defined]
+            if isinstance(piece, QvlError):
+                raise piece
+            yield Delta(0, piece)
+        yield Delta(0, "", (), None, "stop", None, Usage())
+
+
+def in_terminal(monkeypatch: pytest.MonkeyPatch, model: Watched, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr("qvl.cli.tasks.perform.find_model", lambda who, quiet: model)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    return run(arguments), sys.stdout.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_terminal_shows_one_answer_as_it_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Watched("```\n", "OPEN  ", "\n8 to", " 17\n``", "`")
+    assert in_terminal(monkeypatch, model, "ocr", str(folder / "a.png")) == (0, "OPEN\n8 to 17\n")
+    assert model.seen == ["", "", "OPEN", "OPEN\n8 to", "OPEN\n8 to 17"]
+
+
+def test_an_answer_that_ends_as_another_is_shown_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fence at its beginning turns out to be part of it."""
+    model = Watched("```\nOPEN", "\n```\nand more")
+    told = in_terminal(monkeypatch, model, "ocr", str(folder / "a.png"))
+    assert told == (0, "OPEN\n\n```\nOPEN\n```\nand more\n")
+
+
+@pytest.mark.parametrize("how", [["--json"], ["-o", "{folder}/a.txt"], ["{folder}/a.jpg"]])
+def test_what_is_for_a_program_or_of_many_comes_whole(
+    how: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Watched("OPEN", " ", "now")
+    words = [word.format(folder=folder) for word in how]
+    assert in_terminal(monkeypatch, model, "ocr", str(folder / "a.png"), *words, "--concurrency", "1")[0] == 0
+    assert model.seen[:3] == ["", "", ""]
+
+
+def test_an_error_behind_half_an_answer_has_its_own_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Watched("OPEN", " to", Unavailable("the engine has died"))
+    assert in_terminal(monkeypatch, model, "ocr", str(folder / "a.png")) == (1, "OPEN to\n")
+    assert capsys.readouterr().err == "qvl: the engine has died\n"
 
 
 def test_several_have_headings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

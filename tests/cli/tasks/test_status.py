@@ -11,11 +11,7 @@ import pytest
 from qvl.cli.tasks.status import Status, tell
 from qvl.tasks.inputs import Item
 from qvl.types import TextPart
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.cli.tasks.terminal import Terminal
 
 
 def items(*names: str) -> list[Item]:
@@ -70,3 +66,18 @@ def test_pipes_and_quiet_ones_see_nothing(monkeypatch: pytest.MonkeyPatch, strea
 def test_a_remark(capsys: pytest.CaptureFixture[str]) -> None:
     tell("this")
     assert capsys.readouterr() == ("", "qvl: this\n")
+
+
+def test_it_makes_room_once_for_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that is cleared again would take the answer with it, which stands in the same terminal."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Status("ocr", items("a.png"), quiet=False) as status:
+        write = status.around(terminal.write)
+        until(terminal, "a.png")
+        write("")
+        assert terminal.getvalue().endswith("characters")
+        write("OPEN")
+        write(" now")
+        status.clear()
+        assert terminal.getvalue().endswith("\r\x1b[KOPEN now")
