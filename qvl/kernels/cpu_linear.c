@@ -6,9 +6,10 @@
  * A tile is ROWS rows of W times COLUMNS rows of x, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
  * one, a mask the odd one, which is why x is stored as evens, then odds, of every group. Each tile fetches the next
- * one's part of W ahead: a processor's own prefetcher does not follow four short rows, and gives a third less.
+ * one's part of W ahead: a processor's own prefetcher does not follow four short rows, and gives a third less. MANY rows
+ * of x and more are worth packing both: see cpu_panels.h.
  */
-#include "cpu_vectors.h"
+#include "cpu_panels.h"
 
 #if LANES == 16
 #define COLUMNS 6
@@ -18,7 +19,8 @@
 #define COLUMNS 4
 #endif
 #define ROWS 4
-#define K_CHUNK 2048             /* COLUMNS rows of x of this length stay in the first-level cache */
+#define K_CHUNK PANEL_K          /* COLUMNS rows of x of this length stay in the first-level cache */
+#define MANY 16                  /* rows of x from which panels of W are worth turning */
 #define BLOCK_BYTES (192 * 1024) /* a block of W stays in the second-level cache while all of x passes */
 
 /* x [m, k] to out [m, padded k]: zero-filled to whole groups; `split` stores evens before odds in each group. */
@@ -45,6 +47,7 @@ static void arrange(const float *x, long ldx, float *out, long m, long k, int sp
 
 /* One product for one number type T of W. `first`: y is set (to the bias), otherwise added to. */
 #define DEFINE(NAME, T, LOW, HIGH)                                                                                     \
+    DEFINE_PACK(NAME, T, LOW, HIGH)                                                                                    \
     INLINE void NAME##_tile(const int rows, const int columns, const T *w, long ldw, const float *x, long ldx,         \
                             float *y, long ldy, long k, const float *bias, int first) {                                \
         vf acc[ROWS][COLUMNS];                                                                                         \
@@ -106,9 +109,14 @@ static void arrange(const float *x, long ldx, float *out, long m, long k, int sp
     void qvl_linear_##NAME(const float *x, long ldx, const T *w, const float *bias, float *y, float *scratch, long m,  \
                            long n, long k, int split, int threads) {                                                   \
         long padded = (k + GROUP - 1) / GROUP * GROUP;                                                                 \
-        arrange(x, ldx, scratch, m, k, split, threads);                                                                \
         long parts = (k + K_CHUNK - 1) / K_CHUNK;                                                                      \
         long chunk = (k / parts + GROUP - 1) / GROUP * GROUP;                                                          \
+        if (m >= MANY) {                                                                                               \
+            multiply_panels(x, ldx, (const char *)w, sizeof(T), NAME##_pack, bias, y, scratch, m, n, k, chunk, split,  \
+                            threads);                                                                                  \
+            return;                                                                                                    \
+        }                                                                                                              \
+        arrange(x, ldx, scratch, m, k, split, threads);                                                                \
         long rows = BLOCK_BYTES / (chunk * (long)sizeof(T)) / ROWS * ROWS;                                             \
         long fair = (n / (4 * threads) + ROWS - 1) / ROWS * ROWS;                                                      \
         if (rows > fair) rows = fair;                                                                                  \

@@ -26,6 +26,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 SOURCE = Path(__file__).with_name("cpu_linear.c")
 GROUP = 64  # the kernel pads rows of x to at most this many numbers
 FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
+BLOCK = 12  # and their number to a multiple of at most this
 SLICE = 2048  # rows of x that are rearranged at a time, which bounds the memory for it
 PANEL_BYTES = 8 * 1024 * 1024
 _NAMES = {torch.bfloat16: "qvl_linear_bf16", torch.float16: "qvl_linear_f16", torch.float32: "qvl_linear_f32"}
@@ -104,7 +105,7 @@ def native_product(dtype: torch.dtype) -> Product:
         assert x.dtype == torch.float32, x.dtype
         assert weight.is_contiguous(), weight.stride()
         out = torch.empty(m, n)
-        scratch = torch.empty(min(m, SLICE) * (k + GROUP))
+        scratch = torch.empty((min(m, SLICE) + BLOCK) * (k + GROUP))
         for start in range(0, m, SLICE):
             function(
                 x.data_ptr() + 4 * start * x.stride(0), x.stride(0), weight.data_ptr(),

@@ -21,8 +21,8 @@
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef float vf_u __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t vi __attribute__((vector_size(LANES * 4)));
-typedef uint32_t vi_u __attribute__((vector_size(LANES * 4), aligned(2)));
-typedef uint16_t vh_u __attribute__((vector_size(LANES * 2), aligned(2)));
+typedef uint32_t vi_u __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
+typedef uint16_t vh_u __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int32_t vs __attribute__((vector_size(LANES * 4)));
 #define INLINE static inline __attribute__((always_inline))
 

@@ -1,0 +1,156 @@
+/* Products with many rows of x: panels of W are widened and turned once, and all of x passes by each.
+ *
+ * Every number is summed as the tiles of cpu_linear.c sum it: few and many rows give the same answers to the last bit.
+ * There, lane l of a vector sums its own numbers of k, and the lanes are added up at the end. Here vectors hold WROWS
+ * rows of W instead, and k passes lane by lane: first all that lane 0 would have summed, then lane 1, and so on.
+ * Nothing has to be added across a vector, and W is read from the first-level cache.
+ */
+#pragma once
+#include "cpu_vectors.h"
+
+#define WROWS (2 * LANES)
+#if LANES == 16
+#define XROWS 12
+#elif LANES == 8
+#define XROWS 6 /* 6 x 2 sums, two vectors of W and one number of x fill sixteen registers */
+#else
+#define XROWS 8
+#endif
+#define XPART 384    /* rows of x whose sums are kept at a time */
+#define PANEL_K 2048 /* numbers of a row in a panel */
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vs){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif LANES == 8
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#endif
+
+/* Rows become lanes and lanes rows: each zip turns the bits of a number's place (row, lane) round by one. */
+INLINE void transpose(vf *v) {
+    _Pragma("GCC unroll 4") for (int half = 1; half < LANES; half *= 2) {
+        vf turned[LANES];
+        _Pragma("GCC unroll 8") for (int i = 0; i < LANES / 2; i++) {
+            turned[2 * i] = ZIP_LOW(v[i], v[i + LANES / 2]);
+            turned[2 * i + 1] = ZIP_HIGH(v[i], v[i + LANES / 2]);
+        }
+        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) v[i] = turned[i];
+    }
+}
+
+/* Numbers between one lane's part of a panel and the next; not a power of two, which a cache would not hold. */
+INLINE long lane_stride(long steps) { return (steps + 1) * WROWS; }
+
+/* `rows` of W over k numbers to panel [lane][step][WROWS], zero-filled; a step is a vector of a row. */
+#define DEFINE_PACK(NAME, T, LOW, HIGH)                                                                                \
+    static void NAME##_pack(const void *from, long ldw, long rows, long k, float *panel) {                             \
+        long steps = (k + GROUP - 1) / GROUP * 2, stride = lane_stride(steps);                                         \
+        for (long i = 0; i < steps; i += 2)                                                                            \
+            for (long part = 0; part < WROWS; part += LANES) {                                                         \
+                vf low[LANES], high[LANES];                                                                            \
+                _Pragma("GCC unroll 16") for (long r = 0; r < LANES; r++) {                                            \
+                    const T *in = (const T *)from + (part + r) * ldw + i * LANES;                                      \
+                    T tail[GROUP] = {0};                                                                               \
+                    long left = part + r < rows ? k - i * LANES : 0;                                                   \
+                    if (left < GROUP) in = left > 0 ? memcpy(tail, in, left * sizeof(T)) : tail;                       \
+                    low[r] = LOW(in), high[r] = HIGH(in);                                                              \
+                }                                                                                                      \
+                transpose(low), transpose(high);                                                                       \
+                float *to = panel + i * WROWS + part;                                                                  \
+                _Pragma("GCC unroll 16") for (long l = 0; l < LANES; l++) {                                            \
+                    *(vf_u *)(to + l * stride) = low[l];                                                               \
+                    *(vf_u *)(to + l * stride + WROWS) = high[l];                                                      \
+                }                                                                                                      \
+            }                                                                                                          \
+    }
+typedef void packer(const void *from, long ldw, long rows, long k, float *panel);
+
+/* x [m, k] to [chunk][lane][block of XROWS rows][step][XROWS], zero-filled; `split` as in `arrange`. */
+static void arrange_panels(const float *x, long ldx, float *out, long m, long k, long chunk, int split, int threads) {
+    long blocks = (m + XROWS - 1) / XROWS, groups = (k + GROUP - 1) / GROUP;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long b = 0; b < blocks; b++)
+        for (long g = 0; g < groups; g++) {
+            long start = g * GROUP / chunk * chunk, rest = groups * GROUP - start;
+            long steps = (rest < chunk ? rest : chunk) / LANES;
+            float *to = out + start * blocks * XROWS + (b * steps + (g * GROUP - start) / LANES) * XROWS;
+            for (int j = 0; j < GROUP; j++) {
+                long half = split ? j % 2 : j / LANES, lane = split ? j / 2 : j % LANES;
+                float *place = to + (lane * blocks * steps + half) * XROWS;
+                for (long c = 0; c < XROWS; c++) {
+                    long row = b * XROWS + c, at = g * GROUP + j;
+                    place[c] = row < m && at < k ? x[row * ldx + at] : 0;
+                }
+            }
+        }
+}
+
+/* XROWS rows of x times a panel, over the steps of one lane, added to total [XROWS][WROWS]. */
+static void panel_tile(const float *x, const float *w, long steps, float *total) {
+    vf acc[XROWS][2] = {0};
+    for (long i = 0; i < steps; i++, x += XROWS, w += WROWS) {
+        vf low = f32_low(w), high = f32_high(w);
+        _Pragma("GCC unroll 16") for (int c = 0; c < XROWS; c++) {
+            vf one = x[c] - (vf){0};
+            acc[c][0] = fma_add(acc[c][0], low, one);
+            acc[c][1] = fma_add(acc[c][1], high, one);
+        }
+    }
+    _Pragma("GCC unroll 16") for (int c = 0; c < XROWS; c++) {
+        *(vf_u *)(total + c * WROWS) = f32_low(total + c * WROWS) + acc[c][0];
+        *(vf_u *)(total + c * WROWS + LANES) = f32_high(total + c * WROWS) + acc[c][1];
+    }
+}
+
+/* What one call computes: x as `arrange_panels` left it, y [m, n]. */
+typedef struct {
+    const float *x, *bias;
+    float *y;
+    long m, n, k, chunk;
+} panels;
+
+/* `rows` rows of W from r on, as a panel of numbers [from, from + chunk) of k, times all of x. */
+static void panel_product(const panels *p, const float *panel, long r, long rows, long from) {
+    long padded = (p->k + GROUP - 1) / GROUP * GROUP, blocks = (p->m + XROWS - 1) / XROWS;
+    long steps = (padded - from < p->chunk ? padded - from : p->chunk) / LANES;
+    const float *x = p->x + from * blocks * XROWS;
+    float total[XPART * WROWS] __attribute__((aligned(64)));
+    for (long first = 0; first < p->m; first += XPART) {
+        long stop = p->m - first < XPART ? p->m - first : XPART, some = (stop + XROWS - 1) / XROWS;
+        memset(total, 0, some * XROWS * WROWS * sizeof(float));
+        for (long l = 0; l < LANES; l++)
+            for (long b = 0; b < some; b++)
+                panel_tile(x + (l * blocks + first / XROWS + b) * steps * XROWS, panel + l * lane_stride(steps), steps,
+                           total + b * XROWS * WROWS);
+        for (long c = 0; c < stop; c++) {
+            float *y = p->y + (first + c) * p->n + r;
+            for (long i = 0; i < rows; i++)
+                y[i] = (from ? y[i] : p->bias ? p->bias[r + i] : 0) + total[c * WROWS + i];
+        }
+    }
+}
+
+/* y = x W^T + bias, W [n, k] of numbers of `size` bytes; `scratch` holds x with its filling. */
+static void multiply_panels(const float *x, long ldx, const char *w, long size, packer *pack, const float *bias,
+                            float *y, float *scratch, long m, long n, long k, long chunk, int split, int threads) {
+    arrange_panels(x, ldx, scratch, m, k, chunk, split, threads);
+    const panels p = {scratch, bias, y, m, n, k, chunk};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long r = 0; r < n; r += WROWS) {
+        float panel[(PANEL_K + GROUP) * WROWS] __attribute__((aligned(64)));
+        long rows = n - r < WROWS ? n - r : WROWS;
+        for (long from = 0; from < k; from += chunk) {
+            pack(w + (r * k + from) * size, k, rows, k - from < chunk ? k - from : chunk, panel);
+            panel_product(&p, panel, r, rows, from);
+        }
+    }
+}
