@@ -101,7 +101,8 @@ class GpuSampler(Sampler):
     def _learn(self, row: SamplerRow) -> None:
         """What stays the same as long as the line has this owner."""
         sampling, words = row.sampling, self._words[row.line]
-        words[rules.KIND] = KINDS[kind_of(sampling, self.vocab_size)]
+        kind = KINDS[kind_of(sampling, self.vocab_size)]
+        words[rules.KIND] = rules.FILTERED if kind == rules.FREE and sampling.min_p else kind
         words[rules.LINE] = row.line if wants_penalties(sampling) else -1
         words[rules.MASK] = -1
         top_k = top_k_of(sampling, self.vocab_size)
@@ -149,7 +150,7 @@ TRIED = [
     replace(NEUTRAL, temperature=1.2, top_p=0.9),
     replace(NEUTRAL, top_k=30, top_p=0.8, min_p=0.02),
     replace(NEUTRAL, temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5),
-    replace(NEUTRAL, min_p=0.1, logit_bias={3: 20.0, 4: -1.0}),
+    replace(NEUTRAL, min_p=0.1, logit_bias={3: 40.0, 4: -1.0}),
     NEUTRAL,
 ]
 
