@@ -6,8 +6,8 @@
  * A tile is ROWS rows of W times COLUMNS rows of x, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
  * one, a mask the odd one, which is why x is stored as evens, then odds, of every group. Each tile fetches the next
- * one's part of W ahead: a processor's own prefetcher does not follow four short rows, and gives a third less. MANY rows
- * of x and more are worth packing both: see cpu_panels.h.
+ * one's part of W ahead: a processor's own prefetcher does not follow four short rows, and gives a third less. MANY
+ * rows of x and more are worth packing both: see cpu_panels.h.
  */
 #include "cpu_panels.h"
 
