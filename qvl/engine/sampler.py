@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 32  # rows with rules are computed in parts: filters take many ti
 FAILED = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which doubles the time to make one; every step makes one per row
 class SamplerRow:
     """Row `index` of the logits, which has rules of its own. `token_ids` are prompt and output as far as they are known
     here, `num_tokens` counts those that only the device knows, too.

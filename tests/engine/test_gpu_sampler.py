@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from qvl.engine.sampler import FAILED, Sampler, SamplerRow
 from qvl.types import SamplingParams
 from tests.kernels.test_triton import DEVICE, INTERPRETED, ON_GPU, here, why_no_interpreter
 
-pytestmark = pytest.mark.gpu if ON_GPU else []
+pytestmark: Any = pytest.mark.gpu if ON_GPU else []
 
 VOCAB = 9_001  # three parts, of which the last is not full
 NEVER = (31, 32, 700, VOCAB - 1)
@@ -71,8 +72,9 @@ def scores_of(logits: torch.Tensor, row: SamplerRow) -> npt.NDArray[np.float64]:
     """After penalties, bias and bans."""
     x = logits.double().numpy().copy()
     rules, prompt = row.sampling, row.num_prompt_tokens
+    repetition = rules.repetition_penalty or 1.0
     for token in set(row.token_ids):
-        x[token] = x[token] / rules.repetition_penalty if x[token] > 0 else x[token] * (rules.repetition_penalty or 1)
+        x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
     for token in set(row.token_ids[prompt:]):
         x[token] -= rules.presence_penalty + rules.frequency_penalty * list(row.token_ids[prompt:]).count(token)
     for token, bias in rules.logit_bias.items():
@@ -86,12 +88,14 @@ def scores_of(logits: torch.Tensor, row: SamplerRow) -> npt.NDArray[np.float64]:
 
 def kept_of(x: npt.NDArray[np.float64], rules: SamplingParams, slack: float) -> npt.NDArray[np.int64]:
     """Ids that the filters leave, best first, the smaller id first among equals; with `slack`, what they almost do."""
-    order = np.argsort(-x, kind="stable")
+    assert rules.temperature and rules.top_p
+    order: npt.NDArray[np.int64] = np.argsort(-x, kind="stable")
     order = order[x[order] > -np.inf][: rules.top_k or None]
     weights = np.exp((x[order] - x[order[0]]) / rules.temperature)
     before = (np.cumsum(weights) - weights) / weights.sum()
     kept = (before < rules.top_p + slack) | (rules.top_p == 1.0) | (np.arange(len(order)) == 0)
-    return order[kept & (weights >= min(1.0, (rules.min_p or 0.0) * (1.0 - slack)))]
+    found: npt.NDArray[np.int64] = order[kept & (weights >= min(1.0, (rules.min_p or 0.0) * (1.0 - slack)))]
+    return found
 
 
 def assert_right(token: int, logits: torch.Tensor, row: SamplerRow) -> None:
