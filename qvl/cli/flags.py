@@ -110,8 +110,8 @@ MaxNumBatchedTokens: TypeAlias = Annotated[
 MaxNumMixedTokens: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Tokens of prompts and of pictures in a step that also continues answers: fewer keep answers flowing, "
-        f"more bring first tokens sooner {_by_device(MIXED_TOKENS)}",
+        help="Tokens of a step that computes prompts or pictures beside continuing answers: fewer keep answers "
+        f"flowing, more bring first tokens sooner {_by_device(MIXED_TOKENS)}",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

@@ -60,7 +60,7 @@ class EngineOptions:
     `attention_backend` forces one; "auto" takes the fastest that runs.
     `limit_mm_per_prompt` counts pictures and videos of one request. `mm_processor_kwargs` (`min_pixels`, `max_pixels`,
     `fps`, `num_frames`) are the defaults of every picture and video. `num_blocks` overrides the measured KV cache size.
-    `max_num_mixed_tokens` bounds the tokens of prompts and pictures in a step that also continues answers.
+    `max_num_mixed_tokens` bounds the tokens of a step that computes prompts and continues answers, and its pictures'.
     `enforce_eager` leaves CUDA graphs out. `async_scheduling` plans and launches a step while the one before it still
     runs; None: on a GPU.
     `seed` makes requests without a seed of their own repeatable, given the same order of requests.

@@ -59,9 +59,12 @@ class Step:
         seq.num_pending += samples
 
     def keep_decodes_moving(self, num_tokens: int) -> None:
-        """No more than `num_tokens` of prompts, and of pictures, beside the decodes that are in the batch."""
+        """A batch with decodes takes no more than `num_tokens`, decodes counted: matrices are fastest when their rows
+        fill whole tiles. Prompts may always have a quarter of them. As many tokens of pictures are encoded.
+        """
         if self.batch.seqs:
-            self.tokens_left = min(self.tokens_left, num_tokens)
+            prompts = max(num_tokens - len(self.batch.seqs), -(-num_tokens // 4))
+            self.tokens_left = min(self.tokens_left, prompts)
             self.encoder_left = min(self.encoder_left, num_tokens)
 
     def room_to_encode(self, num_tokens: int) -> bool:

@@ -227,7 +227,18 @@ def test_prompts_and_pictures_give_way_to_decodes() -> None:
         batch = bench.step()
         assert batch.num_decodes == 1
         taken.append((batch.num_tokens - 1, [media.span.digest for media in batch.encode]))
-    assert taken == [(6, [A]), (6, [B]), (4, [C])]
+    assert taken == [(5, [A]), (5, [B]), (5, [C]), (1, [])]
+
+
+def test_prompts_are_not_shut_out_by_many_decodes() -> None:
+    """A quarter of a mixed step is theirs, however many decodes there are."""
+    bench = Bench(Limits(max_num_batched_tokens=30, max_num_mixed_tokens=8, max_num_seqs=16), num_blocks=60)
+    for i in range(10):
+        bench.add(request(f"short {i}", [1], SamplingParams(max_tokens=10, ignore_eos=True)))
+    bench.step()
+    bench.add(request("text", [2] * 9))
+    batch = bench.step()
+    assert (batch.num_decodes, batch.num_tokens) == (10, 12)
 
 
 def test_equal_prompts_that_come_together_are_computed_once() -> None:
