@@ -6,6 +6,7 @@ comparison; transformers is no dependency of qvl.
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ class TransformersSubject:
             pads = int(inputs["image_grid_thw"].prod()) // self._merge
             token_ids = [self._ids.vision_start, *[self._ids.image_pad] * pads, self._ids.vision_end, *token_ids]
         input_ids = torch.tensor([token_ids], device=self._device)
+        if inputs and "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:
+            # From 5.x on it asks what stands where instead of looking for pads.
+            inputs["mm_token_type_ids"] = (input_ids == self._ids.image_pad).int()
         output = self._model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,14 @@ class Oracle:
                 text = text.replace(f"<|{kind}_pad|>", "<|placeholder|>" * (t * h * w // 4), 1)
             text = text.replace("<|placeholder|>", f"<|{kind}_pad|>")
         ids = self.tokenizer(text, return_tensors="pt")
+        if extra and "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            # transformers from 5.x on asks what stands where instead of looking for pads.
+            image, video = (ids["input_ids"] == self._pad(kind) for kind in ("image", "video"))
+            extra["mm_token_type_ids"] = image.int() + 2 * video.int()
         return {"input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"], **extra}
+
+    def _pad(self, kind: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
 
     def _patches(self, source: Any) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """A picture, or a list of them that needs no resizing as the frames of a video."""

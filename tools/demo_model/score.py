@@ -4,6 +4,7 @@ Runs transformers' own Qwen2-VL, free-running and greedy, on pictures from held_
 """
 
 import argparse
+import inspect
 import json
 import random
 import re
@@ -89,6 +90,13 @@ class Reader:
                 pieces = prompt.split(token)
                 prompt = pieces[0] + "".join(token * next(counts) + piece for piece in pieces[1:])
         inputs |= self.tokenizer(prompt, return_tensors="pt")
+        if (images or videos) and "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            # transformers from 5.x on asks what stands where instead of looking for pads.
+            image, video = (
+                inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
+                for kind in ("image", "video")
+            )
+            inputs["mm_token_type_ids"] = image.int() + 2 * video.int()
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         with torch.no_grad():
             out = self.model.generate(**inputs, max_new_tokens=300, do_sample=False)
