@@ -24,6 +24,7 @@ from qvl.kernels.gpu import launch
 from qvl.kernels.rules import Rules
 from qvl.kernels.triton_scores import (
     BLOCK,
+    BROKEN,
     FAILED,
     NONE,
     WARPS,
@@ -242,8 +243,9 @@ def _gather(
 
 
 @triton.jit
-def _candidates(source, candidates_ptr, at, count, low, high, vocab, ID_BITS: tl.constexpr):
+def _candidates(row, at, ID_BITS: tl.constexpr):
     """Keys of the candidates `at`: those that are listed, or of the whole row what lies in [low, high); else NONE."""
+    source, candidates_ptr, count, low, high, vocab = row
     if count <= LISTED:
         key = tl.load(candidates_ptr + at, mask=at < count, other=NONE)
     else:
@@ -253,18 +255,22 @@ def _candidates(source, candidates_ptr, at, count, low, high, vocab, ID_BITS: tl
 
 
 @triton.jit
-def _weight_beyond(
-    limit, counted, top, rate, source, candidates_ptr, count, low, high, vocab, ID_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What candidates with keys above `limit` weigh together, in UNITs; or how many they are, if `counted`."""
+def _weight_beyond(limit, counted, top, rate, row, ID_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """What candidates with keys above `limit` weigh together, in UNITs, or how many they are, if `counted`; the largest
+    key up to `limit`, and the smallest above it.
+    """
+    _source, _candidates_ptr, count, _low, _high, vocab = row
     total = tl.zeros([BLOCK], tl.int64)
+    under = tl.full([BLOCK], NONE, tl.int64)
+    over = tl.full([BLOCK], BROKEN, tl.int64)
     for start in range(0, tl.where(count > LISTED, vocab, count), BLOCK):
-        key = _candidates(source, candidates_ptr, start + tl.arange(0, BLOCK), count, low, high, vocab, ID_BITS)
+        key = _candidates(row, start + tl.arange(0, BLOCK), ID_BITS)
         x = tl.where(key > limit, score_of(key, ID_BITS), -float("inf"))
         weight = tl.where(counted, 1.0, tl.exp2((x - top) * rate)) * UNIT
         total += tl.where(key > limit, weight, 0.0).to(tl.int64)
-    return tl.sum(total, 0)
+        under = tl.maximum(under, tl.where(key > limit, NONE, key))
+        over = tl.minimum(over, tl.where(key > limit, key, BROKEN))
+    return tl.sum(total, 0), tl.max(under, 0), tl.min(over, 0)
 
 
 @triton.jit
@@ -290,6 +296,7 @@ def _choose(
         if both:
             high = float("inf")
             beyond = 0.0
+        listed = (source, candidates_ptr, count, low, high, vocab)
         zero = tl.full([], 0, tl.int32)
         rest = ((wanted - beyond) * UNIT).to(tl.int64)
         # Kept is every key whose betters weigh less than the rest: those from `last` on, which lies in (below, last].
@@ -298,22 +305,21 @@ def _choose(
         for step in range(tl.where(both, 2, 1)):
             counted = (top_k > 0) & (step == 0)
             if step == 1:
-                weight = _weight_beyond(below, counted, top, rate, source, candidates_ptr, count, low, high, vocab,
-                                        ID_BITS, BLOCK)  # fmt: skip
+                weight, _under, _over = _weight_beyond(below, counted, top, rate, listed, ID_BITS, BLOCK)
                 rest = (top_p * weight.to(tl.float32)).to(tl.int64)
                 last = key_of(top, zero, ID_BITS)
             rest = tl.maximum(rest, 1)
             while last - below > 1:
                 middle = below + (last - below) // 2
-                weight = _weight_beyond(middle, counted, top, rate, source, candidates_ptr, count, low, high, vocab,
-                                        ID_BITS, BLOCK)  # fmt: skip
+                weight, under, over = _weight_beyond(middle, counted, top, rate, listed, ID_BITS, BLOCK)
+                # Between two keys the weight is the same.
                 if weight < rest:
-                    last = middle
+                    last = tl.maximum(under, below + 1)
                 else:
-                    below = middle
+                    below = over - 1
             below = last - 1
         for start in range(0, tl.where(count > LISTED, vocab, count), BLOCK):
-            key = _candidates(source, candidates_ptr, start + tl.arange(0, BLOCK), count, low, high, vocab, ID_BITS)
+            key = _candidates(listed, start + tl.arange(0, BLOCK), ID_BITS)
             x = score_of(key, ID_BITS)
             token = token_of(key, ID_BITS).to(tl.int32)
             kept = (key >= last) & _likely(x, top, rule)

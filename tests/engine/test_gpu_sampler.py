@@ -4,9 +4,6 @@ process of its own, as in tests/kernels/test_triton.py.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +18,7 @@ from qvl.engine.grammar import token_words
 from qvl.engine.noise import gumbel, noise_keys
 from qvl.engine.sampler import FAILED, Sampler, SamplerRow
 from qvl.types import SamplingParams
-from tests.kernels.test_triton import DEVICE, INTERPRETED, ON_GPU, here, why_no_interpreter
+from tests.kernels.interpreted import DEVICE, INTERPRETED, ON_GPU, here, run_in_the_interpreter
 
 pytestmark: Any = pytest.mark.gpu if ON_GPU else []
 
@@ -33,21 +30,14 @@ CLOSE = 1e-4
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests of this file run here")
 def test_in_the_interpreter() -> None:
-    problem = why_no_interpreter()
-    if problem is not None:
-        pytest.skip(problem)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 def kernels_sampler(vocab: int = VOCAB) -> GpuSampler:
     from qvl.kernels import triton_sampling
 
     if INTERPRETED:  # where every operation takes as long however many numbers it works on
-        triton_sampling.AT_A_TIME = 16384
+        triton_sampling.AT_A_TIME = 4096
     return GpuSampler(vocab, 64, NEVER if vocab == VOCAB else (), DEVICE, triton_sampling)
 
 
