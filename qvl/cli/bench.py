@@ -1,6 +1,6 @@
 """`qvl bench`: the figures of this machine. Knows flags and printing; the measuring is in `qvl.bench`.
 
-`qvl bench serve` has a file of its own.
+`qvl bench serve`, `beside` and `kernels` have files of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvl.cli import bench_kernels, bench_serve, flags
+from qvl.cli import bench_beside, bench_kernels, bench_serve, flags
 from qvl.cli.version import installed
 from qvl.errors import ConfigError
 
@@ -27,6 +27,7 @@ MILLI = 1000.0
 
 app = typer.Typer(help="Measure this machine, or a server.")
 app.command("serve")(bench_serve.serve)
+app.command("beside")(bench_beside.beside)
 app.command("kernels")(bench_kernels.kernels)
 
 
