@@ -61,6 +61,7 @@ TORCH = {
     "qvl.engine.grammar": False,
     "qvl.engine.grammar_worker": False,
     "qvl.engine.head_start": False,
+    "qvl.engine.host_memory": False,
     "qvl.engine.hub": False,
     "qvl.engine.loading": False,
     "qvl.engine.locate": False,

@@ -7,7 +7,6 @@ Knows the defaults and why they are what they are. Does not import torch: what i
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from qvl.media.fetch import MediaPolicy
 from qvl.specs import ModelSpec, load_spec
 from qvl.types import PictureRule, PixelLimits
 
-__all__ = ["DeviceFacts", "EngineConfig", "EngineOptions", "available_host_memory", "resolve"]
+__all__ = ["DeviceFacts", "EngineConfig", "EngineOptions", "resolve"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bits of a weight with its part of a scale: in the decoder's layers, and in the vision tower and the head.
@@ -46,7 +45,7 @@ class DeviceFacts:
     """What must be known about a device before anything is loaded.
 
     `capability` is (0, 0) for a CPU. `total_memory` in bytes: of the GPU, or what this process may still take on a CPU
-    (`available_host_memory`). `preferred_cpu_dtype` is the faster of float32 and bfloat16 on this CPU.
+    (`engine.host_memory`). `preferred_cpu_dtype` is the faster of float32 and bfloat16 on this CPU.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -192,6 +191,7 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         seed=options.seed,
         policy=_resolve_policy(options),
     )
+    _check_kv_memory(config, options, facts.total_memory)
     if device == "cpu":
         return config.with_kv_memory(_cpu_kv_bytes(config, options.kv_cache_memory, facts.total_memory))
     _check_gpu(config, facts.total_memory)
@@ -276,6 +276,21 @@ def _name_of(model: str, spec: ModelSpec) -> str:
     return spec.name if is_path else model
 
 
+def _check_kv_memory(config: EngineConfig, options: EngineOptions, total: int) -> None:
+    """What was asked for must fit beside the weights, before anything is loaded."""
+    by_blocks = options.num_blocks is not None
+    asked = config.block_bytes * options.num_blocks if options.num_blocks is not None else options.kv_cache_memory
+    left = total - config.weight_bytes
+    if asked is not None and asked > max(0, left):
+        name = "num_blocks" if by_blocks else "kv_cache_memory"
+        where = "GPU" if config.device == "cuda" else "machine"
+        raise ConfigError(
+            f"'{name}' asks for {_gib(asked)} of keys and values, but beside the weights ({_gib(config.weight_bytes)}) "
+            f"this {where} has {_gib(max(0, left))}; give it less",
+            param=name,
+        )
+
+
 def _cpu_kv_bytes(config: EngineConfig, asked: int | None, available: int) -> int:
     """Bytes for the KV cache: what was asked, else a quarter of the memory beside the weights, up to 4 GiB.
 
@@ -306,36 +321,6 @@ def _check_gpu(config: EngineConfig, total: int) -> None:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB"
-
-
-def available_host_memory() -> int:
-    """Bytes that this process may still take: free memory of the machine, or less where its control group says so."""
-    free = _meminfo_available()
-    for group, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        folder = Path(group)
-        try:
-            taken = int((folder / used).read_text()) - _reclaimable(folder)
-            free = min(free, int((folder / limit).read_text()) - taken)
-        except (OSError, ValueError):  # no such control group, or its limit is the word "max"
-            continue
-    return max(free, 0)
-
-
-def _meminfo_available() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux: half of what is built in
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _reclaimable(group: Path) -> int:
-    """Bytes of files in the page cache that a control group counts as used and would give up when asked."""
-    lines = (group / "memory.stat").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file"))
 
 
 def _path_to_text(value: Any) -> str:

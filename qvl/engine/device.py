@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qvl.engine.config import DeviceFacts, available_host_memory
+from qvl.engine.config import DeviceFacts
+from qvl.engine.host_memory import available_host_memory
 from qvl.errors import ConfigError
 from qvl.kernels.cpu_linear import preferred_cpu_dtype
 

@@ -46,6 +46,7 @@ class Tiles:
     warps: int
     stages: int
     decode_block: int
+    decode_warps: int
     decode_stages: int
     tensor_cores: bool
     early: bool
@@ -71,16 +72,19 @@ def tiles_for(capability: Capability, dtype: torch.dtype, head_dim: int) -> Tile
     """The tiles that fit; `tests/kernels/test_compile.py` compiles every one of them."""
     if capability < (8, 0) or dtype == torch.float32:
         # Triton multiplies on tensor cores from 8.0 on, and never in full fp32.
-        return Tiles(0, 0, 0, 1, decode_block=16, decode_stages=1, tensor_cores=False, early=False)
+        return Tiles(0, 0, 0, 1, decode_block=16, decode_warps=4, decode_stages=1, tensor_cores=False, early=False)
     block = 32 if head_dim > 128 else 64
     early = early_on(capability)
     if shared_memory(capability) < 128 * KIB:
         rows, warps, stages = 64, 4, 2
+        decode = (block, 4, 2)
     elif capability < (9, 0):
         rows, warps, stages = 128, 8, 2
+        decode = (block, 4, 2)
     else:  # two programs share a multiprocessor: one multiplies while the other takes exponentials
         rows, warps, stages = 64, 4, 3
-    return Tiles(rows, block, warps, stages, decode_block=block, decode_stages=2, tensor_cores=True, early=early)
+        decode = (block // 2, 2, 3)
+    return Tiles(rows, block, warps, stages, *decode, tensor_cores=True, early=early)
 
 
 def early_on(capability: Capability | None) -> bool:

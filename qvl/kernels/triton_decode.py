@@ -1,4 +1,4 @@
-"""Attention of decodes over the paged cache, in Triton: contexts cut into items, and joined by whoever ends last.
+"""Attention of decodes over the paged cache, in Triton: contexts cut into items, and the parts of long ones joined.
 
 The cut is made on the device, from lengths that only the device has to know, so that a step of decodes can be recorded
 in a CUDA graph once and replayed with other lengths. Knows the block layout. Does not know how a step is planned.
@@ -14,25 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels.gpu import Tiles, launch
-from qvl.kernels.triton_prefill import LOG2E, attend_keys
+from qvl.kernels.triton_prefill import LOG2E, attend_keys, blocks_of
 from qvl.layers.attention import Heads
 
-FIELDS = (
-    8  # int32 of an item: sequence, its length, first key, end, first item of the sequence, how many it has; unused
-)
+# int32 of an item: sequence, first key, end, how many items the sequence has; and of a join: sequence, its first item,
+# unused, how many it has. None: there is no such item or join.
+FIELDS = 4
 ITEMS_EACH = 16  # that one program of the cut writes
 COMMON_BATCH = 256  # steps of up to so many decodes are cut by one compilation
 PER_MULTIPROCESSOR = 4  # programs that fit there at a time
 LEAST = 128  # keys of an item: with fewer, joining costs more than reading
-SPAN = 8  # parts that are joined at a time
+SPAN = 32  # parts that are joined at a time
 
 
 @dataclass(slots=True)
 class Cut:
-    """The items of a step's decodes, and what they need to join those of one sequence."""
+    """The items of a step's decodes, and the sequences that have several."""
 
     items: Tensor  # int32 [batch + most, FIELDS]
-    arrived: Tensor  # int32 [batch, kv_heads], items of a sequence that have ended: 0 before and after every layer
+    joins: Tensor  # int32 [min(batch, most), FIELDS]
     parts: Tensor  # fp32 [items, heads, head_dim]
     weights: Tensor  # fp32 [items, heads]: log2 of the sum of the exponentials
 
@@ -52,13 +52,13 @@ def cut_decodes(seq_lens: Tensor, batch: int, most: int, heads: Heads, tiles: Ti
     count, device = batch + most, seq_lens.device
     cut = Cut(
         torch.empty((count, FIELDS), dtype=torch.int32, device=device),
-        torch.empty((batch, heads.num_kv_heads), dtype=torch.int32, device=device),
+        torch.empty((min(batch, most), FIELDS), dtype=torch.int32, device=device),
         torch.empty((count, heads.num_heads, heads.head_dim), dtype=torch.float32, device=device),
         torch.empty((count, heads.num_heads), dtype=torch.float32, device=device),
     )
     launch(
         _cut, (triton.cdiv(count, ITEMS_EACH),),
-        seq_lens, cut.items, cut.arrived, batch, count, most, KH=heads.num_kv_heads,
+        seq_lens, cut.items, cut.joins, batch, count, most,
         BATCH=max(COMMON_BATCH, triton.next_power_of_2(batch)), EACH=ITEMS_EACH, BLOCK=tiles.decode_block,
         LEAST=max(LEAST, tiles.decode_block), FIELDS=FIELDS, EARLY=tiles.early, num_warps=4,
     )  # fmt: skip
@@ -68,14 +68,22 @@ def cut_decodes(seq_lens: Tensor, batch: int, most: int, heads: Heads, tiles: Ti
 def attend_decodes(
     q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, cut: Cut, out: Tensor, heads: Heads, tiles: Tiles
 ) -> None:
-    """Row i of q and out [n, heads, head_dim] is the token of sequence i, whose keys the cache already holds."""
+    """Row i of q and out [n, heads, head_dim] is the token of sequence i, whose keys the cache already holds.
+
+    The kernel launched last before this must be another than that of the cut, as the one that makes q is: what is
+    EARLY reads the cut without waiting for it.
+    """
     launch(
         _decode, (len(cut.items) * heads.num_kv_heads,),
-        q, *kv, table, cut.items, cut.arrived, out, cut.parts, cut.weights, table.stride(0),
-        heads.head_dim**-0.5 * LOG2E,
+        q, *kv, table, cut.items, out, cut.parts, cut.weights, table.stride(0), heads.head_dim**-0.5 * LOG2E,
         KH=heads.num_kv_heads, D=heads.head_dim, PAGE=kv[0].shape[1], GROUP=heads.group,
-        HEADS=triton.next_power_of_2(heads.group), ROWS=tiles.decode_rows(heads.group), BLOCK=tiles.decode_block,
-        SPAN=SPAN, FIELDS=FIELDS, EARLY=tiles.early, num_warps=4, num_stages=tiles.decode_stages,
+        ROWS=tiles.decode_rows(heads.group), BLOCK=tiles.decode_block, FIELDS=FIELDS, EARLY=tiles.early,
+        num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
+    )  # fmt: skip
+    launch(
+        _join, (len(cut.joins) * heads.num_heads,),
+        cut.parts, cut.weights, cut.joins, out, H=heads.num_heads, D=heads.head_dim, SPAN=SPAN, FIELDS=FIELDS,
+        EARLY=tiles.early, num_warps=4,
     )  # fmt: skip
 
 
@@ -83,11 +91,10 @@ def attend_decodes(
 def _cut(
     lens_ptr,  # int32 [batch]
     items_ptr,  # int32 [count, FIELDS]
-    arrived_ptr,  # int32 [batch, KH]
+    joins_ptr,  # int32 [min(batch, most), FIELDS]
     batch,
     count,
     most,
-    KH: tl.constexpr,
     BATCH: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,9 +102,10 @@ def _cut(
     FIELDS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program: EACH items. An empty sequence has one item without keys, which writes zeros.
+    """One program: EACH items, and the first of them all joins. An empty sequence has one item, which writes zeros.
 
-    sum(max(ceil(length / size), 1)) <= batch + sum(length) / size <= count, whatever the lengths are.
+    sum(max(ceil(length / size), 1)) <= batch + sum(length) / size <= count, whatever the lengths are. What is joined
+    is longer than size, and size >= sum(length) / most: fewer than `most` sequences are.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -116,13 +124,20 @@ def _cut(
     key = (item - its_first) * size
     to = items_ptr + item * FIELDS
     live = item < count
-    tl.store(to, mine, mask=live)
+    tl.store(to, tl.minimum(mine, batch - 1), mask=live)  # of no sequence: some, for its blocks are looked up too
     tl.store(to + 1, key, mask=live)
     tl.store(to + 2, tl.minimum(key + size, its_length), mask=live)
-    tl.store(to + 3, its_first, mask=live)
-    tl.store(to + 4, its_parts, mask=live)
-    for kv_head in tl.static_range(KH):
-        tl.store(arrived_ptr + seq * KH + kv_head, 0, mask=here & (tl.program_id(0) == 0))
+    tl.store(to + 3, its_parts, mask=live)
+
+    if tl.program_id(0) == 0:
+        joined = (parts > 1).to(tl.int32)
+        place = tl.cumsum(joined, 0) - 1
+        join = joins_ptr + place * FIELDS
+        tl.store(join, seq, mask=joined > 0)
+        tl.store(join + 1, end - parts, mask=joined > 0)
+        tl.store(join + 3, parts, mask=joined > 0)
+        left = (seq >= tl.sum(joined, 0)) & (seq < tl.minimum(batch, most))
+        tl.store(joins_ptr + seq * FIELDS + 3, 0, mask=left)
 
 
 @triton.jit
@@ -132,7 +147,6 @@ def _decode(
     v_ptr,
     table_ptr,  # int32 [b, table_stride]
     items_ptr,  # int32 [items, FIELDS]
-    arrived_ptr,  # int32 [b, KH]
     out_ptr,  # [n, KH * GROUP, D]
     part_ptr,  # fp32 [items, KH * GROUP, D]
     weight_ptr,  # fp32 [items, KH * GROUP]
@@ -142,25 +156,24 @@ def _decode(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
     FIELDS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program: one item and the GROUP query heads of one KV head."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     number = tl.program_id(0) // KH
     kv_head = tl.program_id(0) % KH
     item = items_ptr + number * FIELDS
     seq = tl.load(item)
     first = tl.load(item + 1)
     stop = tl.load(item + 2)
-    first_item = tl.load(item + 3)
-    parts = tl.load(item + 4)
+    parts = tl.load(item + 3)
+    table = table_ptr + seq * table_stride
+    blocks = blocks_of(table, first, stop, PAGE, BLOCK)
+    if EARLY:  # what stands above lay there before the kernel before this one began
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if parts == 0:
         return
 
@@ -173,7 +186,7 @@ def _decode(
 
     last = tl.zeros([ROWS], tl.int32) + (stop - 1)
     result, weight = attend_keys(
-        q, last, k_ptr + kv_head * D, v_ptr + kv_head * D, table_ptr + seq * table_stride, first, stop, stop, scale,
+        q, last, k_ptr + kv_head * D, v_ptr + kv_head * D, table, blocks, first, stop, stop, scale,
         KH, D, PAGE, ROWS, BLOCK,
     )  # fmt: skip
 
@@ -183,48 +196,46 @@ def _decode(
     slot = number * (KH * GROUP) + head
     tl.store(part_ptr + slot[:, None] * D + dims[None, :], result, mask=live[:, None])
     tl.store(weight_ptr + slot, weight, mask=live)
-    tl.debug_barrier()  # every thread's part is written before one of them says so
-    counter = arrived_ptr + seq * KH + kv_head
-    if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
-        tl.store(counter, 0)  # for the next layer
-        _join(part_ptr, weight_ptr, out_ptr, seq, kv_head, first_item, parts, KH, D, GROUP, HEADS, SPAN)
 
 
 @triton.jit
 def _join(
-    part_ptr,
-    weight_ptr,
-    out_ptr,
-    seq,
-    kv_head,
-    first_item,
-    parts,
-    KH: tl.constexpr,
+    part_ptr,  # fp32 [items, H, D]
+    weight_ptr,  # fp32 [items, H]
+    joins_ptr,  # int32 [joins, FIELDS]
+    out_ptr,  # [n, H, D]
+    H: tl.constexpr,
     D: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
     SPAN: tl.constexpr,
+    FIELDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """The parts of a sequence become its result, SPAN at a time. Past the first-level cache: others wrote them."""
-    head = tl.arange(0, HEADS)
+    """One program: one head of one sequence, SPAN parts at a time. There is nothing to do where no context was cut."""
+    join = joins_ptr + tl.program_id(0) // H * FIELDS
+    head = tl.program_id(0) % H
+    seq = tl.load(join)
+    first_item = tl.load(join + 1)
+    parts = tl.load(join + 3)
+    if EARLY:  # even with nothing to do: whoever waits for this one waits for the decodes before it
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if parts == 0:
+        return
+    span = tl.arange(0, SPAN)
     dims = tl.arange(0, D)
-    best = tl.full([HEADS], -1e30, tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, D], tl.float32)
+    best = -1e30
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
     for start in range(0, parts, SPAN):
-        part = start + tl.arange(0, SPAN)
-        live = (part < parts)[:, None] & (head < GROUP)[None, :]
-        at = (first_item + part)[:, None] * (KH * GROUP) + kv_head * GROUP + head[None, :]
-        weight = tl.load(weight_ptr + at, mask=live, other=-1e30, cache_modifier=".cg")
-        value = tl.load(
-            part_ptr + at[:, :, None] * D + dims[None, None, :], mask=live[:, :, None], other=0.0, cache_modifier=".cg"
-        )
+        live = start + span < parts
+        at = (first_item + start + span) * H + head
+        weight = tl.load(weight_ptr + at, mask=live, other=-1e30)
+        value = tl.load(part_ptr + at[:, None] * D + dims[None, :], mask=live[:, None], other=0.0)
         new = tl.maximum(best, tl.max(weight, 0))
-        p = tl.where(live, tl.exp2(weight - new[None, :]), 0.0)
+        p = tl.where(live, tl.exp2(weight - new), 0.0)
         fade = tl.exp2(best - new)
         total = total * fade + tl.sum(p, 0)
-        acc = acc * fade[:, None] + tl.sum(value * p[:, :, None], 0)
+        acc = acc * fade + tl.sum(value * p[:, None], 0)
         best = new
-    to = out_ptr + (seq.to(tl.int64) * (KH * GROUP) + kv_head * GROUP + head)[:, None] * D + dims[None, :]
-    result = acc / tl.maximum(total, 1e-30)[:, None]
-    tl.store(to, result.to(out_ptr.dtype.element_ty), mask=(head < GROUP)[:, None])
+    to = out_ptr + (seq.to(tl.int64) * H + head) * D + dims
+    tl.store(to, (acc / total).to(out_ptr.dtype.element_ty))

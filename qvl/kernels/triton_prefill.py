@@ -47,12 +47,19 @@ def attend_prefills(
 
 
 @triton.jit
+def blocks_of(table_ptr, first, stop, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which blocks of the cache hold the keys [first, first + BLOCK); from `stop` on, that of the key before it."""
+    return tl.load(table_ptr + tl.minimum(first + tl.arange(0, BLOCK), tl.maximum(stop, 1) - 1) // PAGE)
+
+
+@triton.jit
 def attend_keys(
     q,  # [ROWS, D]
     last,  # [ROWS], the last key that each row may see
     k_ptr,  # the cache at this KV head
     v_ptr,
     table_ptr,  # the blocks of this sequence
+    page,  # [BLOCK], those of the first turn
     first,
     all_see,  # of the keys before this one no row may miss one
     stop,
@@ -74,11 +81,10 @@ def attend_keys(
     acc = tl.zeros([ROWS, D], tl.float32)
     keys = tl.arange(0, BLOCK)
     end = tl.maximum(stop, 1) - 1
-    page = tl.load(table_ptr + tl.minimum(first + keys, end) // PAGE)
     for start in range(first, stop, BLOCK):
         t = tl.minimum(start + keys, end)
         where = (page.to(tl.int64) * (PAGE * KH * D) + t % PAGE * (KH * D))[:, None] + dims[None, :]
-        page = tl.load(table_ptr + tl.minimum(start + BLOCK + keys, end) // PAGE)
+        page = blocks_of(table_ptr, start + BLOCK, stop, PAGE, BLOCK)
         k = tl.load(k_ptr + where)
         v = tl.load(v_ptr + where)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -127,8 +133,9 @@ def _prefill(
     at = ((first_row + token).to(tl.int64) * (KH * GROUP) + kv_head * GROUP + rows % GROUP) * D
     q = tl.load(q_ptr + at[:, None] + dims[None, :], mask=live[:, None], other=0.0)
 
+    stop = context + tokens
     result, _ = attend_keys(
-        q, context + token, k_ptr + kv_head * D, v_ptr + kv_head * D, table, 0, context + 1, context + tokens, scale,
-        KH, D, PAGE, ROWS, BLOCK,
+        q, context + token, k_ptr + kv_head * D, v_ptr + kv_head * D, table, blocks_of(table, 0, stop, PAGE, BLOCK),
+        0, context + 1, stop, scale, KH, D, PAGE, ROWS, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + at[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=live[:, None])

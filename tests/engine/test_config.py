@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl.engine.config import DeviceFacts, EngineConfig, EngineOptions, available_host_memory, resolve
+from qvl.engine.config import DeviceFacts, EngineConfig, EngineOptions, resolve
 from qvl.engine.locate import demo_folder, find_model
 from qvl.engine.options import parse_bytes, parse_mm_limits
 from qvl.errors import CheckpointError, ConfigError
@@ -124,6 +124,20 @@ def test_the_kv_cache_can_be_given(checkpoint: Path) -> None:
     assert configure(checkpoint, num_blocks=300).num_blocks == 300
     on_gpu = configure(checkpoint, H200, kv_cache_memory="1MiB")
     assert on_gpu.num_blocks == (1 << 20) // on_gpu.block_bytes
+
+
+@pytest.mark.parametrize(("facts", "where"), [(CPU, "machine"), (H200, "GPU")])
+def test_a_kv_cache_that_does_not_fit_beside_the_weights_is_refused(
+    checkpoint: Path, facts: DeviceFacts, where: str
+) -> None:
+    left = facts.total_memory - configure(checkpoint, facts).weight_bytes
+    with pytest.raises(ConfigError, match=rf"'kv_cache_memory' asks for 921600.00 GiB .* this {where} has .* less"):
+        configure(checkpoint, facts, kv_cache_memory="900TiB")
+    with pytest.raises(ConfigError, match="'kv_cache_memory'"):
+        configure(checkpoint, facts, kv_cache_memory=left + 1)
+    assert configure(checkpoint, facts, kv_cache_memory=left).num_blocks
+    with pytest.raises(ConfigError, match="'num_blocks' asks for"):
+        configure(checkpoint, facts, num_blocks=1 << 40)
 
 
 def test_a_given_length_that_does_not_fit_is_refused(checkpoint: Path) -> None:
@@ -280,8 +294,3 @@ def test_a_broken_checkpoint_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError):
         configure(tmp_path)
-
-
-def test_host_memory_is_what_is_left() -> None:
-    total = int(next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line).split()[1])
-    assert 0 < available_host_memory() < total * 1024

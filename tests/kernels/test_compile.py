@@ -54,11 +54,26 @@ def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *,
         constants |= {"ROWS": tiles.rows, "BLOCK": tiles.block, "FIELDS": triton_prefill.FIELDS}
         options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         return compiled(triton_prefill._prefill, capability, types | {"tiles_ptr": "*i32"}, constants, options)
-    types |= {"items_ptr": "*i32", "arrived_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
-    constants |= {"HEADS": 8, "ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block, "SPAN": triton_decode.SPAN}
+    types |= {"items_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
+    constants |= {"ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block}
     constants |= {"FIELDS": triton_decode.FIELDS, "EARLY": tiles.early}
-    options = {"num_warps": 4, "num_stages": tiles.decode_stages} | ({"launch_pdl": True} if tiles.early else {})
+    options = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages}
+    options |= {"launch_pdl": True} if tiles.early else {}
     return compiled(triton_decode._decode, capability, types, constants, options)
+
+
+def test_the_cut_and_the_join_build() -> None:
+    from qvl.kernels import triton_decode
+
+    constants = {"FIELDS": triton_decode.FIELDS, "EARLY": True}
+    types = dict.fromkeys(("lens_ptr", "items_ptr", "joins_ptr"), "*i32") | dict.fromkeys(("batch", "count", "most"), "i32")
+    numbers = {"BATCH": 256, "EACH": triton_decode.ITEMS_EACH, "BLOCK": 32, "LEAST": triton_decode.LEAST}
+    options = {"num_warps": 4, "launch_pdl": True}
+    assert "griddepcontrol.wait" in compiled(triton_decode._cut, (9, 0), types, numbers | constants, options).asm["ptx"]
+    types = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "joins_ptr": "*i32", "out_ptr": "*bf16"}
+    numbers = {"H": 28, "D": 128, "SPAN": triton_decode.SPAN}
+    ptx = compiled(triton_decode._join, (9, 0), types, numbers | constants, options).asm["ptx"]
+    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("st.global")
 
 
 # At the end: which instruction multiplies there. 10.3 has the tiles of 10.0.

@@ -75,7 +75,10 @@ def wide(rounded: Rounded) -> Tensor:
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
-TILES = Tiles(rows=32, block=16, warps=4, stages=2, decode_block=16, decode_stages=2, tensor_cores=True, early=False)
+TILES = Tiles(
+    rows=32, block=16, warps=4, stages=2, decode_block=16, decode_warps=2, decode_stages=2, tensor_cores=True,
+    early=False,
+)  # fmt: skip
 
 
 def triton_attention(heads: Heads, tiles: Tiles = TILES, multiprocessors: int = 8) -> Any:
@@ -166,35 +169,43 @@ def test_padded_rows_store_nothing_and_give_zeros() -> None:
 
 
 @here
-@pytest.mark.parametrize("lengths", [[1], [64, 0, 1, 3000], [330] * 9, [32_000, 1, 0, 1]])
+@pytest.mark.parametrize(
+    "lengths", [[1], [64, 0, 1, 3000], [330] * 9, [32_000, 1, 0, 1], [0], [1500, 1499, 1501], [40] * 20 + [2000] * 20]
+)
 def test_every_key_of_every_decode_is_in_one_item(lengths: list[int]) -> None:
+    """And those with several are all joined, once each, and no other."""
     attention = triton_attention(Heads(4, 2, 16))
     cut = attention.cut(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), len(lengths))
     seen: dict[int, list[list[int]]] = {i: [] for i in range(len(lengths))}
-    for number, (seq, *item, parts, _, _, _) in enumerate(cut.items.tolist()):
+    for number, (seq, *item, parts) in enumerate(cut.items.tolist()):
+        assert 0 <= seq < len(lengths)
         if parts:
             seen[seq].append([number, *item, parts])
+    several = []
     for seq, length in enumerate(lengths):
         first_item = seen[seq][0][0]
-        ends = [0, *(stop for _, _, stop, _, _ in seen[seq])]
+        ends = [0, *(stop for _, _, stop, _ in seen[seq])]
         assert ends[-1] == length
         assert ends == sorted(ends)
         for i, item in enumerate(seen[seq]):
-            assert item == [first_item + i, ends[i], ends[i + 1], first_item, len(seen[seq])]
-    assert not cut.arrived.any()
+            assert item == [first_item + i, ends[i], ends[i + 1], len(seen[seq])]
+        if len(seen[seq]) > 1:
+            several.append([seq, first_item, len(seen[seq])])
+    assert [[seq, first, parts] for seq, first, _, parts in cut.joins.tolist() if parts] == several
 
 
 @here
-def test_layers_of_a_step_join_their_parts_alike() -> None:
-    """The counters of a cut are as they were when a layer has ended."""
-    heads, lengths = Heads(4, 2, 16), [700, 3, 400]
-    step, blocks = a_step([1] * 3, lengths, 16)
-    kv, q = (numbers(blocks, 16, 2, 16), numbers(blocks, 16, 2, 16)), numbers(3, 4, 16)
-    attention = triton_attention(heads)
+def test_a_step_of_more_decodes_than_can_be_joined() -> None:
+    """Few of them are long: there is room to join fewer than there are."""
+    heads, lengths = Heads(2, 2, 16), [3] * 14 + [600, 300]
+    step, blocks = a_step([1] * 16, lengths, 16)
+    kv, qkv, angles = (numbers(blocks, 16, 2, 16), numbers(blocks, 16, 2, 16)), numbers(16, 6 * 16), some_angles(16, 16)
+    attention, gather = triton_attention(heads, multiprocessors=4), GatherAttention()
     plan = attention.plan(step)
-    first = attention.attend(q, kv, plan)
-    assert not plan.decodes.arrived.any()
-    assert torch.equal(attention.attend(q, kv, plan), first)
+    assert len(plan.decodes.joins) < len(lengths)
+    assert int((plan.decodes.joins[:, -1] > 1).sum()) == 2
+    exact = gather.run(qkv.clone(), angles, (kv[0].clone(), kv[1].clone()), gather.plan(step))
+    assert close(attention.run(qkv, angles, kv, plan), exact, torch.float32)
 
 
 # --- between the products ---------------------------------------------------------------------------------------------
