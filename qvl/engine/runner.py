@@ -163,10 +163,10 @@ class ModelRunner:
             return
         inputs = build_inputs(entries, flight.num_decodes, self.config.block_size, self.tables)
         hidden_states = self._embed(inputs)
-        hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata)
+        hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata, inputs.last_tokens)
         if flight.sampling:
             flight.places, flight.rows = inputs.places, inputs.sampling_rows
-            flight.logits = self.model.logits(hidden_states.index_select(0, inputs.last_tokens))
+            flight.logits = self.model.logits(hidden_states)
             flight.best = self.sampler.best(flight.logits)
             self.tables.remember(flight.rows, flight.best)
 

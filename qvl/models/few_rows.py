@@ -33,15 +33,19 @@ def decode_few(
     """As `Qwen2VLForConditionalGeneration.forward` does it for many rows, rounded less often."""
     layer: DecoderLayer
     for layer, kv in zip(decoder.layers, kv_cache, strict=True):  # type: ignore[assignment]  # a ModuleList of them
-        attn, mlp = layer.self_attn, layer.mlp
-        qkv = product(kernels, attn.qkv_proj, hidden_states, norm=layer.input_layernorm)
-        heads = attention.run(qkv, angles, kv, plan)
-        hidden_states = product(kernels, attn.o_proj, heads, residual=hidden_states)
-        gated = product(kernels, mlp.gate_up_proj, hidden_states, norm=layer.post_attention_layernorm, gated=True)
-        hidden_states = product(kernels, mlp.down_proj, gated, residual=hidden_states)
+        qkv = product(kernels, layer.self_attn.qkv_proj, hidden_states, norm=layer.input_layernorm)
+        hidden_states = finish_few(kernels, layer, attention.run(qkv, angles, kv, plan), hidden_states)
     out, _ = decoder.norm(hidden_states)
     assert isinstance(out, Tensor)
     return out
+
+
+def finish_few(kernels: FewRows, layer: DecoderLayer, heads: Tensor, residual: Tensor) -> Tensor:
+    """As `DecoderLayer.finish`, with the sum of both that it gives."""
+    mlp = layer.mlp
+    hidden_states = product(kernels, layer.self_attn.o_proj, heads, residual=residual)
+    gated = product(kernels, mlp.gate_up_proj, hidden_states, norm=layer.post_attention_layernorm, gated=True)
+    return product(kernels, mlp.down_proj, gated, residual=hidden_states)
 
 
 def product(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttenti
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope
-from qvl.models.few_rows import decode_few
+from qvl.models.few_rows import decode_few, finish_few
 from qvl.models.vision import VisionTower
 from qvl.specs import ModelSpec, TextSpec
 from qvl.types import Grid
@@ -51,8 +51,8 @@ class Attention(nn.Module):
         attention: PagedAttention,
         kv: tuple[Tensor, Tensor],
         plan: Any,
-    ) -> Tensor:
-        return self.o_proj(attention.run(self.qkv_proj(hidden_states), angles, kv, plan))
+    ) -> Tensor:  # [n, heads * head_dim], what `o_proj` takes
+        return attention.run(self.qkv_proj(hidden_states), angles, kv, plan)
 
 
 class MLP(nn.Module):
@@ -71,7 +71,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP; each norm takes in what the part before it adds to the residual stream."""
+    """Attention and MLP; each norm takes in what the part before it adds to the residual stream.
+
+    `attend` needs all rows of a step, whose keys and values it stores; `finish` takes each row by itself.
+    """
 
     def __init__(self, spec: TextSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, compute_dtype)
         self.mlp = MLP(spec, dtype, compute_dtype)
 
-    def forward(
+    def attend(
         self,
         delta: Tensor,  # [n, hidden], what the layer before adds
         residual: Tensor | None,  # [n, hidden]; None for the first layer
@@ -89,11 +92,14 @@ class DecoderLayer(nn.Module):
         kv: tuple[Tensor, Tensor],
         plan: Any,
     ) -> tuple[Tensor, Tensor]:
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
         hidden_states, residual = self.input_layernorm(delta, residual, attn.qkv_proj.eight_bits)
-        delta = attn(hidden_states, angles, attention, kv, plan)
-        hidden_states, residual = self.post_attention_layernorm(delta, residual, mlp.gate_up_proj.eight_bits)
-        return mlp(hidden_states), residual
+        return attn(hidden_states, angles, attention, kv, plan), residual
+
+    def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        delta = self.self_attn.o_proj(heads)
+        hidden_states, residual = self.post_attention_layernorm(delta, residual, self.mlp.gate_up_proj.eight_bits)
+        return self.mlp(hidden_states), residual
 
 
 class Decoder(nn.Module):
@@ -187,19 +193,41 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         return self.model.embed_tokens.rows(token_ids).to(self.compute_dtype)
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+        self,
+        hidden_states: Tensor,  # [n, hidden]
+        positions: Tensor,  # int64 [3, n]
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        rows: Tensor | None = None,  # int64 [m]
     ) -> Tensor:
-        """[n, hidden], positions int64 [3, n]: after the final norm [n, hidden]; the cache gains n tokens."""
+        """After the final norm [n, hidden]; the cache gains n tokens. With `rows`, only these are computed to the end:
+        [m, hidden]."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
         few = self.few_rows(hidden_states)
         if few is not None:
-            return decode_few(few, self.model, hidden_states, angles, self.attention, kv_cache, plan)
+            out = decode_few(few, self.model, hidden_states, angles, self.attention, kv_cache, plan)
+            return out if rows is None else out.index_select(0, rows)
         # Norms add to what they are given in place.
         delta, residual = hidden_states.to(self.compute_dtype, copy=True), None
-        for layer, kv in zip(self.model.layers, kv_cache, strict=True):
-            delta, residual = layer(delta, residual, angles, self.attention, kv, plan)
-        out, _ = self.model.norm(delta, residual)
+        layers = cast("list[DecoderLayer]", list(self.model.layers))
+        *most, (last, kv_of_last) = zip(layers, kv_cache, strict=True)
+        for layer, kv in most:
+            delta, residual = layer.finish(*layer.attend(delta, residual, angles, self.attention, kv, plan))
+        heads, residual = last.attend(delta, residual, angles, self.attention, kv_of_last, plan)
+        if rows is not None:
+            heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
+        return self._end(last, heads, residual)
+
+    def _end(self, last: DecoderLayer, heads: Tensor, residual: Tensor) -> Tensor:
+        """What stands behind the attention of the last layer."""
+        if not len(heads):
+            return residual
+        few = self.few_rows(residual)
+        if few is not None:
+            out, _ = self.model.norm(finish_few(few, last, heads, residual))
+        else:
+            out, _ = self.model.norm(*last.finish(heads, residual))
         assert isinstance(out, Tensor)
         return out
 

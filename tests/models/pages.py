@@ -31,19 +31,23 @@ class Pages:
 
     def step(self, chunks: Sequence[tuple[int, Tensor, Tensor]]) -> list[Tensor]:
         """(sequence, hidden [n, hidden], positions [3, n]) with single tokens first: hidden states out, per chunk."""
+        return list(self.compute(chunks).split([hidden.shape[0] for _, hidden, _ in chunks]))
+
+    def compute(self, chunks: Sequence[tuple[int, Tensor, Tensor]], rows: Tensor | None = None) -> Tensor:
+        """The same, all chunks in one; only these rows of them when given."""
         counts = [hidden.shape[0] for _, hidden, _ in chunks]
         slots = []
         for (i, _, _), count in zip(chunks, counts, strict=True):
             index = torch.arange(self.lengths[i], self.lengths[i] + count)
             slots.append(self.tables[i].long()[index // self.block_size] * self.block_size + index % self.block_size)
             self.lengths[i] += count
-        rows = [i for i, _, _ in chunks]
-        lengths = [self.lengths[i] for i in rows]
+        sequences = [i for i, _, _ in chunks]
+        lengths = [self.lengths[i] for i in sequences]
         decodes = next((k for k, count in enumerate(counts) if count != 1), len(counts))
         metadata = AttentionMetadata(
             cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            block_table=self.tables[rows],
+            block_table=self.tables[sequences],
             slot_mapping=torch.cat(slots),
             query_lens=counts,
             context_lens=lengths,
@@ -52,4 +56,4 @@ class Pages:
         )
         hidden = torch.cat([hidden for _, hidden, _ in chunks])
         positions = torch.cat([positions for _, _, positions in chunks], dim=1)
-        return list(self.model(hidden, positions, self.cache, metadata).split(counts))
+        return self.model(hidden, positions, self.cache, metadata, rows)
