@@ -20,6 +20,8 @@ from qvl.errors import BadMedia, QvlError
 from qvl.media.stages import stage
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
+_FREE_READS = 10_000
+_BYTES_A_READ = 64  # real files have 8,192 (PNG) or 128 (GIF) for each read at the least
 WHITE = (255, 255, 255, 255)
 
 # What a damaged or hostile file makes Pillow's readers raise.
@@ -74,12 +76,30 @@ def decode_image(data: bytes | Image.Image | npt.NDArray[np.uint8], *, max_pixel
     return np.ascontiguousarray(pixels)
 
 
+class _Pieces(io.BytesIO):
+    """A file's bytes, read in at most so many pieces as their number makes plausible.
+
+    Pillow walks through the parts of a file (chunks, segments, comments) in Python, some microseconds for each, and a
+    part may have four bytes.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = _FREE_READS + len(data) // _BYTES_A_READ
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise BadMedia("the picture's file is made of too many tiny pieces")
+        return super().read(size)
+
+
 def _open(data: bytes) -> Image.Image:
     """Read the header."""
     if not data:
         raise BadMedia("the picture has 0 bytes")
     try:
-        return Image.open(io.BytesIO(data), formats=_formats())
+        return Image.open(_Pieces(data), formats=_formats())
     except UnidentifiedImageError:
         raise BadMedia(f"not a picture that can be read{_looks_like(data)}; send PNG, JPEG, WebP or GIF") from None
 

@@ -320,3 +320,36 @@ def test_empty_and_oversized_arrays():
     refused(np.zeros((0, 4, 3), np.uint8), "empty")
     refused(np.zeros((20, 20), np.uint8), "at most", cap=399)
     refused(Image.new("L", (20, 20)), "at most", cap=399)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _in_pieces(kind: str, count: int, size: int) -> bytes:
+    """A picture with `count` pieces of `size` bytes in its file that say nothing about its pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, kind)
+    data = file.getvalue()
+    if kind == "PNG":
+        return data[:33] + _chunk(b"prVt", bytes(size)) * count + data[33:]
+    if kind == "JPEG":
+        return data[:2] + (b"\xff\xfe" + struct.pack(">H", size + 2) + bytes(size)) * count + data[2:]
+    if kind == "GIF":
+        head = 13 + 3 * 2 ** ((data[10] & 7) + 1) * (data[10] >> 7)
+        return data[:head] + b"\x21\xfe" + (bytes([size]) + bytes(size)) * count + b"\0" + data[head:]
+    return data[:3] + b"#" + b"x" * count * size + b"\n" + data[3:]
+
+
+@pytest.mark.parametrize("kind, size", [("PNG", 0), ("JPEG", 0), ("GIF", 1), ("PPM", 1)])
+def test_a_file_of_tiny_pieces_is_refused(kind, size):
+    """Pillow reads them one by one, in Python: 60 MB of them took most of a minute, and every other thread's turns."""
+    with pytest.raises(BadMedia, match="tiny pieces"):
+        decode_image(_in_pieces(kind, 100_000, size), max_pixels=CAP)
+
+
+@pytest.mark.parametrize(
+    "kind, count, size", [("PNG", 3_000, 0), ("PNG", 3_000, 8192), ("JPEG", 3_000, 0), ("GIF", 20_000, 255)]
+)
+def test_a_file_of_many_pieces_is_read(kind, count, size):
+    assert decode_image(_in_pieces(kind, count, size), max_pixels=CAP).shape == (30, 40, 3)
