@@ -66,7 +66,8 @@ def test_the_cut_and_the_join_build() -> None:
     from qvl.kernels import triton_decode
 
     constants = {"FIELDS": triton_decode.FIELDS, "EARLY": True}
-    types = dict.fromkeys(("lens_ptr", "items_ptr", "joins_ptr"), "*i32") | dict.fromkeys(("batch", "count", "most"), "i32")
+    types = dict.fromkeys(("lens_ptr", "items_ptr", "joins_ptr"), "*i32")
+    types |= dict.fromkeys(("batch", "count", "most"), "i32")
     numbers = {"BATCH": 256, "EACH": triton_decode.ITEMS_EACH, "BLOCK": 32, "LEAST": triton_decode.LEAST}
     options = {"num_warps": 4, "launch_pdl": True}
     assert "griddepcontrol.wait" in compiled(triton_decode._cut, (9, 0), types, numbers | constants, options).asm["ptx"]
