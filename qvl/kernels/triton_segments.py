@@ -1,9 +1,9 @@
 """Attention inside segments for compute capability 9.0, in Gluon, the part of Triton that says which warps do what.
 
-One program takes 128 query rows of one head. One warp fetches keys and values by TMA; two groups of four warps have 64
-rows each, and multiply on tensor cores while they take exponentials: the scores of the next keys are under way, and the
-last weights times their values, while the softmax of these goes on. head_dim is two powers of two (80 = 64 + 16), each
-with its own tiles: torch's kernels fill 80 up to 96 or 128.
+One program takes 64 query rows of one head. One warp fetches keys and values by TMA. Four others multiply on tensor
+cores while they take exponentials: the scores of the next keys are under way, and the last weights times values,
+while the softmax of these goes on. Two programs share a multiprocessor: where one waits, the other computes. head_dim
+is two powers of two (80 = 64 + 16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
 
 Knows tensors of queries, keys and values. Does not know pictures. Importing this file imports Triton;
 `qvl.kernels.segments` does so only where such a GPU is.
@@ -29,11 +29,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qvl.kernels.gpu import launch
 
-ROWS = 128  # query rows of a program, half of them for each group of warps
+ROWS = 64  # query rows of a program: what four warps multiply at a time
 KEYS = 128  # keys a turn
 STAGES = 2  # tiles of keys, and of values, that are fetched ahead
 FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
-REGISTERS = 168  # of a thread at the start; then the groups take those that the fetching warp leaves
+REGISTERS = 128  # of a thread at the start: two programs of 256 fit; then the four warps take those of the fetching
 LOG2E = 1.4426950408889634
 
 
@@ -73,10 +73,10 @@ def attend_segments(qkv: Tensor, tiles: Tensor) -> Tensor:
 
 
 def boxes_of(head_dim: int) -> list[tuple[int, int]]:
-    """Rows and columns of what is fetched at a time: both parts of a group's queries, and of the keys or values."""
+    """Rows and columns of what is fetched at a time: both parts of the queries, and of the keys or values."""
     both = halves(head_dim)
     assert both is not None
-    return [(rows, columns) for rows in (ROWS // 2, KEYS) for columns in both]
+    return [(rows, columns) for rows in (ROWS, KEYS) for columns in both]
 
 
 def described(flat: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -141,25 +141,25 @@ def _store(to_ptr, acc, total, live, stride):
 
 @gluon.jit
 def _attend(
-    group: gl.constexpr, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
+    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
     k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
-    """A group of four warps: its rows of the tile against all keys of the segment."""
-    ROWS: gl.constexpr = q0.shape[1]
+    """Four warps: the rows of the tile against all keys of the segment."""
+    ROWS: gl.constexpr = q0.shape[0]
     LOW: gl.constexpr = k0.shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW, 16])
     O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D - LOW, 16])
     tile = tiles_ptr + gl.program_id(0) % tiles * FIELDS
     column = gl.program_id(0) // tiles * D
-    first_row = gl.load(tile) + group * ROWS
-    live = gl.load(tile + 1) - group * ROWS
+    first_row = gl.load(tile)
+    live = gl.load(tile + 1)
     length = gl.load(tile + 3)
     turns = gl.cdiv(length, KEYS)
     left = length - (turns - 1) * KEYS
 
-    q0, q1, q_full = q0.index(group), q1.index(group), q_full.index(group)
+    q_full = q_full.index(0)
     mbarrier.expect(q_full, ROWS * D * 2)
     tma.async_copy_global_to_shared(q_low, [first_row, column], q_full, q0)
     tma.async_copy_global_to_shared(q_high, [first_row, column + LOW], q_full, q1)
@@ -179,7 +179,6 @@ def _attend(
     acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
     mbarrier.wait(v_full.index(0), 0)
     if left < KEYS:
-        # Both groups write the same.
         _clear(v0.index(0), left)
         _clear(v1.index(0), left)
         fence_async_shared()
@@ -242,34 +241,31 @@ def _segments(
     FIELDS: gl.constexpr,
 ):  # fmt: skip
     """One program: one tile and one head; all tiles of a head are neighbours, as they read the same keys."""
-    q0 = _places(q_low, 2)
-    q1 = _places(q_high, 2)
+    q0 = _places(q_low, 1).index(0)
+    q1 = _places(q_high, 1).index(0)
     k0 = _places(k_low, STAGES)
     k1 = _places(k_high, STAGES)
     v0 = _places(k_low, STAGES)
     v1 = _places(k_high, STAGES)
-    q_full = _barriers(2)
+    q_full = _barriers(1)
     k_full = _barriers(STAGES)
     k_empty = _barriers(STAGES)
     v_full = _barriers(STAGES)
     v_empty = _barriers(STAGES)
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
+    mbarrier.init(q_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)  # both groups
+        mbarrier.init(k_empty.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (0, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
-                       k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
-            (_attend, (1, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
+            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
                        k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
             (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
                       k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
         ],
-        [4, 1],  # warps of the second and the third
-        [240, 24],  # and their registers; the first keeps 240
+        [1],  # warps of the second
+        [24],  # and its registers; the first takes the others
     )  # fmt: skip
