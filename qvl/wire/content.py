@@ -16,6 +16,7 @@ from qvl.types import MediaKind, MediaPart, Message, Part, PixelLimits, Role, Te
 
 LOW_DETAIL_PIXELS = 512 * 512  # `detail: "low"`: what OpenAI scales such pictures to
 MAX_FRAMES = 768
+MAX_PARTS = 20_000  # messages and their parts: the chat template takes tens of microseconds for each
 MAX_SIDE = 2**16
 
 _ROLES: Mapping[str, Role] = {
@@ -55,8 +56,19 @@ def read_messages(messages: Sequence[Any], *, in_process: bool = False) -> tuple
     """
     if not messages:
         raise InvalidRequest("'messages' must not be empty", param="messages")
+    if not in_process:
+        _check_number(messages)
     read_source = _anything if in_process else _text
     return tuple(_read_message(message, f"messages[{i}]", read_source) for i, message in enumerate(messages))
+
+
+def _check_number(messages: Sequence[Any]) -> None:
+    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
+    number = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+    if number > MAX_PARTS:
+        raise InvalidRequest(
+            f"'messages' holds {number} messages and parts; this server takes at most {MAX_PARTS}", param="messages"
+        )
 
 
 def _read_message(message: Any, place: str, read_source: ReadSource) -> Message:

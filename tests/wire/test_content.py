@@ -9,6 +9,7 @@ import pytest
 from qvl import wire
 from qvl.errors import InvalidRequest
 from qvl.types import MediaPart, Message, PixelLimits, TextPart
+from qvl.wire.content import MAX_PARTS, read_messages
 
 URL = "https://example.com/a.png"
 DATA = "data:image/jpeg;base64,AAAA"
@@ -176,6 +177,23 @@ def test_bad_parts(part: Any, param: str, says: str) -> None:
 )
 def test_bad_messages(message: Any, param: str) -> None:
     assert refused({"role": "user", "content": "fine"}, message).param == param
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": ""}] * (MAX_PARTS + 1),
+        [{"role": "user", "content": [{"type": "text", "text": "a"}] * MAX_PARTS}],
+        [{"role": "user", "content": []}, {"role": "user", "content": [0] * MAX_PARTS}],
+    ],
+)
+def test_a_million_tiny_messages_or_parts(messages: list[Any]) -> None:
+    """They are refused before a template is busy with them for seconds."""
+    assert "takes at most 20000" in str(refused(*messages))
+
+
+def test_a_program_of_ones_own_may_send_as_many_as_it_likes() -> None:
+    assert len(read_messages([{"role": "user", "content": ""}] * (MAX_PARTS + 1), in_process=True)) == MAX_PARTS + 1
 
 
 def test_programs_may_hold_pictures_in_memory() -> None:
