@@ -60,8 +60,8 @@ class EngineConfig:
     """A resolved engine. Sizes in bytes or tokens as named; nothing is None but `num_blocks` before it was measured.
 
     `max_model_len_given`: the user asked for it, so it is never lowered in silence. `limits` are the pixel defaults of
-    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step, `max_num_mixed_tokens` those of
-    prompts in a step that also decodes. `async_scheduling`: a step is launched while the one before it still runs.
+    every picture and video. `encoder_budget_tokens` are vision tokens encoded per step, `max_num_mixed_tokens` bounds
+    them and all tokens of a step that also decodes. `async_scheduling`: a step is launched before the last one ends.
     """
 
     spec: ModelSpec
