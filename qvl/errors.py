@@ -8,7 +8,8 @@
     |   |-- MediaRefused          400 media_refused             an address or a path that policy forbids
     |   |-- PayloadTooLarge       413 payload_too_large
     |   |-- ModelNotFound         404 model_not_found
-    |   `-- Unauthorized          401 invalid_api_key
+    |   |-- Unauthorized          401 invalid_api_key
+    |   `-- HostRefused           403 host_refused
     |-- ConfigError               exit 2                        options and checkpoints, before anything runs
     |   `-- CheckpointError       exit 2
     |-- Overloaded                429 server_overloaded
@@ -119,6 +120,18 @@ class Unauthorized(InvalidRequest):
 
     status = 401
     code = "invalid_api_key"
+
+
+class HostRefused(InvalidRequest):
+    """A server of this machine, called by a name that anybody may own."""
+
+    status = 403
+    code = "host_refused"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this server is not called by this name; start it with --allowed-host NAME to allow it, or with --api-key"
+        )
 
 
 class ConfigError(QvlError):

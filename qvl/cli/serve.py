@@ -76,6 +76,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Web origin whose pages may call this server; repeatable.", rich_help_panel=SERVER_PANEL),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name under which a server on the loopback address without a key may be called, as by a proxy that "
+            "passes its own on; repeatable, * for all.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
     root_path: Annotated[
         str, typer.Option(help="Path prefix that a proxy in front strips off.", rich_help_panel=SERVER_PANEL)
     ] = "",
@@ -163,6 +171,7 @@ def serve(
         overflow=overflow,
         summary_seconds=summary_seconds,
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         root_path=root_path,
         log_level=log_level,
         access_log=access_log,

@@ -1,7 +1,7 @@
 """The app factory: which layers a request passes, in which order, and what lives as long as the app.
 
-Outermost first: border (ids, counting, last resort), CORS, API key, admission, body limit, routes. Knows the order.
-Does not know what a route does, nor which backend answers.
+Outermost first: border (ids, counting, last resort), the server's name, CORS, API key, admission, body limit, routes.
+Knows the order. Does not know what a route does, nor which backend answers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from qvl.server.auth import ApiKeyMiddleware
 from qvl.server.border import BorderMiddleware
 from qvl.server.counts import Counts
 from qvl.server.failures import error_response, http_exception_response, internal_error, logger
+from qvl.server.hosts import HostMiddleware, needs_guard
 from qvl.server.limits import AdmissionMiddleware, BodyLimitMiddleware
 from qvl.server.openapi import describe
 from qvl.server.options import ServerOptions
@@ -62,6 +63,8 @@ def create_app(
 def _layers(service: Service) -> list[Middleware]:
     options = service.options
     layers = [Middleware(BorderMiddleware, metrics=service.metrics, root_path=options.root_path)]
+    if needs_guard(options):
+        layers.append(Middleware(HostMiddleware, allowed=options.allowed_hosts))
     if options.cors_origins:
         layers.append(
             Middleware(

@@ -21,6 +21,8 @@ class ServerOptions:
     without sending the next piece of its body or reading the next piece of its answer, before the connection is cut.
     `drain_seconds`: time that running requests get to finish after SIGTERM. `overflow`: what becomes of a conversation
     that is too long for the model, where its request does not say; `summary_seconds` bounds what a summary may take.
+    `allowed_hosts`: names in the Host header that are served beside this machine's own ("*" for all), where the server
+    listens on the loopback address and asks for no key.
     Raises `ConfigError` naming the option that cannot work.
     """
 
@@ -38,6 +40,7 @@ class ServerOptions:
     overflow: Literal["error", "window", "summary"] = "error"
     summary_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     root_path: str = ""
     log_level: str = "warning"
     access_log: bool = False
