@@ -23,6 +23,7 @@ from qvl.types import Grid
 
 LAYER_NORM_EPS = 1e-6
 MLP_ROWS = 8192  # patches that go through an MLP at a time; a multiple of what becomes one token
+PART_ROWS = 128  # and such a part is a multiple of this: what a product computes at a time, and whole tokens
 ATTENTION_BYTES = 128 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
 
 
@@ -70,8 +71,11 @@ class VisionAttention(nn.Module):
 
 
 def chunks(rows: int) -> Iterator[slice]:
-    """MLP_ROWS at a time."""
-    return (slice(at, min(at + MLP_ROWS, rows)) for at in range(0, rows, MLP_ROWS))
+    """At most MLP_ROWS at a time, in parts of one size: a few rows alone cost a product as much as many."""
+    unit = min(PART_ROWS, MLP_ROWS)
+    parts = max(1, -(-rows // MLP_ROWS))
+    size = max(1, -(-rows // (parts * unit))) * unit
+    return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
 class VisionMLP(nn.Module):
