@@ -18,6 +18,7 @@
 #define BLOCK4 128
 #define SPAN 512
 #define K_CHUNK 2048
+#define MOST_READY 256           /* tiles times parts of SPAN that a thread works on at a time */
 #define AHEAD 2048               /* bytes of W that are fetched before they are needed */
 #define BLOCK_BYTES (192 * 1024) /* a block of W stays in the second-level cache while all of x passes */
 
@@ -100,9 +101,11 @@ INLINE vd dot_us(vd sum, vu u, vb x) { /* 255 * 127 fits into 16 bits; even and 
  * the sum of x. */
 #if !defined(VNNI) && !defined(QVL_PORTABLE) && defined(__AVX2__)
 #define START8 0
+#define MASKED 1
 INLINE vu unsigned8(vb w) { return (vu)_mm256_abs_epi8((__m256i)w); }
 INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w)); }
 #else
+#define MASKED 0
 #define START8 (-128)
 INLINE vu unsigned8(vb w) { return (vu)w ^ 128; }
 INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, x); }
@@ -143,10 +146,11 @@ INLINE vf4 steps_of(const uint16_t *from) { /* of ROWS rows */
 #endif
 }
 
-/* Rows of x: codes [m, k], scales [m, spans], and of every BLOCK4 codes the sum times START8 or START4. */
+/* Rows of x: codes [m, k], scales [m, spans], of every BLOCK4 codes the sum times START8 or START4, and the norms that
+ * cpu_masked.h needs [m, spans]. */
 typedef struct {
     const int8_t *codes;
-    const float *scales, *starts;
+    const float *scales, *starts, *norms;
     long k, spans;
 } rows;
 #define PER_SPAN (SPAN / BLOCK4)
@@ -168,8 +172,15 @@ INLINE float largest(const float *v, long n) {
     return out + sum(odd);
 }
 
+#if MASKED
+#include "cpu_masked.h"
+#else
+INLINE float largest_norm(const int8_t *codes, long length) { return 0; }
+#endif
+
 /* n numbers to codes, zero-filled to k, with scales and starts. A scale that is not a number makes every result so. */
-static void round_row(const float *x, long n, long k, int start, int8_t *codes, float *scales, float *starts) {
+static void round_row(const float *x, long n, long k, int start, int8_t *codes, float *scales, float *starts,
+                      float *norms) {
     for (long i = 0; i < k; i += SPAN, x += SPAN, n -= SPAN, codes += SPAN, starts += PER_SPAN) {
         long length = k - i < SPAN ? k - i : SPAN;
         float part[SPAN];
@@ -188,6 +199,7 @@ static void round_row(const float *x, long n, long k, int start, int8_t *codes, 
             for (int b = 0; b < BLOCK8; b++) sum += codes[j + b];
             starts[j / BLOCK4] += (float)(start * sum);
         }
+        *norms++ = largest_norm(codes, length);
     }
 }
 
@@ -272,7 +284,12 @@ INLINE void finish(const product *p, float *y, long r, float sum, int first, int
 }
 
 INLINE rows later(rows x, long count) {
-    return (rows){x.codes + count * x.k, x.scales + count * x.spans, x.starts + count * x.spans * PER_SPAN, x.k, x.spans};
+    return (rows){x.codes + count * x.k,
+                  x.scales + count * x.spans,
+                  x.starts + count * x.spans * PER_SPAN,
+                  x.norms + count * x.spans,
+                  x.k,
+                  x.spans};
 }
 
 /* Tiles [first, last) over [from, stop) of k for `columns` rows of x, added to y; the last part of k finishes y. */
@@ -295,10 +312,60 @@ INLINE void strip(const int bits, const int columns, const product *p, rows x, f
     }
 }
 
+#if MASKED
+/* As `strip` with 8 bits, for MASKED_COLUMNS rows of x; `known` [tile][span]. */
+static void masked_strip(const product *p, rows x, float *y, long first, long last, long from, long stop,
+                         const ready *known) {
+    for (long t = first; t < last; t++) {
+        vs32 sum[MASKED_COLUMNS][ROWS] = {0};
+        for (long i = from; i < stop; i += SPAN, known++) {
+            const int8_t *w = p->w + (t * p->k + i) * ROWS;
+            long length = stop - i < SPAN ? stop - i : SPAN;
+            float norm = 0;
+            for (int c = 0; c < MASKED_COLUMNS; c++) {
+                float own = x.norms[c * x.spans + i / SPAN];
+                norm = own > norm ? own : norm;
+            }
+            for (int r = 0; r < ROWS; r++) {
+                vd acc[MASKED_COLUMNS];
+                if (known->norms[r] * norm <= LARGEST)
+                    masked_span(w + r * BLOCK8, known->less[r], x.codes + i, x.k, length, 1, acc);
+                else
+                    masked_span(w + r * BLOCK8, known->less[r], x.codes + i, x.k, length, 0, acc);
+                UNROLL for (int c = 0; c < MASKED_COLUMNS; c++)
+                    sum[c][r] = scaled_add(sum[c][r], acc[c], x.scales[c * x.spans + i / SPAN]);
+            }
+        }
+        for (int c = 0; c < MASKED_COLUMNS; c++) {
+            vf4 all = totals(sum[c]);
+            for (int r = 0; r < ROWS && t * ROWS + r < p->n; r++)
+                finish(p, y + c * p->n, t * ROWS + r, all[r], from == 0, stop == p->k);
+        }
+    }
+}
+
+/* As many of the m rows of x as MASKED_COLUMNS divides; how many that is. */
+static long masked_block(const product *p, rows x, long m, long first, long last, long from, long stop) {
+    if (m < MASKED_LEAST) return 0;
+    ready known[MOST_READY], *next = known;
+    for (long t = first; t < last; t++)
+        for (long i = from; i < stop; i += SPAN)
+            prepare(p->w + (t * p->k + i) * ROWS, stop - i < SPAN ? stop - i : SPAN, next++);
+    long done = 0;
+    for (; m - done >= MASKED_COLUMNS; done += MASKED_COLUMNS)
+        masked_strip(p, later(x, done), p->y + done * p->n, first, last, from, stop, known);
+    return done;
+}
+#else
+INLINE long masked_block(const product *p, rows x, long m, long first, long last, long from, long stop) { return 0; }
+#endif
+
 #define DEFINE(BITS)                                                                                                   \
     static void block##BITS(const product *p, rows x, long m, long first, long last, long from, long stop) {           \
         const int most = COLUMNS##BITS;                                                                                \
-        float *y = p->y;                                                                                               \
+        long done = BITS == 8 ? masked_block(p, x, m, first, last, from, stop) : 0;                                    \
+        float *y = p->y + done * p->n;                                                                                 \
+        x = later(x, done), m -= done;                                                                                 \
         for (; m >= most; m -= most, x = later(x, most), y += most * p->n)                                             \
             strip(BITS, most, p, x, y, first, last, from, stop);                                                       \
         switch (m) {                                                                                                   \
@@ -318,17 +385,18 @@ void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, c
                           const float *scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
     long spans = (k + SPAN - 1) / SPAN;
-    float *x_scales = (float *)scratch, *starts = x_scales + m * spans;
-    int8_t *codes = (int8_t *)(starts + m * spans * PER_SPAN);
+    float *x_scales = (float *)scratch, *starts = x_scales + m * spans, *norms = starts + m * spans * PER_SPAN;
+    int8_t *codes = (int8_t *)(norms + m * spans);
 #pragma omp parallel for num_threads(threads) if (m * k > 65536)
     for (long i = 0; i < m; i++)
         round_row(x + i * ldx, width, k, bits == 8 ? START8 : START4, codes + i * k, x_scales + i * spans,
-                  starts + i * spans * PER_SPAN);
+                  starts + i * spans * PER_SPAN, norms + i * spans);
     const product p = {w, steps, scales, bias, y, n, k};
-    const rows q = {codes, x_scales, starts, k, spans};
+    const rows q = {codes, x_scales, starts, norms, k, spans};
     long tiles = (n + ROWS - 1) / ROWS, chunk = k < K_CHUNK ? k : K_CHUNK;
     long step = BLOCK_BYTES * 8 / bits / (chunk * ROWS), fair = tiles / (4 * threads);
     if (step > fair) step = fair;
+    if (step > MOST_READY / ((chunk + SPAN - 1) / SPAN)) step = MOST_READY / ((chunk + SPAN - 1) / SPAN);
     if (step < 1) step = 1;
     long inner = m > COLUMNS8 ? step : 1; /* few rows of x: W is read once, in the order of memory */
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -341,7 +409,7 @@ void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, c
     }
 }
 
-long qvl_quantised_scratch(long m, long k) { return m * (k + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
+long qvl_quantised_scratch(long m, long k) { return m * (k + 4 * (2 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
 
 /* Rows x [count, width] of a matrix to codes and scales at its rows first, first + 1, ... */
 void qvl_quantise8(const float *x, int8_t *w, float *scales, long first, long count, long width, long k, int threads) {

@@ -62,7 +62,7 @@ def test_products_are_those_of_the_codes(bits: int, flags: tuple[str, ...]) -> N
     built = library(flags)
     for out, width in SHAPES:
         matrix, bias = quantise(bits, torch.randn(out, width)), torch.randn(out)
-        for rows in (1, 2, 3, 4, 5, 13) if width < 2000 else (7,):
+        for rows in (1, 2, 3, 4, 5, 13, 27) if width < 2000 else (7, 33):
             x = torch.randn(rows, width) * 10
             exact = rounded(x).double() @ everything(matrix).double().T + bias
             bound = rounded(x).double().abs() @ everything(matrix).double().abs().T + bias.abs()
@@ -71,21 +71,39 @@ def test_products_are_those_of_the_codes(bits: int, flags: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_largest_codes_do_not_overflow(bits: int) -> None:
+@pytest.mark.parametrize("rows", [3, 30])
+def test_the_largest_codes_do_not_overflow(bits: int, rows: int) -> None:
     """AVX2 adds pairs of products in 16 bits: all at their largest, of one sign, is the worst."""
     values = torch.full((5, 700), -1.0)
     matrix = quantise(bits, values)
     for sign in (1.0, -1.0):
-        assert matrix.product(torch.full((3, 700), sign), None) == pytest.approx(torch.full((3, 5), -700 * sign), 2e-3)
+        expected = torch.full((rows, 5), -700 * sign)
+        assert matrix.product(torch.full((rows, 700), sign), None) == pytest.approx(expected, 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "signs", "one large", "groups of four"])
+def test_many_rows_overflow_as_little_as_few(kind: str) -> None:
+    """Many rows add four products in 16 bits where norms promise that they fit, two elsewhere: the same sums."""
+    made = {
+        "normal": torch.randn,
+        "uniform": lambda *shape: torch.rand(*shape) * 2 - 1,
+        "signs": lambda *shape: torch.randn(*shape).sign(),
+        "one large": lambda *shape: torch.randn(*shape) * torch.where(torch.arange(shape[1]) % 500 == 7, 100.0, 1.0),
+        "groups of four": lambda *shape: torch.where(torch.arange(shape[1]) % 32 < 2, 1.0, 0.01).expand(*shape),
+    }[kind]
+    matrix, x = quantise(8, made(43, 1300)), made(40, 1300) * -1
+    together = matrix.product(x, None)
+    apart = torch.cat([matrix.product(part, None) for part in x.split(5)])
+    assert torch.equal(together, apart)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("flags", BUILDS[:2], ids=["native", "portable-64"])
 def test_a_row_does_not_depend_on_its_company(bits: int, flags: tuple[str, ...]) -> None:
     built, matrix = library(flags), quantise(bits, torch.randn(45, 5000))
-    x, bias = torch.randn(17, 5000), torch.randn(45)
+    x, bias = torch.randn(37, 5000), torch.randn(45)
     together = compiled_product(built, matrix, x, bias)
-    for rows in (1, 2, 3, 4, 5, 7):
+    for rows in (1, 2, 3, 4, 5, 7, 24, 31):
         assert torch.equal(compiled_product(built, matrix, x[:rows], bias), together[:rows])
 
 
