@@ -63,8 +63,10 @@ def read_messages(messages: Sequence[Any], *, in_process: bool = False) -> tuple
 
 
 def _check_number(messages: Sequence[Any]) -> None:
-    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
-    number = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+    number = len(messages)
+    if number <= MAX_PARTS:
+        contents = (message.get("content") for message in messages if isinstance(message, Mapping))
+        number += sum(len(content) for content in contents if isinstance(content, list))
     if number > MAX_PARTS:
         raise InvalidRequest(
             f"'messages' holds {number} messages and parts; this server takes at most {MAX_PARTS}", param="messages"
