@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,9 +57,10 @@ class GpuSampler(Sampler):
         self._kernels = kernels
         self._allowed = put(~token_words(never, -(-vocab_size // 32)), device)
         self._no_counts = torch.zeros(16, dtype=torch.int16, device=device)
-        self._end = np.zeros(4, dtype=np.int32)  # a place for a pointer to nothing
+        self._scratch: Any = None
         self._owners: list[object] = [None] * num_lines
         self._words = np.zeros((num_lines, rules.FIELDS), dtype=np.int32)
+        self._filters = np.zeros((num_lines, 2), dtype=np.bool_)  # whether any; whether top_k or top_p
         self._seeds = np.zeros(num_lines, dtype=np.int64)
 
     def best(self, logits: Tensor) -> Tensor:
@@ -72,7 +74,10 @@ class GpuSampler(Sampler):
         penalised = [row for row in rows if wants_penalties(row.sampling)]
         for row in penalised:
             self.counts.prepare(row)
-        self._kernels.choose(logits.contiguous(), self._allowed, self._rules(rows, bool(penalised)), best, drawn.tokens)
+        if self._scratch is None or self._scratch.rows < len(rows):
+            self._scratch = self._kernels.Scratch.create(len(rows), self.vocab_size, self.device)
+        laid_out = self._rules(rows, bool(penalised))
+        self._kernels.choose(logits.contiguous(), self._allowed, laid_out, self._scratch, best, drawn.tokens)
         self.counts.were_counted(penalised)
         self.tell_logprobs(logits, rows, drawn)
         return drawn
@@ -86,16 +91,13 @@ class GpuSampler(Sampler):
         words[:, rules.INDEX] = [row.index for row in rows]
         positions = [row.num_tokens - row.num_prompt_tokens for row in rows]
         words[:, rules.KEY : rules.KEY + 2] = noise_keys(self._seeds[lines], positions)
-        items, masks = self._exceptions(rows, words)
-        there = put(np.concatenate((words.reshape(-1), items, masks, self._end)), self.device)
-        narrowed = (words[:, rules.TOP_K] > 0) | (words.view(np.float32)[:, rules.TOP_P] < 1.0)
+        filters = self._filters[lines]
         return rules.Rules(
-            words=there[: words.size].view(-1, rules.FIELDS),
-            items=there[words.size :],
-            masks=there[words.size + len(items) :],
+            words=put(self._with_exceptions(rows, words), self.device),
+            rows=len(rows),
             counts=self.counts.table if penalised else self._no_counts,
-            filters=bool((words[:, rules.KIND] == rules.FILTERED).any()),
-            narrows=bool(narrowed.any()),
+            filters=bool(filters[:, 0].any()),
+            narrows=bool(filters[:, 1].any()),
         )
 
     def _learn(self, row: SamplerRow) -> None:
@@ -116,31 +118,34 @@ class GpuSampler(Sampler):
             sampling.frequency_penalty,
             0.0,
         ]
+        narrows = top_k < self.vocab_size or (sampling.top_p or 1.0) < 1.0
+        self._filters[row.line] = words[rules.KIND] == rules.FILTERED
+        self._filters[row.line, 1] &= narrows
         self._seeds[row.line] = row.seed
         self._owners[row.line] = row.owner
 
-    def _exceptions(
-        self, rows: Sequence[SamplerRow], words: npt.NDArray[np.int32]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Items and masks of the rows that have some, end to end; their places go into `words`."""
+    def _with_exceptions(self, rows: Sequence[SamplerRow], words: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """`words`, then items and masks of the rows that have some, end to end; their places go into `words`."""
         tokens: list[int] = []
         added: list[float] = []
-        masks: list[npt.NDArray[np.int32]] = []
-        for row, line in zip(rows, words, strict=True):
+        masked: list[int] = []
+        for i, row in enumerate(rows):
             if row.sampling.logit_bias or row.banned:
-                line[rules.ITEMS] = len(tokens)
                 found = [*row.sampling.logit_bias.items(), *((token, -math.inf) for token in row.banned)]
+                words[i, rules.ITEMS] = words.size + 2 * len(tokens)
+                words[i, rules.NUM_ITEMS] = len(found)
                 tokens += [token for token, _ in found]
                 added += [value for _, value in found]
-                line[rules.NUM_ITEMS] = len(found)
             if row.allowed is not None:
-                line[rules.MASK] = len(masks)
-                masks.append(row.allowed)
-        # What follows stays aligned, or its kernels would be compiled anew.
-        items = np.zeros((-(-len(tokens) // 2) * 2, 2), dtype=np.int32)
-        items[: len(tokens), 0] = tokens
-        items.view(np.float32)[: len(tokens), 1] = added
-        return items.reshape(-1), np.concatenate(masks) if masks else self._end
+                masked.append(i)
+        if not tokens and not masked:
+            return words
+        items = np.zeros((len(tokens), 2), dtype=np.int32)
+        items[:, 0] = tokens
+        items.view(np.float32)[:, 1] = added
+        masks = [mask for i in masked if (mask := rows[i].allowed) is not None]
+        words[masked, rules.MASK] = words.size + items.size + np.arange(len(masked)) * -(-self.vocab_size // 32)
+        return np.concatenate([words.reshape(-1), items.reshape(-1), *masks])
 
 
 NEUTRAL = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)

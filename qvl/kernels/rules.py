@@ -10,8 +10,8 @@ from torch import Tensor
 INDEX = 0  # its row of the logits
 KIND = 1  # GREEDY, FREE or FILTERED
 LINE = 2  # its line of counts, -1: no penalties
-MASK = 3  # its line of masks, -1: none of its own
-ITEMS = 4  # its first item
+MASK = 3  # where its mask lies among all words, -1: none of its own
+ITEMS = 4  # where its items lie
 NUM_ITEMS = 5
 KEY = 6  # two words that its noise comes from
 TOP_K = 8  # 0: none
@@ -30,14 +30,13 @@ GREEDY, FREE, FILTERED = range(3)
 class Rules:
     """Rows with rules, on the device.
 
-    `words` int32 [rows, FIELDS]; `items` int32 [n, 2]: a token, and as bits what is added to its score; `masks` int32
-    [k, vocab / 32]: a bit per token that may be chosen; `counts` int16 [lines, vocab] of `TokenCounts`. `filters`:
-    whether any row is FILTERED; `narrows`: whether any of these has a top_k or a top_p.
+    `words` int32: FIELDS for each of `rows`, then items, two words each: a token, and as bits what is added to its
+    score; then masks, a bit per token that may be chosen. `counts` int16 [lines, vocab] of `TokenCounts`. `filters`:
+    whether any row is FILTERED; `narrows`: whether any has a top_k or a top_p.
     """
 
     words: Tensor
-    items: Tensor
-    masks: Tensor
+    rows: int
     counts: Tensor
     filters: bool
     narrows: bool

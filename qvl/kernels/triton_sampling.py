@@ -50,32 +50,32 @@ PIVOTS = tl.constexpr(16)
 ROUNDS = tl.constexpr(2)
 LISTED = tl.constexpr(4096)  # candidates that a row's list takes; if there are more, its last program reads all scores
 AT_A_TIME = 2048  # candidates that it holds
+PROGRAMS = 1024  # that share the parts of all rows, where each has to find out about its row first
 UNIT = tl.constexpr(float(1 << 40))  # weights are summed as integers where the order of terms is not fixed
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def choose(logits: Tensor, allowed: Tensor, rules: Rules, healthy: Tensor, tokens: Tensor) -> None:
+def choose(logits: Tensor, allowed: Tensor, rules: Rules, scratch: Scratch, healthy: Tensor, tokens: Tensor) -> None:
     """Write the tokens of the rows with rules into `tokens` int64 [m], and count them where they are counted.
 
     Rows that are -1 in `healthy` int64 [m] stay so.
     """
-    rows, vocab = len(rules.words), logits.shape[1]
+    rows, vocab = rules.rows, logits.shape[1]
     parts = triton.cdiv(vocab, BLOCK)
-    scratch = Scratch.create(rows, parts, logits.device, rules.filters)
-    scores = (logits, allowed, rules.words, rules.items, rules.masks, rules.counts)
+    source = (logits, allowed, rules.words, rules.counts)
+    ends = (scratch.keys, scratch.listed, scratch.candidates)
     sizes = {"PARTS": triton.next_power_of_2(parts), "ID_BITS": id_bits(vocab)}
-    grid = (rows, parts)
-    launch(_scan, grid, *scores, scratch.keys, scratch.stats, scratch.listed, vocab, parts,
+    launch(_scan, (rows, parts), *source, scratch.stats, scratch.keys, scratch.listed, vocab, parts,
            ID_BITS=sizes["ID_BITS"], BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
+    found = (scratch.stats, scratch.pivots, scratch.weights)
+    few = (rows, min(parts, triton.cdiv(PROGRAMS, rows)))
+    for number in range(ROUNDS.value if rules.narrows else 0):
+        launch(_narrow, few, *source, *found, vocab, parts, ROUND=number, PARTS=sizes["PARTS"], BLOCK=BLOCK,
+               num_warps=WARPS)  # fmt: skip
     if rules.filters:
-        found = (scratch.stats, scratch.pivots, scratch.weights)
-        for number in range(ROUNDS.value if rules.narrows else 0):
-            launch(_narrow, grid, *scores, *found, vocab, parts, ROUND=number, PARTS=sizes["PARTS"], BLOCK=BLOCK,
-                   num_warps=WARPS)  # fmt: skip
-        launch(_gather, grid, *scores, *found, scratch.keys, scratch.listed, scratch.candidates, vocab, parts, **sizes,
-               BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
-    launch(_choose, (rows,), *scores, scratch.stats, scratch.pivots, scratch.weights, scratch.keys, scratch.listed,
-           scratch.candidates, healthy, tokens, vocab, parts, **sizes, BLOCK=AT_A_TIME, num_warps=8)  # fmt: skip
+        launch(_gather, few, *source, *found, *ends, vocab, parts, **sizes, BLOCK=BLOCK, num_warps=WARPS, maxnreg=128)
+    launch(_choose, (rows,), *source, *found, *ends, healthy, tokens, vocab, parts, **sizes, BLOCK=AT_A_TIME,
+           num_warps=8)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ class Scratch:
     part; pivots, and the weights beyond them in every part; how many candidates are listed, and their keys.
     """
 
+    rows: int
     keys: Tensor
     stats: Tensor
     pivots: Tensor
@@ -92,15 +93,17 @@ class Scratch:
     candidates: Tensor
 
     @classmethod
-    def create(cls, rows: int, parts: int, device: torch.device, filters: bool) -> Scratch:
-        kept = rows if filters else 0
+    def create(cls, rows: int, vocab: int, device: torch.device) -> Scratch:
+        """For up to so many rows with rules."""
+        parts = triton.cdiv(vocab, BLOCK)
         return cls(
+            rows,
             keys=torch.empty((rows, parts), dtype=torch.int64, device=device),
             stats=torch.empty((rows, 3, parts), dtype=torch.float32, device=device),
-            pivots=torch.empty((kept, ROUNDS.value, PIVOTS.value), dtype=torch.float32, device=device),
-            weights=torch.empty((kept, ROUNDS.value, PIVOTS.value, parts), dtype=torch.float32, device=device),
+            pivots=torch.empty((rows, ROUNDS.value, PIVOTS.value), dtype=torch.float32, device=device),
+            weights=torch.empty((rows, ROUNDS.value, PIVOTS.value, parts), dtype=torch.float32, device=device),
             listed=torch.empty(rows, dtype=torch.int32, device=device),
-            candidates=torch.empty((kept, LISTED.value), dtype=torch.int64, device=device),
+            candidates=torch.empty((rows, LISTED.value), dtype=torch.int64, device=device),
         )
 
 
@@ -109,7 +112,7 @@ class Scratch:
 
 @triton.jit
 def _scan(
-    logits_ptr, allowed_ptr, rules_ptr, items_ptr, masks_ptr, counts_ptr, keys_ptr, stats_ptr, listed_ptr, vocab, parts,
+    logits_ptr, allowed_ptr, rules_ptr, counts_ptr, stats_ptr, keys_ptr, listed_ptr, vocab, parts,
     ID_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of one row with rules."""
@@ -117,7 +120,7 @@ def _scan(
     rule = rules_ptr + row * FIELDS
     kind = tl.load(rule + KIND)
     at = part * BLOCK + tl.arange(0, BLOCK)
-    x = scores_of((logits_ptr, allowed_ptr, rule, items_ptr, masks_ptr, counts_ptr), at, vocab)
+    x = scores_of((logits_ptr, allowed_ptr, rules_ptr, rule, counts_ptr), at, vocab)
     if kind == FILTERED:
         top = tl.max(x, 0)
         stats = stats_ptr + row * 3 * parts + part
@@ -183,45 +186,40 @@ def _likely(x, top, rule):
 
 @triton.jit
 def _narrow(
-    logits_ptr, allowed_ptr, rules_ptr, items_ptr, masks_ptr, counts_ptr, stats_ptr, pivots_ptr, weights_ptr, vocab,
+    logits_ptr, allowed_ptr, rules_ptr, counts_ptr, stats_ptr, pivots_ptr, weights_ptr, vocab,
     parts, ROUND: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one part of one row; how many of its tokens, or how much weight, lie beyond each pivot."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: some parts of one row; how many of their tokens, or how much weight, lie beyond each pivot."""
+    row = tl.program_id(0).to(tl.int64)
     rule = rules_ptr + row * FIELDS
     top_k = tl.load(rule + TOP_K)
     if (tl.load(rule + KIND) == FILTERED) & ((top_k > 0) | (number_at(rule + TOP_P) < 1.0)):
         top, low, wanted = _range(stats_ptr, rule, row, parts, vocab, PARTS)
         low, high, _beyond = _interval(pivots_ptr, weights_ptr, row, parts, low, wanted, ROUND, PARTS)
-        high = tl.minimum(high, top)
-        at = part * BLOCK + tl.arange(0, BLOCK)
-        x = scores_of((logits_ptr, allowed_ptr, rule, items_ptr, masks_ptr, counts_ptr), at, vocab)
-        weight = tl.where(top_k > 0, 1.0, tl.exp2((x - top) * (LOG2E * number_at(rule + SCALE))))
         slot = tl.arange(0, PIVOTS)
-        pivots = tl.zeros([PIVOTS], tl.float32)
-        sums = tl.zeros([PIVOTS], tl.float32)
-        for i in tl.static_range(PIVOTS):
-            share = (i + 1) / (PIVOTS + 1)
-            pivot = low * (1.0 - share) + high * share
-            pivots = tl.where(slot == i, pivot, pivots)
-            sums = tl.where(slot == i, tl.sum(tl.where(x >= pivot, weight, 0.0), 0), sums)
+        share = (slot + 1).to(tl.float32) / (PIVOTS + 1)
+        pivots = low * (1.0 - share) + tl.minimum(high, top) * share
         lines = (row * ROUNDS + ROUND) * PIVOTS + slot
-        tl.store(weights_ptr + lines * parts + part, sums)
-        if part == 0:
+        if tl.program_id(1) == 0:
             tl.store(pivots_ptr + lines, pivots)
+        rate = LOG2E * number_at(rule + SCALE)
+        for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+            at = part * BLOCK + tl.arange(0, BLOCK)
+            x = scores_of((logits_ptr, allowed_ptr, rules_ptr, rule, counts_ptr), at, vocab)
+            weight = tl.where(top_k > 0, 1.0, tl.exp2((x - top) * rate))
+            sums = tl.sum(tl.where(x[None, :] >= pivots[:, None], weight[None, :], 0.0), 1)
+            tl.store(weights_ptr + lines * parts + part, sums)
 
 
 @triton.jit
 def _gather(
-    logits_ptr, allowed_ptr, rules_ptr, items_ptr, masks_ptr, counts_ptr, stats_ptr, pivots_ptr, weights_ptr, keys_ptr,
+    logits_ptr, allowed_ptr, rules_ptr, counts_ptr, stats_ptr, pivots_ptr, weights_ptr, keys_ptr,
     listed_ptr, candidates_ptr, vocab, parts, PARTS: tl.constexpr, ID_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one part of one row; the best of what is kept for sure, and a list of what may be."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: some parts of one row; the best of what is kept for sure, and a list of what may be."""
+    row = tl.program_id(0).to(tl.int64)
     rule = rules_ptr + row * FIELDS
     if tl.load(rule + KIND) == FILTERED:
-        at = part * BLOCK + tl.arange(0, BLOCK)
-        x = scores_of((logits_ptr, allowed_ptr, rule, items_ptr, masks_ptr, counts_ptr), at, vocab)
         top, low, wanted = _range(stats_ptr, rule, row, parts, vocab, PARTS)
         high = -float("inf")
         top_k, top_p = tl.load(rule + TOP_K), number_at(rule + TOP_P)
@@ -229,17 +227,20 @@ def _gather(
             low, high, _beyond = _interval(pivots_ptr, weights_ptr, row, parts, low, wanted, ROUNDS, PARTS)
             if (top_k > 0) & (top_p < 1.0):
                 high = float("inf")  # what top_p takes of them is not known yet
-        sure = (x >= high) & _likely(x, top, rule)
-        key = tl.full([], NONE, tl.int64)
-        if tl.max(sure.to(tl.int32), 0) == 1:
-            key = best_key(tl.where(sure, with_noise(x, at, rule), -float("inf")), at, ID_BITS)
-        tl.store(keys_ptr + row * parts + part, key)
-        open_ = ((x >= low) & (x < high)).to(tl.int32)
-        count = tl.sum(open_, 0)
-        if count > 0:
-            place = tl.atomic_add(listed_ptr + row, count) + tl.cumsum(open_, 0) - open_
-            here = (open_ == 1) & (place < LISTED)
-            tl.store(candidates_ptr + row * LISTED + place, key_of(x, at, ID_BITS), mask=here)
+        for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+            at = part * BLOCK + tl.arange(0, BLOCK)
+            x = scores_of((logits_ptr, allowed_ptr, rules_ptr, rule, counts_ptr), at, vocab)
+            sure = (x >= high) & _likely(x, top, rule)
+            key = tl.full([], NONE, tl.int64)
+            if tl.max(sure.to(tl.int32), 0) == 1:
+                key = best_key(tl.where(sure, with_noise(x, at, rule), -float("inf")), at, ID_BITS)
+            tl.store(keys_ptr + row * parts + part, key)
+            open_ = ((x >= low) & (x < high)).to(tl.int32)
+            count = tl.sum(open_, 0)
+            if count > 0:
+                place = tl.atomic_add(listed_ptr + row, count) + tl.cumsum(open_, 0) - open_
+                here = (open_ == 1) & (place < LISTED)
+                tl.store(candidates_ptr + row * LISTED + place, key_of(x, at, ID_BITS), mask=here)
 
 
 @triton.jit
@@ -275,7 +276,7 @@ def _weight_beyond(limit, counted, top, rate, row, ID_BITS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _choose(
-    logits_ptr, allowed_ptr, rules_ptr, items_ptr, masks_ptr, counts_ptr, stats_ptr, pivots_ptr, weights_ptr, keys_ptr,
+    logits_ptr, allowed_ptr, rules_ptr, counts_ptr, stats_ptr, pivots_ptr, weights_ptr, keys_ptr,
     listed_ptr, candidates_ptr, healthy_ptr, tokens_ptr, vocab, parts, PARTS: tl.constexpr, ID_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +287,7 @@ def _choose(
     found = tl.max(tl.load(keys_ptr + row * parts + part, mask=part < parts, other=NONE), 0)
     top_k, top_p = tl.load(rule + TOP_K), number_at(rule + TOP_P)
     if (tl.load(rule + KIND) == FILTERED) & ((top_k > 0) | (top_p < 1.0)):
-        source = (logits_ptr, allowed_ptr, rule, items_ptr, masks_ptr, counts_ptr)
+        source = (logits_ptr, allowed_ptr, rules_ptr, rule, counts_ptr)
         candidates_ptr += row * LISTED
         top, low, wanted = _range(stats_ptr, rule, row, parts, vocab, PARTS)
         low, high, beyond = _interval(pivots_ptr, weights_ptr, row, parts, low, wanted, ROUNDS, PARTS)

@@ -73,7 +73,7 @@ def _merge(keys_ptr, tokens_ptr, parts, ID_BITS: tl.constexpr, PARTS: tl.constex
 @triton.jit
 def scores_of(source, at, vocab):
     """Scores of the tokens `at` under the rules of a row, fp32; -inf for what may not be chosen."""
-    logits_ptr, allowed_ptr, rule, items_ptr, masks_ptr, counts_ptr = source
+    logits_ptr, allowed_ptr, rules_ptr, rule, counts_ptr = source
     live = at < vocab
     index = tl.load(rule + INDEX).to(tl.int64)
     x = tl.load(logits_ptr + index * vocab + at, mask=live, other=-float("inf")).to(tl.float32)
@@ -85,13 +85,13 @@ def scores_of(source, at, vocab):
         times = count >> 1
         x = x - number_at(rule + FREQUENCY) * times.to(tl.float32)
         x = tl.where(times > 0, x - number_at(rule + PRESENCE), x)
-    item = items_ptr + 2 * tl.load(rule + ITEMS)
+    item = rules_ptr + tl.load(rule + ITEMS)
     for i in range(tl.load(rule + NUM_ITEMS)):
         x = tl.where(at == tl.load(item + 2 * i), x + number_at(item + 2 * i + 1), x)
     word = tl.load(allowed_ptr + at // 32, mask=live, other=0)
-    mask = tl.load(rule + MASK).to(tl.int64)
+    mask = tl.load(rule + MASK)
     if mask >= 0:
-        word = word & tl.load(masks_ptr + mask * ((vocab + 31) // 32) + at // 32, mask=live, other=0)
+        word = word & tl.load(rules_ptr + mask + at // 32, mask=live, other=0)
     return tl.where(((word >> (at % 32)) & 1) == 1, x, -float("inf"))
 
 

@@ -18,7 +18,6 @@ from tests.kernels.test_compile import cache, compiled
 
 __all__ = ["cache"]
 
-SOURCE = ("logits_ptr", "allowed_ptr", "rules_ptr", "items_ptr", "masks_ptr", "counts_ptr")
 FOUND = ("stats_ptr", "pivots_ptr", "weights_ptr")
 TYPES = {
     "logits_ptr": "*bf16",
