@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from qvl.errors import BadMedia
+from qvl.media import image
 from qvl.media.image import decode_image
 
 CAP = 178_956_970
@@ -101,6 +102,69 @@ def test_a_pil_picture_is_turned_too_and_left_as_it_was():
 def test_damaged_exif_turns_nothing():
     data = encoded(corners(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     assert decode(data).shape == (16, 24, 3)
+
+
+# -- JPEG files are decoded by a shorter way than Pillow's
+
+
+def pillow_alone(data: bytes) -> np.ndarray | None:
+    """What the longer way gives; None where it refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image, "_usual_jpeg", lambda *_: None)
+        try:
+            return decode(data)
+        except BadMedia:
+            return None
+
+
+@st.composite
+def jpeg_files(draw) -> bytes:
+    size = draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    coarse = Image.fromarray(rng.integers(0, 256, size=(6, 5, 3), dtype=np.uint8))
+    picture = coarse.resize(size, Image.Resampling.BICUBIC).convert(draw(st.sampled_from(["RGB", "L", "CMYK"])))
+    options = {
+        "quality": draw(st.integers(1, 100)),
+        "progressive": draw(st.booleans()),
+        "optimize": draw(st.booleans()),
+        "restart_marker_blocks": draw(st.sampled_from([0, 1, 3])),
+    }
+    if picture.mode == "RGB":
+        options["keep_rgb"] = draw(st.booleans())
+        options["subsampling"] = 0 if options["keep_rgb"] else draw(st.sampled_from([0, 1, 2]))
+    exif = Image.Exif()
+    exif[0x0112] = draw(st.integers(0, 9))
+    return encoded(picture, "JPEG", exif=exif, **options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(jpeg_files())
+def test_a_jpeg_has_the_pixels_that_pillow_gives(data):
+    np.testing.assert_array_equal(decode(data), pillow_alone(data))
+
+
+@settings(max_examples=150, deadline=None)
+@given(jpeg_files(), st.data())
+def test_a_damaged_jpeg_is_taken_or_refused_as_pillow_does(data, draw):
+    file = bytearray(data[: draw.draw(st.integers(1, len(data)))])
+    for _ in range(draw.draw(st.integers(0, 2))):
+        file[draw.draw(st.integers(0, len(file) - 1))] = draw.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = pillow_alone(bytes(file))
+        if expected is None:
+            with pytest.raises(BadMedia):
+                decode(bytes(file))
+        else:
+            np.testing.assert_array_equal(decode(bytes(file)), expected)
+
+
+def test_a_usual_jpeg_takes_the_short_way_and_a_cut_one_does_not(monkeypatch):
+    data = encoded(corners(), "JPEG")
+    monkeypatch.setattr(image, "_upright", lambda _: pytest.fail("the long way"))
+    decode(data)
+    with pytest.raises(pytest.fail.Exception, match="the long way"):
+        decode(data[:-40])
 
 
 def half_clear(mode: str) -> Image.Image:
