@@ -14,23 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from qvl.client import collect, question
-from qvl.client.questions import Done, advance
 from qvl.errors import BadMedia, ConfigError, InvalidRequest, MediaRefused, PayloadTooLarge, PromptTooLong, TooManyMedia
 from qvl.memory.costs import Measured
 from qvl.memory.counting import AsyncTokenCounter, TokenCounter
 from qvl.memory.fit import Fitted, Notice, fit
 from qvl.memory.records import Turn
-from qvl.memory.steps import (
-    FAILURES,
-    Ask,
-    AskCall,
-    AsyncAskCall,
-    Machine,
-    Messages,
-    T,
-    adrive,
-    drive,
-)
+from qvl.memory.steps import Ask, AskCall, AsyncAskCall, Machine, Messages, adrive, changed, drive
 from qvl.memory.store import Store, new_id
 from qvl.memory.summary import Running
 from qvl.memory.window import STRATEGIES, Budget, Strategy
@@ -155,16 +144,15 @@ class _Talk(Generic[AskT, CountT, StreamT]):
         turns = self.turns
         running = self._running(turns)
         try:
-            fitted = yield from self._resolving(
-                fit(
-                    [turn.message for turn in turns],
-                    self.budget,
-                    strategy=self.strategy,
-                    running=running,
-                    measured=self._measured,
-                    keys=[turn.id for turn in turns],
-                )
+            fitting = fit(
+                [turn.message for turn in turns],
+                self.budget,
+                strategy=self.strategy,
+                running=running,
+                measured=self._measured,
+                keys=[turn.id for turn in turns],
             )
+            fitted = yield from changed(fitting, self._resolved)
         except _REFUSALS:
             if written is not None:
                 self.store.take_back(written)
@@ -174,19 +162,6 @@ class _Talk(Generic[AskT, CountT, StreamT]):
             self.store.add_summary(self.id, last.number + 1, fitted.running.text, fitted.running.tokens)
         notices = _numbered(fitted.notices, turns)
         return _Prepared(self._resolved(fitted.messages), fitted.num_tokens, notices, self._rules(rules, fitted))
-
-    def _resolving(self, machine: Machine[T]) -> Machine[T]:
-        """`machine`, whose steps are asked with the pictures themselves instead of their names in the store."""
-        step = advance(machine)
-        while not isinstance(step, Done):
-            try:
-                answer = yield replace(step, messages=self._resolved(step.messages))
-            except FAILURES as error:
-                step = advance(machine, error=error)
-            else:
-                step = advance(machine, answer)
-        result: T = step.value
-        return result
 
     def _running(self, turns: list[Turn]) -> Running | None:
         """The summary in force, its reach as an index into `turns`."""
@@ -226,6 +201,7 @@ class _Talk(Generic[AskT, CountT, StreamT]):
             self._record(prepared, Completion((Answer(0, text, (), "abort"),), usage))
 
     def _resolved(self, messages: Messages) -> Messages:
+        """With the pictures themselves instead of their names in the store."""
         return tuple(map(self.store.resolve, messages))
 
 

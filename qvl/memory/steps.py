@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from qvl.client.questions import Done, advance
@@ -45,6 +45,20 @@ CountCall: TypeAlias = Callable[[Messages], int]
 AskCall: TypeAlias = Callable[[Messages, SamplingParams], Completion]
 AsyncCountCall: TypeAlias = Callable[[Messages], Awaitable[int]]
 AsyncAskCall: TypeAlias = Callable[[Messages, SamplingParams], Awaitable[Completion]]
+
+
+def changed(machine: Machine[T], change: Callable[[Messages], Messages]) -> Machine[T]:
+    """`machine`, whose steps are asked with what `change` makes of their messages."""
+    step = advance(machine)
+    while not isinstance(step, Done):
+        try:
+            answer = yield replace(step, messages=change(step.messages))
+        except FAILURES as error:
+            step = advance(machine, error=error)
+        else:
+            step = advance(machine, answer)
+    result: T = step.value
+    return result
 
 
 def drive(machine: Machine[T], count: CountCall, ask: AskCall) -> T:

@@ -70,10 +70,6 @@ class Tokenizer:
         """The exact bytes of one token: possibly half a character; of a control token its spelling."""
         return self._vocabulary.token_bytes(token_id)
 
-    def token_text(self, token_id: int) -> str:
-        """One token for people to read; half characters show as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
-
     def chat(
         self,
         messages: Sequence[Message],
