@@ -43,7 +43,7 @@ def matrices(shape: Shape) -> Matrices:
 
 
 def products(shape: Shape) -> Iterator[Row]:
-    """Few rows: the library's product alone, ours with all that surrounds it, and what overlapping launches bring."""
+    """Few rows: the library's product alone; for one row ours with all that surrounds it, and overlapping launches."""
     early = early_on(capability_of(CUDA))
     for m in (1, 2, 4, 8):
         total: dict[str, float] = {}
@@ -55,7 +55,7 @@ def products(shape: Shape) -> Iterator[Row]:
                 triton_linear.product, x, norm=gain, gated=gated, residual=numbers(m, rows) if residual else None
             )
             ways = {"torch": [partial(F.linear, x, w) for w in weights]}
-            if m <= triton_linear.MOST_ROWS:
+            if m == 1:
                 ways["triton"] = [partial(ours, w) for w in weights]
                 if early:
                     ways["overlapped"] = [partial(ours, w, early=True) for w in weights]
@@ -69,20 +69,31 @@ def products(shape: Shape) -> Iterator[Row]:
 
 
 def tuning(shape: Shape) -> Iterator[Row]:
-    """The few-rows kernel in other shapes than it takes by itself."""
+    """The kernel for one row in other shapes than it takes by itself."""
     early = early_on(capability_of(CUDA))
-    for m, (name, rows, width, _, norm, gated, _) in itertools.product((1, 4), matrices(shape)):
+    for name, rows, width, _, norm, gated, _ in matrices(shape):
         weights = [numbers(rows, width, scale=0.02) for _ in range(copies(SIZE * rows * width))]
         ours = partial(
-            triton_linear.product, numbers(m, width), norm=numbers(width) if norm else None, gated=gated, early=early
+            triton_linear.product, numbers(1, width), norm=numbers(width) if norm else None, gated=gated, early=early
         )
-        for each, block in itertools.product((1, 2, 4, 8), (512, 1024, 2048)):
-            if (gated and each == 1) or each * m > 16:
-                continue
-            cut = triton_linear.Shape(each, block)
-            chosen = " (chosen)" if cut == triton_linear.shape_for(m, width) else ""
+        chosen = triton_linear.shape_for(rows, width, CUDA)
+        for cut in dict.fromkeys([chosen, *cuts(rows, width)]):
             seconds = seconds_of([partial(ours, w, shape=cut) for w in weights])
-            yield Row("tuning", f"{m} rows, {name}, {each} x {block} a program{chosen}", seconds, SIZE * rows * width)
+            label = f"{name}, {cut.rows} x {cut.block}, {cut.warps} warps, {cut.programs} programs"
+            yield Row("tuning", f"{label}{' (chosen)' if cut == chosen else ''}", seconds, SIZE * rows * width)
+
+
+def cuts(rows: int, width: int) -> Iterator[triton_linear.Shape]:
+    """A program for each group of rows; where rows fit into a block, also as many as may be resident."""
+    count = triton_linear.multiprocessors(CUDA)
+    for each, block, warps in itertools.product((2, 4), (1024, 2048, 4096), (4, 8, 16)):
+        groups = -(-rows // each)
+        if width > block:
+            if block < triton_linear.WIDEST:
+                yield triton_linear.Shape(each, block, warps, groups)
+            continue
+        for resident in (16, 32, 48):
+            yield triton_linear.Shape(each, block, warps, min(groups, count * resident // warps))
 
 
 def a_step(query: list[int], context: list[int]) -> tuple[AttentionMetadata, int]:

@@ -18,7 +18,7 @@ from qvl.kernels.fp8 import Fp8Matrix, require_fp8
 from qvl.kernels.gpu import capability_of, early_on, gpu_problem, told, warn_of
 
 
-class FewRows(Protocol):
+class OneRow(Protocol):
     """`qvl.kernels.triton_linear`, as it is used; a test may put something else there."""
 
     def product(
@@ -36,7 +36,6 @@ class FewRows(Protocol):
     ) -> Tensor: ...
 
 
-FEW = 4  # rows up to which the GPU kernel is faster than the library; as MOST_ROWS in triton_linear.py
 MULTIPLE = 16  # of the width of a matrix, so that 16 bytes are read at a time
 WRONG = 2e-2
 SLOWER = "torch's products are used instead: a token of a single request takes about 15 % longer"
@@ -46,18 +45,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, in] times weight [out, in] transposed, plus bias [out]: [n, out] in the dtype of x."""
     if weight.device.type == "cpu":
         return choose_cpu_linear(weight.dtype)(x, weight, bias)
-    if takes_few(x) and (few := few_rows(x.device, x.dtype)) is not None:
-        return few.product(x, weight, bias=bias)
+    if takes_one(x) and (kernel := one_row(x.device, x.dtype)) is not None:
+        return kernel.product(x, weight, bias=bias)
     return F.linear(x, weight, bias)
 
 
-def takes_few(x: Tensor) -> bool:
-    """Whether the kernel for few rows can take x."""
-    return x.is_cuda and 1 <= x.shape[0] <= FEW and x.shape[1] % MULTIPLE == 0 and x.is_contiguous()
+def takes_one(x: Tensor) -> bool:
+    """Whether x is one row that the kernel for one can take."""
+    return x.is_cuda and x.shape[0] == 1 and x.shape[1] % MULTIPLE == 0 and x.is_contiguous()
 
 
 @functools.cache
-def few_rows(device: torch.device, dtype: torch.dtype) -> FewRows | None:
+def one_row(device: torch.device, dtype: torch.dtype) -> OneRow | None:
     """`qvl.kernels.triton_linear` when it runs there, tried out once; warns when it does not."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
@@ -66,7 +65,7 @@ def few_rows(device: torch.device, dtype: torch.dtype) -> FewRows | None:
 
         problem = triton_linear.problem_of(device, dtype, early_on(capability_of(device)))
     except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
-        problem = f"the kernel for products of few rows did not run ({told(error)})"
+        problem = f"the kernel for products of one row did not run ({told(error)})"
     if problem is not None:
         warn_of(problem, SLOWER)
         return None
@@ -90,8 +89,7 @@ def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str 
     if device.type == "cpu" and quantization != "fp8":
         plain = choose_cpu_linear(dtype).reason
         return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"
-    few = few_rows(device, dtype)
-    plain = f"torch {dtype}" if few is None else f"triton up to {FEW} rows, torch {dtype} above"
+    plain = f"torch {dtype}" if one_row(device, dtype) is None else f"triton for one row, torch {dtype} for more"
     if quantization == "none":
         return plain
     return f"{require_fp8(device)}; {plain}"

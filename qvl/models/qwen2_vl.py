@@ -17,13 +17,13 @@ from qvl.kernels.attention import choose_attention
 from qvl.kernels.fp8 import Rounded
 from qvl.kernels.fused import silu_and_mul
 from qvl.kernels.gpu import capability_of
-from qvl.kernels.linear import MULTIPLE, FewRows, compute_dtype_for, describe_linear, few_rows, takes_few
+from qvl.kernels.linear import MULTIPLE, OneRow, compute_dtype_for, describe_linear, one_row, takes_one
 from qvl.kernels.segments import describe_segments
 from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope
-from qvl.models.few_rows import decode_few, finish_few
+from qvl.models.one_row import decode_one, finish_one
 from qvl.models.vision import VisionTower
 from qvl.specs import ModelSpec, TextSpec
 from qvl.types import Grid
@@ -204,9 +204,9 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         [m, hidden]."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
-        few = self.few_rows(hidden_states)
-        if few is not None:
-            out = decode_few(few, self.model, hidden_states, angles, self.attention, kv_cache, plan)
+        kernels = self.one_row(hidden_states)
+        if kernels is not None:
+            out = decode_one(kernels, self.model, hidden_states, angles, self.attention, kv_cache, plan)
             return out if rows is None else out.index_select(0, rows)
         # Norms add to what they are given in place.
         delta, residual = hidden_states.to(self.compute_dtype, copy=True), None
@@ -223,20 +223,20 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         """What stands behind the attention of the last layer."""
         if not len(heads):
             return residual
-        few = self.few_rows(residual)
-        if few is not None:
-            out, _ = self.model.norm(finish_few(few, last, heads, residual))
+        kernels = self.one_row(residual)
+        if kernels is not None:
+            out, _ = self.model.norm(finish_one(kernels, last, heads, residual))
         else:
             out, _ = self.model.norm(*last.finish(heads, residual))
         assert isinstance(out, Tensor)
         return out
 
-    def few_rows(self, hidden_states: Tensor) -> FewRows | None:
-        """The kernels that compute so few rows faster, where they run and take these matrices."""
+    def one_row(self, hidden_states: Tensor) -> OneRow | None:
+        """The kernels that compute a single row faster, where they run and take these matrices."""
         sizes = (self.spec.text.hidden_size, self.spec.text.intermediate_size)
-        if not takes_few(hidden_states) or any(size % MULTIPLE for size in sizes):
+        if not takes_one(hidden_states) or any(size % MULTIPLE for size in sizes):
             return None
-        return few_rows(self.device, self.compute_dtype)
+        return one_row(self.device, self.compute_dtype)
 
     def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> [m, vocab]
         """Scores over the vocabulary; the caller passes the rows that need them."""

@@ -100,31 +100,48 @@ def test_attention_fits(capability: tuple[int, int], head_dim: int, decode: bool
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (decode and early_on(capability))
 
 
-def product(capability: tuple[int, int], weights: torch.dtype, *, gated: bool) -> Any:
-    """One row times weights, with the norm in front, as in decoding one request."""
-    from qvl.kernels.triton_linear import _product, shape_for
+def product(capability: tuple[int, int], weights: torch.dtype, width: int) -> Any:
+    """One row times gate_up_proj of the 7B with the norm in front, or of a wider model."""
+    from qvl.kernels import triton_linear
 
     dtype = torch.float16 if capability < (8, 0) else torch.bfloat16
-    number, shape = "*" + TYPES[dtype], shape_for(1, 3584)
+    number, shape = "*" + TYPES[dtype], triton_linear.shape_for(37888, width, torch.device("cpu"))
     types = {"x_ptr": number, "w_ptr": "*" + TYPES[weights], "scales_ptr": "*fp32"}
     types |= dict.fromkeys(("norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), number)
-    types |= {"m": "i32", "n": "i32", "k": "i32", "eps": "fp32"}
-    constants = {"M": 1, "ROWS": shape.rows, "BLOCK": shape.block, "SCALED": weights == torch.float8_e4m3fn}
-    constants |= {"NORM": True, "BIAS": not gated, "GATED": gated, "RESIDUAL": False, "EARLY": early_on(capability)}
-    options = {"num_warps": shape.warps} | ({"launch_pdl": True} if early_on(capability) else {})
-    return compiled(_product, capability, types, constants, options)
+    types |= {"n": "i32", "k": "i32", "eps": "fp32"}
+    constants = {"ROWS": shape.rows, "BLOCK": shape.block, "WHOLE": width <= shape.block, "NORM": True, "GATED": True}
+    constants |= {"SCALED": weights == torch.float8_e4m3fn, "BIAS": False, "RESIDUAL": False}
+    constants["EARLY"] = early = early_on(capability)
+    options = {"num_warps": shape.warps, "maxnreg": triton_linear.REGISTERS} | ({"launch_pdl": True} if early else {})
+    return compiled(triton_linear._product, capability, types, constants, options)
 
 
+@pytest.mark.parametrize("width", [3584, 8192])
 @pytest.mark.parametrize(
     ("capability", "weights"),
     [((7, 5), torch.float16), ((9, 0), torch.bfloat16), ((8, 9), torch.float8_e4m3fn)],
 )
-def test_weights_are_read_sixteen_bytes_at_a_time(capability: tuple[int, int], weights: torch.dtype) -> None:
-    kernel = product(capability, weights, gated=True)
-    assert kernel.metadata.shared <= KIB
-    wide = re.findall(r"ld\.global[.\w:]*evict_first[.\w:]*\.v(\d)\.b(\d+)", kernel.asm["ptx"])
-    assert wide
-    assert {int(count) * int(bits) // 8 for count, bits in wide} == {16}
+def test_weights_are_read_sixteen_bytes_at_a_time(
+    capability: tuple[int, int], weights: torch.dtype, width: int
+) -> None:
+    kernel = product(capability, weights, width)
+    assert kernel.metadata.shared <= 8 * KIB  # sums, and x on its way to its threads
+    found = re.findall(r"ld\.global[.\w:]*evict_first[.\w:]*\.v(\d)\.b(\d+)", kernel.asm["ptx"])
+    assert found
+    assert {int(count) * int(bits) // 8 for count, bits in found} == {16}
+
+
+def test_a_row_that_fits_into_registers_is_shared_by_as_many_programs_as_run_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qvl.kernels.triton_linear import Shape, shape_for
+
+    monkeypatch.setattr("qvl.kernels.triton_linear.multiprocessors", lambda _: 132)
+    shapes = [
+        shape_for.__wrapped__(rows, k, torch.device("cuda")) for rows, k in ((37888, 3584), (8960, 1536), (6, 64))
+    ]
+    assert shapes == [Shape(2, 4096, 8, 528), Shape(2, 2048, 4, 1056), Shape(2, 512, 1, 3)]
+    assert shape_for.__wrapped__(3584, 18944, torch.device("cuda")) == Shape(2, 2048, 8, 1792)
 
 
 def test_a_row_in_fp8_builds_where_fp8_is() -> None:

@@ -17,7 +17,7 @@ from qvl.models.registry import build_model
 from qvl.models.weights import load_weights
 from qvl.specs import load_spec
 from tests.models import oracle
-from tests.models.test_few_rows import WrittenOut
+from tests.models.test_one_row import WrittenOut
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_where_nothing_multiplies_it_says_so(monkeypatch: pytest.MonkeyPatch, pr
 @pytest.mark.usefixtures("multiplies")
 @pytest.mark.parametrize("name", ["text", "pictures"])
 def test_a_network_in_fp8(checkpoints: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Close to the plain one, in steps of many rows and of few; tower, embedding and head as they were."""
+    """Close to the plain one, in steps of many rows and of one; tower, embedding and head as they were."""
     folder = checkpoints[0]
     reference, plain = oracle.load_reference(folder), oracle.load_ours(folder)
     ours = build_model(load_spec(folder), torch.float32, "cpu", "fp8")
@@ -112,6 +112,8 @@ def test_a_network_in_fp8(checkpoints: tuple[Path, ...], monkeypatch: pytest.Mon
     exact = oracle.our_logits(plain, case, positions, reference.config)
     many = oracle.our_logits(ours, case, positions, reference.config)
     assert 0.01 < relative(many, exact) < 0.25
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "few_rows", lambda self, x: WrittenOut())
-    few = oracle.our_logits(ours, case, positions, reference.config, 4)
-    assert 0.01 < relative(few, exact) < relative(many, exact)  # activations are not rounded there
+    monkeypatch.setattr(
+        Qwen2VLForConditionalGeneration, "one_row", lambda self, x: WrittenOut() if len(x) == 1 else None
+    )
+    one = oracle.our_logits(ours, case, positions, reference.config, 1)
+    assert 0.01 < relative(one, exact) < relative(many, exact)  # activations are not rounded there

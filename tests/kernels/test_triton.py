@@ -290,19 +290,22 @@ def test_fp8_rows_are_those_of_torch() -> None:
     assert gated.codes.shape == (2, 40)
 
 
-# --- products of few rows ---------------------------------------------------------------------------------------------
+# --- products of one row ----------------------------------------------------------------------------------------------
 
 
 @here
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("programs", [19, 4, None], ids=["a group each", "in turns", "as chosen"])
 @pytest.mark.parametrize("width", [64, 528])
-def test_products_with_all_that_surrounds_them(rows: int, width: int) -> None:
+def test_products_with_all_that_surrounds_them(programs: int | None, width: int) -> None:
+    """Whole rows of the weights at a time, in turns or not, and a row in parts."""
     from qvl.kernels import triton_linear
 
-    shape = triton_linear.Shape(rows=4, block=256)
+    shape = None if programs is None else triton_linear.Shape(rows=2, block=512, warps=2, programs=programs)
+    if width > 512 and programs == 4:
+        pytest.skip("rows in parts take a program for each group")
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    x, weight, norm = numbers(rows, width, dtype=dtype), numbers(38, width, dtype=dtype), numbers(width, dtype=dtype)
-    bias, residual = numbers(38, dtype=dtype), numbers(rows, 38, dtype=dtype)
+    x, weight, norm = numbers(1, width, dtype=dtype), numbers(38, width, dtype=dtype), numbers(width, dtype=dtype)
+    bias, residual = numbers(38, dtype=dtype), numbers(1, 38, dtype=dtype)
     plain = x.double() @ weight.double().T
     normed = F.rms_norm(x.double(), (width,), norm.double(), 1e-5) @ weight.double().T
     out = triton_linear.product(x, weight, bias=bias, residual=residual, shape=shape)
@@ -316,18 +319,38 @@ def test_products_with_all_that_surrounds_them(rows: int, width: int) -> None:
 
 
 @here
-def test_products_with_fp8_weights() -> None:
+@pytest.mark.parametrize("rows", [37, 1])
+@pytest.mark.parametrize("width", [96, 4112])
+def test_a_last_group_that_is_not_full(rows: int, width: int) -> None:
+    from qvl.kernels import triton_linear
+
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    x, weight, bias = numbers(1, width, dtype=dtype), numbers(rows, width, dtype=dtype), numbers(rows, dtype=dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert close(triton_linear.product(x, weight, bias=bias), exact, dtype)
+
+
+@here
+@pytest.mark.parametrize("width", [96, 4112])
+def test_products_with_fp8_weights(width: int) -> None:
     from qvl.kernels import triton_linear
 
     if ON_GPU and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    x, held = numbers(2, 96, dtype=dtype), round_rows(numbers(24, 96))
+    x, held = numbers(1, width, dtype=dtype), round_rows(numbers(24, width))
     exact = x.double() @ wide(held).double().T
     scales = held.scales.flatten()
     assert close(triton_linear.product(x, held.codes, scales=scales), exact, dtype)
     gate, up = exact.chunk(2, dim=1)
     assert close(triton_linear.product(x, held.codes, scales=scales, gated=True), F.silu(gate) * up, dtype)
+
+
+@here
+def test_the_trial_of_products_passes() -> None:
+    from qvl.kernels import triton_linear
+
+    assert triton_linear.problem_of(DEVICE, torch.bfloat16 if ON_GPU else torch.float32, early=False) is None
 
 
 # --- all of them in a network -----------------------------------------------------------------------------------------
@@ -348,8 +371,8 @@ def test_a_network_with_these_kernels(checkpoints: tuple[Path, ...], monkeypatch
     network.attention = triton_attention(Heads(text.num_heads, text.num_kv_heads, text.head_dim))
     monkeypatch.setattr(
         Qwen2VLForConditionalGeneration,
-        "few_rows",
-        lambda self, x: triton_linear if len(x) <= triton_linear.MOST_ROWS else None,
+        "one_row",
+        lambda self, x: triton_linear if len(x) == 1 else None,
     )
     pages, hidden = Pages(network, 1), oracle.our_embeddings(network, case, reference.config)
     steps = [slice(0, -1), slice(len(hidden) - 1, None)]

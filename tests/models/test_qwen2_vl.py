@@ -15,7 +15,7 @@ from qvl.models.weights import load_weights
 from qvl.specs import load_spec
 from tests.models import oracle
 from tests.models.pages import Pages
-from tests.models.test_few_rows import WrittenOut
+from tests.models.test_one_row import WrittenOut
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2], ids=["plain", "tied", "deep"])
@@ -104,15 +104,15 @@ def test_mixed_batches_equal_separate_prefills(models: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize("few", [False, True], ids=["plain", "few"])
+@pytest.mark.parametrize("one", [False, True], ids=["plain", "one"])
 def test_rows_computed_to_the_end_equal_all(
-    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, count: int, few: bool
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, count: int, one: bool
 ) -> None:
     """And the keys and values of the others are stored: the next step finds them."""
     reference, ours = models
     written_out = WrittenOut()
-    if few:
-        monkeypatch.setattr(type(ours), "few_rows", lambda self, x: written_out if len(x) == 1 else None)
+    if one:
+        monkeypatch.setattr(type(ours), "one_row", lambda self, x: written_out if len(x) == 1 else None)
     case = oracle.make_case(reference.config, "video-and-picture")
     positions, hidden = oracle.reference_positions(reference, case), oracle.our_embeddings(ours, case, reference.config)
     n, rows = len(hidden) - 1, torch.tensor([len(hidden) - 2, 0, 7][:count], dtype=torch.int64)
@@ -122,7 +122,7 @@ def test_rows_computed_to_the_end_equal_all(
     assert out.shape == (count, hidden.shape[1])
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(one, other) for one, other in zip(sum(whole.cache, ()), sum(parts.cache, ()), strict=True))
-    assert written_out.calls == (3 if few and count == 1 else 0)
+    assert written_out.calls == (3 if one and count == 1 else 0)
     assert torch.equal(whole.compute([last]), parts.compute([last], torch.tensor([0])))
 
 

@@ -1,4 +1,4 @@
-"""A decoder's layers for a few rows on a GPU: what one request generates is computed here.
+"""A decoder's layers for one row on a GPU: what a single request generates is computed here.
 
 Six kernels a layer instead of eleven: a product takes in the norm before it and what is added after it. Knows the
 decoder of `qvl.models.qwen2_vl`. Does not know how the kernels work.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qvl.kernels.fp8 import Fp8Matrix
 from qvl.kernels.gpu import capability_of, early_on
-from qvl.kernels.linear import FewRows
+from qvl.kernels.linear import OneRow
 from qvl.layers.attention import KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qvl.models.qwen2_vl import Decoder, DecoderLayer
 
 
-def decode_few(
-    kernels: FewRows,
+def decode_one(
+    kernels: OneRow,
     decoder: Decoder,
     hidden_states: Tensor,  # [n, hidden]
     angles: tuple[Tensor, Tensor],
@@ -34,13 +34,13 @@ def decode_few(
     layer: DecoderLayer
     for layer, kv in zip(decoder.layers, kv_cache, strict=True):  # type: ignore[assignment]  # a ModuleList of them
         qkv = product(kernels, layer.self_attn.qkv_proj, hidden_states, norm=layer.input_layernorm)
-        hidden_states = finish_few(kernels, layer, attention.run(qkv, angles, kv, plan), hidden_states)
+        hidden_states = finish_one(kernels, layer, attention.run(qkv, angles, kv, plan), hidden_states)
     out, _ = decoder.norm(hidden_states)
     assert isinstance(out, Tensor)
     return out
 
 
-def finish_few(kernels: FewRows, layer: DecoderLayer, heads: Tensor, residual: Tensor) -> Tensor:
+def finish_one(kernels: OneRow, layer: DecoderLayer, heads: Tensor, residual: Tensor) -> Tensor:
     """As `DecoderLayer.finish`, with the sum of both that it gives."""
     mlp = layer.mlp
     hidden_states = product(kernels, layer.self_attn.o_proj, heads, residual=residual)
@@ -49,7 +49,7 @@ def finish_few(kernels: FewRows, layer: DecoderLayer, heads: Tensor, residual: T
 
 
 def product(
-    kernels: FewRows,
+    kernels: OneRow,
     matrix: Linear,
     x: Tensor,
     *,

@@ -1,4 +1,4 @@
-"""The decoder for few rows: its wiring on a CPU with products written out, and on a GPU against the one for many."""
+"""The decoder for one row: its wiring on a CPU with products written out, and on a GPU against the one for many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.models import oracle
 
 
 class WrittenOut:
-    """`qvl.kernels.linear.FewRows` in torch."""
+    """`qvl.kernels.linear.OneRow` in torch."""
 
     calls = 0
 
@@ -44,22 +44,22 @@ class WrittenOut:
 
 
 @pytest.mark.parametrize("name", ["text", "pictures"])
-def test_few_rows_equal_many(checkpoints: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_rows_one_by_one_equal_many(checkpoints: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     reference, ours = oracle.load_reference(checkpoints[0]), oracle.load_ours(checkpoints[0])
     case = oracle.make_case(reference.config, name)
     positions = oracle.reference_positions(reference, case)
     expected = oracle.our_logits(ours, case, positions, reference.config, 3)
     kernels = WrittenOut()
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "few_rows", lambda self, x: kernels if len(x) <= 4 else None)
-    out = oracle.our_logits(ours, case, positions, reference.config, 3)
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "one_row", lambda self, x: kernels if len(x) == 1 else None)
+    out = oracle.our_logits(ours, case, positions, reference.config, 1)
     assert kernels.calls >= 4 * len(ours.model.layers)
     assert oracle.relative_error(out, expected) < 1e-5
 
 
-def test_a_cpu_has_no_kernel_for_few_rows(checkpoints: tuple[Path, ...]) -> None:
+def test_a_cpu_has_no_kernel_for_one_row(checkpoints: tuple[Path, ...]) -> None:
     ours: Any = oracle.load_ours(checkpoints[0])
-    assert ours.few_rows(torch.zeros(1, ours.spec.text.hidden_size)) is None
-    assert linear.few_rows(torch.device("cpu"), torch.float32) is None
+    assert ours.one_row(torch.zeros(1, ours.spec.text.hidden_size)) is None
+    assert linear.one_row(torch.device("cpu"), torch.float32) is None
 
 
 @pytest.mark.parametrize("problem", ["wrong numbers", "raises"])
@@ -77,12 +77,12 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch.setattr(linear, "capability_of", lambda _: (9, 0))
     monkeypatch.setattr(triton_linear, "problem_of", fails)
     linear.warn_of.cache_clear()
-    linear.few_rows.cache_clear()
+    linear.one_row.cache_clear()
     try:
         for _ in range(2):
-            assert linear.few_rows(torch.device("cuda"), torch.bfloat16) is None
+            assert linear.one_row(torch.device("cuda"), torch.bfloat16) is None
         (warning,) = caplog.records
         assert "15 % longer" in warning.getMessage()
         assert ("OSError: no compiler" if problem == "raises" else problem) in warning.getMessage()
     finally:
-        linear.few_rows.cache_clear()
+        linear.one_row.cache_clear()
