@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ PREFIX = "qvl-run-"
 GRACE_SECONDS = 60.0
 # Room that is left to others in a memory file system.
 SPARE_BYTES = 16 * 1024 * 1024
+# Files stay for a picture's next request only where this much is free: not in a container's small /dev/shm.
+ROOM_TO_KEEP = 1 << 30
 MAX_SOCKET_PATH = 90
 
 
@@ -104,33 +107,69 @@ class PixelStore:
     def __init__(self, folders: list[Path]) -> None:
         self._folders = folders
         self._names = itertools.count()
+        self._kept: dict[int, Path] = {}  # by id() of an array that lives: a name of ours for its file
 
-    def write(self, pixels: npt.NDArray[np.uint8], copies: int = 1) -> list[PixelFile]:
+    def write(self, pixels: npt.NDArray[np.uint8], copies: int = 1, *, keep: bool = False) -> list[PixelFile]:
         """`copies` files (one set of bytes, several names) of `pixels`, uint8 [frames, h, w, 3] in C order.
 
-        Raises `Overloaded` when no folder has room.
+        With `keep` the bytes stay as long as this very array lives, and are not written again for it. Raises
+        `Overloaded` when no folder has room.
         """
         frames, height, width, channels = pixels.shape
+        paths = self._linked(pixels, copies) or self._written(pixels, copies)
+        if keep:
+            self._keep(pixels, paths[0])
+        return [PixelFile(str(path), (frames, height, width, channels)) for path in paths]
+
+    def _linked(self, pixels: npt.NDArray[np.uint8], copies: int) -> list[Path]:
+        """New names for the bytes that are there; none where they are not."""
+        kept = self._kept.get(id(pixels))
+        if kept is None:
+            return []
+        names = [kept.with_name(f"{next(self._names)}.rgb") for _ in range(copies)]
+        try:
+            for name in names:
+                os.link(kept, name)
+        except OSError:  # the engine's folders have gone, or the file system takes no more names
+            _remove(names)
+            return []
+        return names
+
+    def _written(self, pixels: npt.NDArray[np.uint8], copies: int) -> list[Path]:
         for folder in self._folders:
-            path = folder / f"{next(self._names)}.rgb"
+            path, *others = (folder / f"{next(self._names)}.rgb" for _ in range(copies))
             try:
                 if not _has_room(folder, pixels.nbytes):
                     continue
                 path.write_bytes(pixels.data.cast("B"))
-                paths = [path, *(_link(path, f"{path}.{copy}") for copy in range(1, copies))]
+                for other in others:
+                    os.link(path, other)
             except OSError as error:
-                path.unlink(missing_ok=True)
+                _remove([path, *others])
                 if error.errno != errno.ENOSPC:
                     raise
                 continue
-            return [PixelFile(str(one), (frames, height, width, channels)) for one in paths]
+            return [path, *others]
         raise Overloaded("no room left for the pixels of further pictures; send the request again later", retry_after=2)
+
+    def _keep(self, pixels: npt.NDArray[np.uint8], path: Path) -> None:
+        if id(pixels) in self._kept or not _has_room(path.parent, ROOM_TO_KEEP):
+            return
+        own = path.with_suffix(".kept")
+        with contextlib.suppress(OSError):
+            os.link(path, own)
+            if self._kept.setdefault(id(pixels), own) is not own:  # another thread was faster
+                os.unlink(own)
+                return
+            # Runs before another array can have this id. A lock would not do: it may run within any statement.
+            weakref.finalize(pixels, self._forget, id(pixels)).atexit = False
+
+    def _forget(self, number: int) -> None:
+        _remove([self._kept.pop(number)])
 
     def discard(self, files: Iterable[PixelFile]) -> None:
         """Remove files that the engine will never see."""
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.path)
+        _remove(Path(file.path) for file in files)
 
 
 def _has_room(folder: Path, num_bytes: int) -> bool:
@@ -138,6 +177,6 @@ def _has_room(folder: Path, num_bytes: int) -> bool:
     return room.f_bavail * room.f_frsize >= num_bytes + SPARE_BYTES
 
 
-def _link(path: Path, name: str) -> Path:
-    os.link(path, name)
-    return Path(name)
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -34,7 +34,8 @@ def submission(prepared: Prepared, request_id: str, store: PixelStore, observer:
     try:
         for medium in prepared.media:
             started = time.perf_counter()
-            files.append(store.write(medium.pixels, copies=n))
+            # A picture may come again with its pixels still here (media.kept); those of a video never do.
+            files.append(store.write(medium.pixels, copies=n, keep=medium.kind == "image"))
             if observer is not None:
                 observer.media_stage(medium.kind, "share", time.perf_counter() - started)
         adds = tuple(

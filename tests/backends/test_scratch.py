@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,60 @@ def test_discarding_is_harmless_when_they_are_gone(tmp_path: Path) -> None:
     files = store.write(PIXELS, copies=2)
     map_pixels(files[0])
     store.discard(files)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept_is_written_once_while_its_array_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "ROOM_TO_KEEP", 0)
+    store = PixelStore([tmp_path])
+    pixels = PIXELS.copy()
+    inodes = set()
+    for copies in (1, 3, 2):
+        files = store.write(pixels, copies, keep=True)
+        assert len(files) == copies
+        inodes |= {os.stat(file.path).st_ino for file in files}
+        for file in files:
+            mapped = map_pixels(file)
+            assert mapped is not None
+            assert np.array_equal(mapped, PIXELS)
+            mapped[:] = 0  # what the engine has is its own
+    assert len(inodes) == 1
+    assert len(list(tmp_path.iterdir())) == 1, "the store's own name"
+    store.discard(store.write(pixels.copy(), keep=True))
+    assert len(list(tmp_path.iterdir())) == 1, "an array that has gone leaves nothing"
+    del pixels
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_pixels_whose_folder_was_emptied_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "ROOM_TO_KEEP", 0)
+    store = PixelStore([tmp_path])
+    store.discard(store.write(PIXELS, keep=True))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (file,) = store.write(PIXELS, keep=True)
+    assert np.array_equal(np.fromfile(file.path, dtype=np.uint8), PIXELS.ravel())
+
+
+def test_threads_that_share_an_array_all_get_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "ROOM_TO_KEEP", 0)
+    store = PixelStore([tmp_path])
+    alive = [PIXELS.copy()]
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: store.write(alive[0], 2, keep=True), range(40)))
+    files = [file for files in made for file in files]
+    assert len({file.path for file in files}) == 80
+    assert all(np.array_equal(map_pixels(file), PIXELS) for file in files)
+    alive.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_room_is_short_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_has_room", lambda _, num_bytes: num_bytes < scratch.ROOM_TO_KEEP)
+    store = PixelStore([tmp_path])
+    store.discard(store.write(PIXELS, keep=True))
     assert list(tmp_path.iterdir()) == []
 
 
