@@ -112,9 +112,9 @@ def _decoded(text: str, what: str) -> Any:
 def read_json(text: str) -> Any:
     """The JSON value in an answer that may talk around it: all of it, else from its first brace or bracket.
 
-    Raises `ValueError`. NaN and Infinity are no JSON.
+    Raises `ValueError`. NaN and Infinity are no JSON; a line break within a text is forgiven.
     """
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    decoder = json.JSONDecoder(parse_constant=_no_constant, strict=False)
     text = text.strip()
     try:
         return decoder.decode(text)

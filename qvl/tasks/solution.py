@@ -27,8 +27,10 @@ TEXT_PROMPTS: dict[Language, str] = {
 }
 NO_ANSWER = "no final answer was found: the steps are all there is"
 
-_MARK = r"(?:\s*(?:is|是|为)\s*[:：]?|\s*[:：])"  # between the word and what it announces
-_SAID = re.compile(rf"^\W*(?:(?:the\s+)?(?:final\s+)?answer|(?:最终)?答案){_MARK}\s*(\S.*?)\s*$", re.I | re.M)
+_SO = r"(?:(?:so|thus|hence|therefore|所以|因此|因而|故)[,，]?\s*)?"
+_NAME = r"(?:(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)|(?:最终|正确)?(?:答案|选项)|故选)"
+_MARK = r"(?:[*_\s]*(?:is|是|为)\s*[:：]?|[*_\s]*[:：]|\s*[*_]*\n+|(?<=选))"  # between the name and what it announces
+_SAID = re.compile(rf"^[^\w\n]*{_SO}{_NAME}{_MARK}\s*(\S.*?)\s*$", re.I | re.M)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def final_answer(text: str) -> str | None:
     if boxed is not None:
         return boxed.strip() or None
     said = _SAID.findall(text)
-    return str(said[-1]).strip("*$ ").removesuffix(".").strip() or None if said else None
+    return str(said[-1]).strip("*_ ").rstrip(".。").strip("*_$ ") or None if said else None
 
 
 def _last_boxed(text: str) -> str | None:

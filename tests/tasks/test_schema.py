@@ -87,6 +87,7 @@ def test_schemas_that_are_none(given: Any, says: str) -> None:
         ('Here you are: {"a": {"b": []}} - anything else?', {"a": {"b": []}}),
         ('A [note] first, then {"a": 1}', {"a": 1}),
         ('"text"', "text"),
+        ('{"a": "two\nlines"}', {"a": "two\nlines"}),
     ],
 )  # fmt: skip
 def test_json_in_talk(text: str, value: Any) -> None:
