@@ -18,6 +18,7 @@ import typer
 from qvl.cli import ask, batch, bench, chat, check, serve, version
 from qvl.cli.familiar import HINTS
 from qvl.cli.tasks import compare, describe, extract, ground, ocr, solve, table, translate, watch, webpage
+from qvl.engine.waiting import wait_asleep
 from qvl.errors import QvlError, suggest
 
 # Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
@@ -100,6 +101,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the console script. A character that the terminal cannot show becomes a question mark."""
     _open_closed_streams()
+    wait_asleep(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))

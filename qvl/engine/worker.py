@@ -37,6 +37,7 @@ from qvl.engine.protocol import (
     Ready,
     TokenOutput,
 )
+from qvl.engine.waiting import wait_asleep
 from qvl.errors import QvlError
 
 logger = logging.getLogger("qvl.engine")
@@ -87,6 +88,7 @@ Loader = Callable[[EngineOptions], tuple[EngineLike, str]]
 
 def load_engine(options: EngineOptions) -> tuple[EngineLike, str]:
     """A ready engine and its final config as JSON. Raises `ConfigError` in words for the operator."""
+    wait_asleep(os.environ)
     from qvl.engine.head_start import begin_context, begin_triton
     from qvl.engine.start_clock import StartClock
 
