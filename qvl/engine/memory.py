@@ -17,8 +17,7 @@ from qvl.engine.probe import StepCost
 from qvl.engine.sampler import ROWS_AT_ONCE
 from qvl.engine.vision import MAX_BATCH_PATCHES
 from qvl.models.qwen2_vl import MLP_ROWS
-from qvl.models.vision import ATTENTION_BYTES
-from qvl.models.vision import MLP_ROWS as VISION_ROWS
+from qvl.models.vision import LARGE, attention_bytes, mlp_rows
 
 SLACK = 1.05  # rounding of allocations, and what is small
 # Bytes for each score of those rows that are sampled at a time, in the dearest way, a full sort: scores twice, sorted
@@ -39,7 +38,9 @@ def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = No
         per_context_token = cost.decode_context
         decoder = max(decoder, int(cost.prefill(config.max_num_batched_tokens, config.max_model_len)))
     patches = largest_patches(config)
-    vision = vision_bytes(config, patches) if cost is None else int(cost.patch * patches)
+    # One of LARGE patches goes in larger parts than a larger one.
+    pictures = max(vision_bytes(config, patches), vision_bytes(config, min(patches, LARGE)))
+    vision = pictures if cost is None else int(cost.patch * patches)
     work = max(decoder, sampling_bytes(config), vision)
     room = usable - int(work * SLACK) - kept_bytes(config) - config.encoder_cache_bytes
     per_token = config.block_bytes / config.block_size
@@ -49,17 +50,19 @@ def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = No
 
 
 def decoder_bytes(config: EngineConfig, num_tokens: int | None = None) -> int:
-    """Activations of a forward pass over `num_tokens` tokens (of a full step): the residual stream, what went in and
-    the angles, beside the larger of attention and MLP.
+    """Activations of a forward pass over `num_tokens` tokens (of a full step): the residual stream, what went in, what
+    the layer before added and the angles, beside the larger of attention and what follows it.
     """
     text, size = config.spec.text, DTYPE_BYTES[config.dtype]
     tokens = config.max_num_batched_tokens if num_tokens is None else num_tokens
     heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    always = 2 * text.hidden_size * size + 2 * text.head_dim * 4
+    always = 3 * text.hidden_size * size + 2 * text.head_dim * 4
     attention = (text.hidden_size + (heads + 2 * kv_heads) + 2 * heads) * size  # normed; q, k, v; turned q; the result
-    mlp = 3 * text.hidden_size * size  # what attention adds, normed, the result
-    part = min(tokens, MLP_ROWS) * 3 * text.intermediate_size * size  # gate and up, and their product
-    return tokens * always + max(tokens * attention, tokens * mlp + part)
+    # The result, which lies where the heads were if it is as wide.
+    rest = (heads if heads == text.hidden_size else heads + text.hidden_size) * size
+    # What attention adds, normed, the result; gate and up, and their product.
+    part = min(tokens, MLP_ROWS) * 3 * (text.hidden_size + text.intermediate_size) * size
+    return tokens * always + max(tokens * attention, tokens * rest + part)
 
 
 def sampling_bytes(config: EngineConfig) -> int:
@@ -71,20 +74,22 @@ def sampling_bytes(config: EngineConfig) -> int:
 
 
 def vision_bytes(config: EngineConfig, patches: int) -> int:
-    """Activations of the vision tower over `patches` patches: while they are embedded, with what went in; in a block,
-    with a norm of the stream, beside the larger of some heads (q, k, v, their result, and rows that are normed again)
-    and a part of the MLP; in the merger, with its result twice.
+    """Activations of the vision tower over `patches` patches: while they are embedded, with what went in, and in two
+    copies if they are several pictures'; in a block, with a norm of the stream, beside the larger of some heads (q, k,
+    v, their result, and rows that are normed again) and a part of the MLP; in the merger, with its result.
     """
     vision, size = config.spec.vision, DTYPE_BYTES[config.dtype]
     stream = patches * vision.embed_dim * size
     angles = patches * 2 * vision.head_dim * 4
-    rows = min(patches, VISION_ROWS)
+    rows = min(patches, mlp_rows(patches))
     one_head = 3 * vision.head_dim * patches * size
-    heads = max(one_head, min(ATTENTION_BYTES, vision.num_heads * one_head)) * 4 // 3 + rows * vision.embed_dim * size
+    most = min(attention_bytes(patches), vision.num_heads * one_head)
+    heads = max(one_head, most) * 4 // 3 + rows * vision.embed_dim * size
     mlp = rows * (vision.mlp_dim + 2 * vision.embed_dim) * size
     block = stream + max(heads, mlp)
-    merger = (2 * (patches // vision.merge_size**2) * vision.hidden_size + rows * 4 * vision.embed_dim) * size
-    return stream + angles + max(patches * vision.patch_dim * size + stream, block, merger)
+    merger = ((patches // vision.merge_size**2) * vision.hidden_size + rows * 4 * vision.embed_dim) * size
+    embedding = patches * vision.patch_dim * size + (stream if patches <= MAX_BATCH_PATCHES else 0)
+    return stream + max(angles + max(embedding, block), merger)
 
 
 def kept_bytes(config: EngineConfig) -> int:

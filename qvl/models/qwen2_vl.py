@@ -24,13 +24,13 @@ from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope
 from qvl.models.one_row import decode_one, finish_one
-from qvl.models.vision import VisionTower
+from qvl.models.vision import VisionTower, chunks
 from qvl.specs import ModelSpec, TextSpec
 from qvl.types import Grid
 
 # Rows of a prefill that go through an MLP at a time: its widest activation takes 76 kB a row in the 7B. So many rows
-# fill the multiprocessors of an H200 evenly in the narrow product behind it.
-MLP_ROWS = 2304
+# keep an H200 as busy as any more do.
+MLP_ROWS = 1152
 
 
 class Attention(nn.Module):
@@ -65,9 +65,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, spec.hidden_size, bias=False, dtype=dtype, compute_dtype=compute_dtype)
 
     def forward(self, hidden_states: Tensor | Rounded) -> Tensor:
-        if len(hidden_states) <= MLP_ROWS:
-            return self.down_proj(silu_and_mul(self.gate_up_proj(hidden_states), self.down_proj.eight_bits))
-        return torch.cat([self(hidden_states[at : at + MLP_ROWS]) for at in range(0, len(hidden_states), MLP_ROWS)])
+        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden_states), self.down_proj.eight_bits))
 
 
 class DecoderLayer(nn.Module):
@@ -97,6 +95,19 @@ class DecoderLayer(nn.Module):
         return attn(hidden_states, angles, attention, kv, plan), residual
 
     def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What this layer adds [n, hidden], and the stream it is added to; both arguments may be overwritten."""
+        if len(heads) <= MLP_ROWS:
+            return self.finish_part(heads, residual)
+        # Row by row nothing but `heads` is read, so what comes out may lie where it was.
+        deltas = heads if heads.shape == residual.shape else torch.empty_like(residual)
+        for rows in chunks(len(heads), MLP_ROWS):
+            before = residual[rows]
+            deltas[rows], after = self.finish_part(heads[rows], before)
+            if after.data_ptr() != before.data_ptr():
+                residual[rows] = after
+        return deltas, residual
+
+    def finish_part(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         delta = self.self_attn.o_proj(heads)
         hidden_states, residual = self.post_attention_layernorm(delta, residual, self.mlp.gate_up_proj.eight_bits)
         return self.mlp(hidden_states), residual

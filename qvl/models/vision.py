@@ -22,9 +22,10 @@ from qvl.specs import VisionSpec
 from qvl.types import Grid
 
 LAYER_NORM_EPS = 1e-6
-MLP_ROWS = 8192  # patches that go through an MLP at a time; a multiple of what becomes one token
+MLP_ROWS = 8192  # patches that go through an MLP at a time
 PART_ROWS = 128  # and such a part is a multiple of this: what a product computes at a time, and whole tokens
 ATTENTION_BYTES = 128 << 20  # what queries, keys and values of all patches may take at a time, of as many heads as fit
+LARGE = 1 << 15  # with more patches both are half of that: attention takes so long that smaller parts go unnoticed
 
 
 class VisionAttention(nn.Module):
@@ -53,7 +54,7 @@ class VisionAttention(nn.Module):
     def some_heads(self, hidden_states: Tensor, norm: LayerNorm, first: int, count: int) -> Tensor:
         """Queries, keys and values of heads [first, first + count): [patches, 3, count, head_dim]."""
         qkv = hidden_states.new_empty(len(hidden_states), 3, count, self.head_dim)
-        for rows in chunks(len(hidden_states)):
+        for rows in chunks(len(hidden_states), mlp_rows(len(hidden_states))):
             normed = norm(hidden_states[rows])
             for i in range(3):
                 start = (i * self.num_heads + first) * self.head_dim
@@ -62,18 +63,29 @@ class VisionAttention(nn.Module):
         return qkv
 
     def heads_at_once(self, hidden_states: Tensor) -> int:
-        """All of them, or the most that divide them evenly and stay below `ATTENTION_BYTES`."""
+        """All of them, or the most that divide them evenly and stay below `attention_bytes`."""
         if self.qkv.weight is None:
             return self.num_heads
         one = 3 * self.head_dim * len(hidden_states) * hidden_states.element_size()
-        fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0 and n * one <= ATTENTION_BYTES]
+        most = attention_bytes(len(hidden_states))
+        fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0 and n * one <= most]
         return max(fitting, default=1)
 
 
-def chunks(rows: int) -> Iterator[slice]:
-    """At most MLP_ROWS at a time, in parts of one size: a few rows alone cost a product as much as many."""
-    unit = min(PART_ROWS, MLP_ROWS)
-    parts = max(1, -(-rows // MLP_ROWS))
+def attention_bytes(patches: int) -> int:
+    """For queries, keys and values, if one head's do not take more."""
+    return ATTENTION_BYTES if patches <= LARGE else ATTENTION_BYTES // 2
+
+
+def mlp_rows(patches: int) -> int:
+    """So many of them go through an MLP at a time."""
+    return MLP_ROWS if patches <= LARGE else MLP_ROWS // 2
+
+
+def chunks(rows: int, most: int) -> Iterator[slice]:
+    """At most `most` at a time, in parts of one size: a few rows alone cost a product as much as many."""
+    unit = min(PART_ROWS, most)
+    parts = max(1, -(-rows // most))
     size = max(1, -(-rows // (parts * unit))) * unit
     return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
@@ -111,7 +123,7 @@ class VisionBlock(nn.Module):
     ) -> None:
         """Adds to hidden_states in place. `normed` comes as this block's norm of it, and leaves as the following's."""
         heads = self.attn(hidden_states, self.norm1, normed, angles, segments)
-        for rows in chunks(len(heads)):
+        for rows in chunks(len(heads), mlp_rows(len(heads))):
             part = hidden_states[rows]
             following(part, self.mlp(self.norm2(part, self.attn.proj(heads[rows]))), out=normed[rows])
 
@@ -175,8 +187,12 @@ class VisionTower(nn.Module):
         with preferred_order(dtype, capability_of(device)):
             for block, norm in zip(self.blocks, norms[1:], strict=True):
                 block(hidden_states, normed, norm, angles, segments)
-        del hidden_states
-        return joined([self.merger(normed[rows]) for rows in chunks(len(normed))])
+        del hidden_states, angles
+        area = spec.merge_size**2
+        tokens = normed.new_empty(len(normed) // area, spec.hidden_size)
+        for rows in chunks(len(normed), mlp_rows(len(normed))):
+            tokens[rows.start // area : rows.stop // area] = self.merger(normed[rows])
+        return tokens
 
 
 def joined(parts: list[Tensor]) -> Tensor:

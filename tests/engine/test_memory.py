@@ -37,12 +37,15 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     assert seven.weight_bytes / GIB == pytest.approx(15.44, abs=0.01)
     assert seven.spec.kv_bytes_per_token(2) == 2 * 28 * 4 * 128 * 2 == 56 * 1024
     tokens, hidden, wide = seven.max_num_batched_tokens, 3584, 18944
-    mlp = tokens * 3 * hidden * 2 + 2304 * 3 * wide * 2
-    assert decoder_bytes(seven) == tokens * (2 * hidden * 2 + 2 * 128 * 4) + mlp
+    attention = (hidden + 36 * 128 + 2 * 28 * 128) * 2
+    behind = tokens * hidden * 2 + 1152 * 3 * (hidden + wide) * 2
+    assert behind < tokens * attention
+    assert decoder_bytes(seven) == tokens * (3 * hidden * 2 + 2 * 128 * 4 + attention)
     assert sampling_bytes(seven) == 2 * tokens * hidden * 2 + 152064 * (256 * 2 + 32 * 40)
     patches = largest_patches(seven)
     assert patches == 65_536  # a picture of 16,384 tokens
-    block = (128 << 20) * 4 // 3 + 8192 * 1280 * 2
+    block = (64 << 20) * 4 // 3 + 4096 * 1280 * 2
+    assert vision_bytes(seven, 1 << 15) < vision_bytes(seven, patches)  # though it goes in larger parts
     assert vision_bytes(seven, patches) == patches * (2 * 1280 * 2 + 2 * 80 * 4) + block
 
 
