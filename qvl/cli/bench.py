@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qvl.bench.measure import Figures, Subject, Workload
     from qvl.engine.config import EngineConfig
 
-PEERS = ("transformers", "unquantised")
+PEERS = ("transformers", "unquantised", "limit")
 MILLI = 1000.0
 
 app = typer.Typer(help="Measure this machine, or a server.")
@@ -48,7 +48,8 @@ def engine(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Measure this beside qvl, in the same process: transformers, or unquantised (qvl in 16 bits)."
+            help="Measure this beside qvl, in the same process: transformers, unquantised (qvl in 16 bits), or limit "
+            "(what a CPU's bandwidth and rate of arithmetic allow in 16 bits)."
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the text prompt.")] = 96,
@@ -124,8 +125,9 @@ def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[
     _tell(f"matrices: {ours.engine.runner.model.linear_reason}")
     subjects: list[Subject] = [ours]
     if against is not None:
-        _tell(f"loading it with {against}")
-        subjects.append(_peer(config) if against == "transformers" else _unquantised(config))
+        _tell(f"preparing {against}")
+        peers = {"transformers": _peer, "unquantised": _unquantised, "limit": _limit}
+        subjects.append(peers[against](config))
     return measure(subjects, workload, usable, _tell)
 
 
@@ -171,6 +173,15 @@ def _peer(config: EngineConfig) -> Subject:
     return TransformersSubject(
         config.spec, dtype=DTYPES[config.dtype], device=where, dummy=config.load_format == "dummy"
     )
+
+
+def _limit(config: EngineConfig) -> Subject:
+    from qvl.bench.cpu_limit import CpuLimit
+    from qvl.engine.device import DTYPES
+
+    if config.device != "cpu" or config.dtype == "float32":
+        raise ConfigError("--against limit is for a CPU with 16-bit weights; `qvl bench kernels` knows a GPU's limits")
+    return CpuLimit(config.spec, DTYPES[config.dtype])
 
 
 def _unquantised(config: EngineConfig) -> Subject:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from qvl.bench import cpu_limit
 from qvl.bench.measure import Figures, Prompt, Workload, measure, ratios
 from qvl.bench.shape import SHAPES, write_shape
 from qvl.cli.app import run
+from qvl.engine.locate import demo_folder
 from qvl.errors import ConfigError
 from qvl.specs import load_spec
 from qvl.tokenizer import Tokenizer
@@ -40,6 +44,37 @@ def test_medians_leave_the_warm_up_out_and_turns_are_fair() -> None:
     assert [p.picture is not None for p in one.asked] == [False, True] * 4
     assert one.asked[1].picture is not None
     assert one.asked[1].picture.shape == (28, 56, 3)
+
+
+def test_the_limit_is_bytes_and_operations_over_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_limit, "MATRIX_BYTES", 1 << 20)
+    spec = load_spec(demo_folder())
+    limit = cpu_limit.CpuLimit(spec, torch.bfloat16)
+    assert limit.bandwidth() > 0
+    assert limit.rate(3) > 0
+    monkeypatch.setattr(limit, "bandwidth", lambda: 1e6)
+    monkeypatch.setattr(limit, "rate", lambda rows: 1e9 * rows)
+    text = spec.text
+    step = 2 * (text.num_layers * text.layer_matrix_parameters + text.vocab_size * text.hidden_size) / 1e6
+    first = spec.prefill_flops(7) / 7e9
+    assert limit.generate(Prompt(tuple(range(7))), 3) == pytest.approx([first, first + step, first + 2 * step])
+    picture = Prompt(tuple(range(7)), np.zeros((224, 280, 3), dtype=np.uint8))
+    tokens = 7 + 2 + 8 * 10
+    expected = (spec.prefill_flops(tokens) + spec.vision_flops(320)) / (1e9 * tokens)
+    assert limit.generate(picture, 1) == pytest.approx([expected])
+
+
+def test_the_limit_stands_beside_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_limit, "MATRIX_BYTES", 1 << 20)
+    flags = ["--prompt-tokens", "8", "--output-tokens", "3", "--picture", "56x56", "--repeats", "1"]
+    assert run(["bench", "engine", "demo", "--device", "cpu", "--dtype", "bfloat16", "--against", "limit", *flags]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(record["seconds"]) == {"qvl", "limit"}
+    assert all(value is None or value > 0 for value in record["seconds"]["limit"].values())
 
 
 def test_without_a_picture_there_is_no_figure_for_it() -> None:
