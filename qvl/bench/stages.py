@@ -68,7 +68,7 @@ class Stages:
         for batch in batches:
             self._decodes(subject, batch, "graph" if self._has_graphs(subject) else "eager")
         if self._has_graphs(subject):
-            engine.runner.prepare_decodes(None)
+            engine.runner.prepare_static(None)
             for batch in batches:
                 self._decodes(subject, batch, "eager")
         for batch in batches:
@@ -77,7 +77,7 @@ class Stages:
 
     def _has_graphs(self, subject: QvlSubject) -> bool:
         decodes = subject.engine.runner.decodes
-        return decodes is not None and decodes.num_recorded > 0
+        return decodes is not None and bool(decodes.replays)
 
     def _say(self, stage: str, seconds: Sequence[float], note: str = "") -> None:
         self.lines.append(Line(stage, statistics.median(seconds) * MILLI, note))

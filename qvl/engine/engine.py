@@ -22,6 +22,7 @@ from qvl.engine.block_manager import BlockManager
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import device_name
 from qvl.engine.grammar import Grammars
+from qvl.engine.graphs import describe
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput, TokenOutput
 from qvl.engine.runner import Flight, ModelRunner
 from qvl.engine.scheduler import Scheduler
@@ -144,7 +145,9 @@ def engine_info(config: EngineConfig, runner: ModelRunner, load_seconds: float) 
     parameters = runner.model.parameters()
     how = f"{runner.model.attention_reason}; products: {runner.model.linear_reason}"
     if runner.decodes is not None:
-        how += f"; decodes: {runner.decodes.describe()}"
+        how += f"; decodes: {describe(runner.decodes)}"
+    if runner.prompts is not None:
+        how += f"; steps of up to {runner.prompts.most} tokens: {describe(runner.prompts)}"
     return EngineInfo(
         model=config.served_name,
         device=device_name(runner.device),

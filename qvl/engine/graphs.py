@@ -1,10 +1,11 @@
-"""Steps of decodes alone over static memory: padded to a few sizes, each recorded once as a CUDA graph and replayed.
+"""Steps over static memory, each size recorded once as a CUDA graph and replayed; first of all those of decodes alone.
 
     numbers int64 [5, capacity]      |  b decodes  | padding to the bucket |  (not computed)  |
       ids, positions, slots, rows, lengths            0, 0, -1, nobody's, 0
 
 One copy from the host fills `numbers`; everything else a decode needs lies on the device (`SequenceRows`). A padded row
-stores no keys and values and attends to nothing. Knows buckets and recordings. Does not know requests.
+stores no keys and values and attends to nothing. Knows buckets and recordings. Does not know requests; steps with
+prompts are those of `qvl.engine.prompt_graphs`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
 logger = logging.getLogger("qvl.engine")
 
-COST = "decodes run eagerly, which costs milliseconds a token while few requests run"
+COST = "steps run eagerly, which costs milliseconds a token while few requests run"
 
 
 class Recorder(Protocol):
@@ -64,6 +66,45 @@ class CudaRecorder:
         return graph.replay
 
 
+class StaticSteps(Protocol):
+    """Steps over static memory: what they are, and of which of them there are recordings."""
+
+    replays: dict[Any, Callable[[], None]]
+
+    def works(self) -> Mapping[Any, Callable[[], None]]:
+        """All that can be recorded, the largest first: the others fit into its memory."""
+
+    def compile(self) -> None:
+        """Launch every kernel of any of them once."""
+
+
+def record_all(recorder: Recorder, kinds: Items[StaticSteps], device: torch.device) -> None:
+    """All sizes of all kinds, or none, said once."""
+    started = time.monotonic()
+    try:
+        if device.type == "cuda":
+            with compiling_together():  # nothing is computed
+                for steps in kinds:
+                    steps.compile()
+        for steps in kinds:
+            steps.replays = {key: recorder.record(work) for key, work in steps.works().items()}
+    except Exception as error:  # noqa: BLE001  # a driver, a compiler, an operation that no graph takes
+        for steps in kinds:
+            steps.replays = {}
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        logger.warning("no CUDA graphs: %s; %s", reason, COST)
+        return
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what was tried on the recorder's stream is of no use elsewhere
+    count = sum(len(steps.replays) for steps in kinds)
+    logger.info("recorded %d CUDA graphs in %.1f s", count, time.monotonic() - started)
+
+
+def describe(steps: StaticSteps) -> str:
+    return f"{len(steps.replays)} CUDA graphs" if steps.replays else "without CUDA graphs"
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """What a step of b decodes left on the device; valid until the next one."""
@@ -79,7 +120,7 @@ def bucket_sizes(most: int) -> list[int]:
 
 
 class DecodeSteps:
-    """Runs steps of up to `capacity` decodes. Without a `recorder` they run eagerly, in the same sizes."""
+    """Runs steps of up to `capacity` decodes. What has no recording runs eagerly, in the same sizes."""
 
     def __init__(
         self,
@@ -91,7 +132,6 @@ class DecodeSteps:
         capacity: int,
         max_model_len: int,
         block_size: int,
-        recorder: Recorder | None,
     ) -> None:
         self.model, self.kv_cache, self.tables, self.sampler = model, kv_cache, tables, sampler
         self.sizes = bucket_sizes(capacity)
@@ -102,48 +142,24 @@ class DecodeSteps:
         self._bounds = torch.arange(capacity + 1, dtype=torch.int32, device=tables.device)
         self._best = torch.zeros(capacity, dtype=torch.int64, device=tables.device)
         self._logits: Tensor | None = None
-        self._replays: dict[int, Callable[[], None]] = {}
-        if recorder is not None:
-            self._record(recorder)
+        self.replays: dict[int, Callable[[], None]] = {}
 
-    @property
-    def num_recorded(self) -> int:
-        return len(self._replays)
+    def works(self) -> dict[int, Callable[[], None]]:
+        """As `StaticSteps`."""
+        return {size: lambda size=size: self._compute(size) for size in reversed(self.sizes)}  # type: ignore[misc]
 
-    def describe(self) -> str:
-        return f"{self.num_recorded} CUDA graphs" if self._replays else "without CUDA graphs"
-
-    def _record(self, recorder: Recorder) -> None:
-        """Every size, the largest first: the others fit into its memory."""
-        started = time.monotonic()
-        try:
-            if self.tables.device.type == "cuda":
-                self._compile()
-            for size in reversed(self.sizes):
-                self._replays[size] = recorder.record(lambda size=size: self._compute(size))  # type: ignore[misc]
-        except Exception as error:  # noqa: BLE001  # a driver, a compiler, an operation that no graph takes
-            self._replays.clear()
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            logger.warning("no CUDA graphs: %s; %s", reason, COST)
-            return
-        finally:
-            if self.tables.device.type == "cuda":
-                torch.cuda.empty_cache()  # what was tried on the recorder's stream is of no use elsewhere
-        logger.info("recorded %d CUDA graphs of decodes in %.1f s", len(self.sizes), time.monotonic() - started)
-
-    def _compile(self) -> None:
-        """Build the kernels of all sizes at the same time; variants go by powers of two. Nothing is computed."""
-        with compiling_together():
-            for size in self.sizes:
-                if size & (size - 1) == 0 or size == self.sizes[-1]:
-                    self._compute(size)
+    def compile(self) -> None:
+        """As `StaticSteps`; variants go by powers of two."""
+        for size in self.sizes:
+            if size & (size - 1) == 0 or size == self.sizes[-1]:
+                self._compute(size)
 
     def run(self, numbers: DecodeNumbers) -> Decoded:
         """One step; the caches, the last tokens and what is returned are ready in the order of the stream."""
         count = len(numbers.rows)
         size = next(size for size in self.sizes if size >= count)
         self._fill(numbers, count)
-        replay = self._replays.get(size)
+        replay = self.replays.get(size)
         if replay is None:
             self._compute(size)
         else:

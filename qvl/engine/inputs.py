@@ -35,16 +35,30 @@ class MediaRows:
 
 
 @dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """One step on the host: n tokens of b sequences, m of which sample; the first `num_decodes` have one token each."""
+
+    token_ids: Numbers  # [n], UNKNOWN where the id of a decode is on the device only
+    positions: Numbers  # [3, n]
+    slots: Numbers  # [n]
+    rows: Numbers  # [b]
+    last_tokens: Numbers  # [m], which of the n tokens have logits that choose a token
+    sampling_rows: Numbers  # [m], rows of those sequences
+    query_lens: list[int]
+    context_lens: list[int]  # these tokens included
+    num_decodes: int
+    media: list[MediaRows]
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One step on the device: n tokens of b sequences, m of which sample."""
+    """The same on the device, where every id is known."""
 
     token_ids: Tensor  # int64 [n]
     positions: Tensor  # int64 [3, n]
     metadata: AttentionMetadata
-    last_tokens: Tensor  # int64 [m], which of the n tokens have logits that choose a token
-    sampling_rows: Tensor  # int64 [m], rows of those sequences
-    places: Numbers  # the same, on the host
-    media: list[MediaRows]
+    last_tokens: Tensor  # int64 [m]
+    sampling_rows: Tensor  # int64 [m]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,43 +86,59 @@ def decode_numbers(
     )
 
 
-def build_inputs(
+def step_numbers(
     entries: Sequence[ScheduledSeq], num_decodes: int, block_size: int, tables: SequenceRows
-) -> StepInputs:
-    """Tensors for `entries`, of which the first `num_decodes` have one token each."""
+) -> StepNumbers:
+    """Of `entries`, whose blocks the tables hold afterwards."""
     query_lens = [entry.num_tokens for entry in entries]
-    context_lens = [entry.end for entry in entries]
     bounds = [0, *itertools.accumulate(query_lens)]
     rows = tables.place(entries)
     samples = [i for i, entry in enumerate(entries) if entry.samples]
     starts = np.array([entry.start for entry in entries], dtype=np.int64)
     index = np.repeat(starts - bounds[:-1], query_lens) + np.arange(bounds[-1])
+    return StepNumbers(
+        token_ids=np.fromiter(itertools.chain.from_iterable(map(token_ids, entries)), np.int64, bounds[-1]),
+        positions=position_axes(entries, num_decodes),
+        slots=slots(np.repeat(rows, query_lens), index, tables, block_size),
+        rows=rows,
+        last_tokens=np.asarray([bounds[i + 1] - 1 for i in samples], dtype=np.int64),
+        sampling_rows=rows[samples],
+        query_lens=query_lens,
+        context_lens=[entry.end for entry in entries],
+        num_decodes=num_decodes,
+        media=media_rows(entries, bounds),
+    )
+
+
+def build_inputs(numbers: StepNumbers, block_size: int, tables: SequenceRows) -> StepInputs:
+    """One copy to the device, and what it alone knows."""
+    num_decodes = numbers.num_decodes
     ids, positions, slot_mapping, last, all_rows, sampling_rows, cu_seqlens, seq_lens = upload(
         [
-            np.fromiter(itertools.chain.from_iterable(map(token_ids, entries)), np.int64, bounds[-1]),
-            position_axes(entries, num_decodes),
-            slots(np.repeat(rows, query_lens), index, tables, block_size),
-            np.asarray([bounds[i + 1] - 1 for i in samples], dtype=np.int64),
-            rows,
-            rows[samples],
-            np.asarray(bounds, np.int32),
-            np.asarray(context_lens, np.int32),
+            numbers.token_ids,
+            numbers.positions,
+            numbers.slots,
+            numbers.last_tokens,
+            numbers.rows,
+            numbers.sampling_rows,
+            np.cumsum([0, *numbers.query_lens], dtype=np.int32),
+            np.asarray(numbers.context_lens, np.int32),
         ],
         tables.device,
     )
-    if any(entry.start >= entry.seq.num_tokens for entry in entries[:num_decodes]):
+    if UNKNOWN in numbers.token_ids[:num_decodes]:
         ids[:num_decodes] = known_ids(ids[:num_decodes], all_rows[:num_decodes], tables)
     metadata = AttentionMetadata(
         cu_seqlens_q=cu_seqlens,
         seq_lens=seq_lens,
         block_table=tables.block_tables.index_select(0, all_rows),
         slot_mapping=slot_mapping,
-        query_lens=query_lens,
-        context_lens=context_lens,
+        query_lens=numbers.query_lens,
+        context_lens=numbers.context_lens,
         block_size=block_size,
         num_decodes=num_decodes,
     )
-    return StepInputs(ids, positions, metadata, last, sampling_rows, rows[samples], media_rows(entries, bounds))
+    return StepInputs(ids, positions, metadata, last, sampling_rows)
 
 
 def known_ids(ids: Tensor, rows: Tensor, tables: SequenceRows) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from qvl.engine.config import DTYPE_BYTES, EngineConfig
 from qvl.engine.probe import StepCost
+from qvl.engine.prompt_graphs import MOST_TOKENS
 from qvl.engine.sampler import ROWS_AT_ONCE
 from qvl.engine.vision import MAX_BATCH_PATCHES
 from qvl.models.qwen2_vl import MLP_ROWS
@@ -97,7 +98,9 @@ def kept_bytes(config: EngineConfig) -> int:
     text, size, rows = config.spec.text, DTYPE_BYTES[config.dtype], config.max_num_seqs
     tables = rows * -(-config.max_model_len // config.block_size) * 4
     counts = rows * text.vocab_size * 2
-    graphs = decoder_bytes(config, rows) + 2 * rows * text.vocab_size * size + tables
+    widest = max(rows, min(MOST_TOKENS, config.max_num_batched_tokens))
+    graphs = decoder_bytes(config, widest) + widest * text.hidden_size * size
+    graphs += 2 * rows * text.vocab_size * size + tables
     return tables + counts + graphs + LIBRARIES
 
 

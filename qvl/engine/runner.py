@@ -22,11 +22,12 @@ from qvl.engine.device import DTYPES, is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.gpu_sampler import make_sampler
 from qvl.engine.grammar import Words
-from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder
-from qvl.engine.inputs import StepInputs, build_inputs, decode_numbers
+from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder, StaticSteps, record_all
+from qvl.engine.inputs import MediaRows, StepNumbers, build_inputs, decode_numbers, step_numbers
 from qvl.engine.masks import Masking, Masks
 from qvl.engine.memory import kv_cache_bytes, usable_bytes
 from qvl.engine.probe import measure_cost, warm_up
+from qvl.engine.prompt_graphs import PromptSteps
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, SamplerRow
 from qvl.engine.start_clock import StartClock
@@ -97,24 +98,39 @@ class ModelRunner:
         )
         self.masks = Masks(vocab_size, ends=ids.eos, never=ids.never_sampled)
         self.decodes: DecodeSteps | None = None
+        self.prompts: PromptSteps | None = None
         if self.device.type == "cuda" and self.model.attention.graph_safe:
             clock.passed("caches")
-            self.prepare_decodes(None if config.enforce_eager else CudaRecorder(self.device))
+            self.prepare_static(None if config.enforce_eager else CudaRecorder(self.device))
             clock.passed("graphs")
 
     @torch.inference_mode()
-    def prepare_decodes(self, recorder: Recorder | None) -> None:
-        """Run steps of decodes alone over static memory from now on."""
+    def prepare_static(self, recorder: Recorder | None) -> None:
+        """Run steps of decodes alone, and of few tokens, over static memory from now on."""
+        config = self.config
         self.decodes = DecodeSteps(
             self.model,
             self.kv_cache,
             self.tables,
             self.sampler,
-            capacity=self.config.max_num_seqs,
-            max_model_len=self.config.max_model_len,
-            block_size=self.config.block_size,
-            recorder=recorder,
+            capacity=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
         )
+        kinds: list[StaticSteps] = [self.decodes]
+        if self.model.attention.tile_tokens:
+            self.prompts = PromptSteps(
+                self.model,
+                self.kv_cache,
+                self.tables,
+                max_num_seqs=config.max_num_seqs,
+                max_num_tokens=config.max_num_batched_tokens,
+                max_model_len=config.max_model_len,
+                block_size=config.block_size,
+            )
+            kinds.insert(0, self.prompts)  # wider than decodes: these fit into its memory
+        if recorder is not None:
+            record_all(recorder, kinds, self.device)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> Flight:
@@ -161,11 +177,10 @@ class ModelRunner:
         if self.decodes is not None and flight.num_decodes == len(entries):
             self._decode(flight, self.decodes)
             return
-        inputs = build_inputs(entries, flight.num_decodes, self.config.block_size, self.tables)
-        hidden_states = self._embed(inputs)
-        hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata, inputs.last_tokens)
+        numbers = step_numbers(entries, flight.num_decodes, self.config.block_size, self.tables)
+        hidden_states, rows = self._forward(numbers)
         if flight.sampling:
-            flight.places, flight.rows = inputs.places, inputs.sampling_rows
+            flight.places, flight.rows = numbers.sampling_rows, rows
             flight.logits = self.model.logits(hidden_states)
             flight.best = self.sampler.best(flight.logits)
             self.tables.remember(flight.rows, flight.best)
@@ -175,10 +190,21 @@ class ModelRunner:
         decoded = decodes.run(decode_numbers(flight.entries, flight.places, self.tables, self.config.block_size))
         flight.rows, flight.logits, flight.best = decoded.rows, decoded.logits, decoded.best
 
-    def _embed(self, inputs: StepInputs) -> Tensor:
+    def _forward(self, numbers: StepNumbers) -> tuple[Tensor, Tensor]:
+        """What the network makes of the last tokens of those that sample, and the rows of these."""
+        if self.prompts is not None:
+            shape = self.prompts.shape_for(numbers)
+            if shape is not None:
+                return self.prompts.run(shape, numbers, self._embed)
+        inputs = build_inputs(numbers, self.config.block_size, self.tables)
+        hidden_states = self._embed(inputs.token_ids, numbers.media)
+        hidden_states = self.model(hidden_states, inputs.positions, self.kv_cache, inputs.metadata, inputs.last_tokens)
+        return hidden_states, inputs.sampling_rows
+
+    def _embed(self, token_ids: Tensor, media: Items[MediaRows]) -> Tensor:
         """Token embeddings [n, hidden], with those of pictures in the rows of their pads."""
-        hidden_states = self.model.embed(inputs.token_ids)
-        for rows in inputs.media:
+        hidden_states = self.model.embed(token_ids)
+        for rows in media:
             embeddings = self.encoder_cache.get(rows.digest)
             hidden_states[rows.row : rows.row + rows.count] = embeddings[rows.start : rows.start + rows.count]
         return hidden_states

@@ -53,6 +53,7 @@ class GatherAttention:
 
     name = "gather+sdpa"
     graph_safe = False  # shapes follow the lengths
+    tile_tokens = 0
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
         """Group the decoding sequences by length and build the masks."""

@@ -15,8 +15,8 @@ from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.kernels.triton_decode import Cut, attend_decodes, cut_decodes, most_items
 from qvl.kernels.triton_ops import rope_and_store
-from qvl.kernels.triton_prefill import attend_prefills, cut_prefills
-from qvl.layers.attention import AttentionMetadata, Heads
+from qvl.kernels.triton_prefill import attend_prefills
+from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Plan:
 
     metadata: AttentionMetadata
     decodes: Cut | None
-    prefills: Tensor | None  # int32 [tiles, triton_prefill.FIELDS]
+    prefills: Tensor | None  # int32 [tiles, TILE_FIELDS]
     chunks: list[PrefillChunk]
 
 
@@ -38,6 +38,7 @@ class TritonAttention:
     def __init__(self, heads: Heads, tiles: Tiles, multiprocessors: int) -> None:
         self.heads = heads
         self.tiles = tiles
+        self.tile_tokens = tiles.rows // heads.group if tiles.tensor_cores else 0
         self.multiprocessors = multiprocessors
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
@@ -45,10 +46,13 @@ class TritonAttention:
         plan = Plan(metadata, None, None, [])
         if metadata.num_decodes:
             plan.decodes = self.cut(metadata.seq_lens, metadata.num_decodes)
-        if len(metadata.query_lens) == metadata.num_decodes:
+        if metadata.prompt_tiles is not None:
+            plan.prefills = metadata.prompt_tiles
+        elif len(metadata.query_lens) == metadata.num_decodes:
             return plan
-        if self.tiles.tensor_cores:
-            work = torch.from_numpy(cut_prefills(metadata, self.tiles.rows // self.heads.group))
+        elif self.tile_tokens:
+            lengths = metadata.query_lens, metadata.context_lens
+            work = torch.from_numpy(cut_prompts(*lengths, metadata.num_decodes, self.tile_tokens))
             device = metadata.block_table.device
             plan.prefills = work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work
         else:

@@ -5,33 +5,15 @@ Knows the block layout, and the running softmax that decoding shares. Does not k
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels.gpu import Tiles, launch
-from qvl.layers.attention import AttentionMetadata, Heads
+from qvl.layers.attention import TILE_FIELDS as FIELDS
+from qvl.layers.attention import Heads
 
-FIELDS = 4  # int32 of a tile: sequence, first row of q, query tokens, context before them
 LOG2E = 1.4426950408889634
-
-
-def cut_prefills(metadata: AttentionMetadata, tokens: int) -> npt.NDArray[np.int32]:
-    """Tiles of at most `tokens` query tokens of a sequence; those of many keys first: none of them shall run last."""
-    found = []
-    row = metadata.num_decodes
-    for seq in range(metadata.num_decodes, len(metadata.query_lens)):
-        count = metadata.query_lens[seq]
-        at = np.arange(0, count, tokens, dtype=np.int32)
-        tiles = np.empty((len(at), FIELDS), dtype=np.int32)
-        tiles[:, 0], tiles[:, 1], tiles[:, 2] = seq, row + at, np.minimum(tokens, count - at)
-        tiles[:, 3] = metadata.context_lens[seq] - count + at
-        found.append(tiles)
-        row += count
-    together = np.concatenate(found)
-    return np.ascontiguousarray(together[np.argsort(-together[:, 2:].sum(1), kind="stable")])
 
 
 def attend_prefills(
@@ -106,7 +88,7 @@ def _prefill(
     k_ptr,  # [blocks, PAGE, KH, D]
     v_ptr,
     table_ptr,  # int32 [b, table_stride]
-    tiles_ptr,  # int32 [tiles, FIELDS]
+    tiles_ptr,  # int32 [tiles, FIELDS]; of no tokens: there is no such tile
     out_ptr,  # [n, KH * GROUP, D]
     table_stride,
     scale,
@@ -125,6 +107,8 @@ def _prefill(
     first_row = tl.load(tile + 1)
     tokens = tl.load(tile + 2)
     context = tl.load(tile + 3)
+    if tokens == 0:
+        return
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from qvl.specs import TextSpec
 
 KVCache = list[tuple[Tensor, Tensor]]
+TILE_FIELDS = 4  # int32 of a tile of a prompt: sequence, its first token in the step, tokens, context before them
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class AttentionMetadata:
     context_lens: list[int]
     block_size: int
     num_decodes: int
+    prompt_tiles: Tensor | None = None  # int32 [t, TILE_FIELDS] for all that is no decode, in a step that is recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class PagedAttention(Protocol):
 
     name: str
     graph_safe: bool  # a step of decodes may be recorded once and replayed with other lengths
+    tile_tokens: int  # tokens of a prompt that are attended together; 0: a step with prompts cannot be recorded
 
     def plan(self, metadata: AttentionMetadata) -> Any:
         """Whatever `run` needs that is the same in every layer."""
@@ -68,19 +74,38 @@ class PagedAttention(Protocol):
         """
 
 
+def cut_prompts(
+    query_lens: Sequence[int], context_lens: Sequence[int], num_decodes: int, tokens: int
+) -> npt.NDArray[np.int32]:
+    """Tiles of at most `tokens` tokens of a sequence, of all but the decodes; those of many keys first: none of them
+    shall run last."""
+    found = [np.empty((0, TILE_FIELDS), dtype=np.int32)]
+    row = num_decodes
+    for seq in range(num_decodes, len(query_lens)):
+        count = query_lens[seq]
+        at = np.arange(0, count, tokens, dtype=np.int32)
+        tiles = np.empty((len(at), TILE_FIELDS), dtype=np.int32)
+        tiles[:, 0], tiles[:, 1], tiles[:, 2] = seq, row + at, np.minimum(tokens, count - at)
+        tiles[:, 3] = context_lens[seq] - count + at
+        found.append(tiles)
+        row += count
+    together = np.concatenate(found)
+    return np.ascontiguousarray(together[np.argsort(-together[:, 2:].sum(1), kind="stable")])
+
+
 def make_kv_cache(
     spec: TextSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
 ) -> KVCache:
     """One (k, v) pair per layer, each [num_blocks, block_size, num_kv_heads, head_dim], zeroed."""
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    zeros = _zeros_on_demand if torch.device(device).type == "cpu" else torch.zeros
-    return [
-        (zeros(shape, dtype=dtype, device=device), zeros(shape, dtype=dtype, device=device))
-        for _ in range(spec.num_layers)
-    ]
+    if torch.device(device).type == "cpu":
+        return [(_zeros_on_demand(shape, dtype), _zeros_on_demand(shape, dtype)) for _ in range(spec.num_layers)]
+    # One piece: torch would round every single tensor up to 2 MiB, beside what was counted for the cache.
+    together = torch.zeros((spec.num_layers, 2, *shape), dtype=dtype, device=device)
+    return [(pair[0], pair[1]) for pair in together]
 
 
-def _zeros_on_demand(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def _zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As `torch.zeros` on a CPU, from pages that the kernel fills when they are first used: gigabytes cost no start-up
     time, and blocks that are never used no memory."""
     num_bytes = math.prod(shape) * dtype.itemsize

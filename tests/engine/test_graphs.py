@@ -1,4 +1,4 @@
-"""Decodes over static memory, recorded and replayed: real rows as if computed alone, padded ones without a trace.
+"""Steps over static memory, recorded and replayed: real rows as if computed alone, padded ones without a trace.
 
 What a GPU does with CUDA graphs is done here by tracing the same work into a list of tensor operations: whatever Python
 decided while it was recorded is frozen, and only what lies in static memory can differ in a replay.
@@ -54,12 +54,14 @@ class Tracer:
 
 
 class StaticAttention(GatherAttention):
-    """Decodes by tensor operations whose shapes do not follow the lengths; the rest as everywhere."""
+    """What may be recorded by tensor operations whose shapes do not follow the lengths; the rest as everywhere."""
 
     graph_safe = True
+    tile_tokens = 3
 
     def plan(self, metadata: AttentionMetadata) -> Any:
-        return metadata if metadata.num_decodes == len(metadata.query_lens) else super().plan(metadata)
+        static = metadata.prompt_tiles is not None or metadata.num_decodes == len(metadata.query_lens)
+        return metadata if static else super().plan(metadata)
 
     def run(self, qkv: torch.Tensor, angles: Any, kv: Any, plan: Any) -> torch.Tensor:
         if not isinstance(plan, AttentionMetadata):
@@ -68,17 +70,38 @@ class StaticAttention(GatherAttention):
         heads = qkv.unflatten(1, (-1, dim))
         q, k = rotate(heads[:, : -2 * kv_heads], *angles), rotate(heads[:, -2 * kv_heads : -kv_heads], *angles)
         for cache, new in zip(kv, (k, heads[:, -kv_heads:]), strict=True):
-            flat = cache.view(-1, kv_heads, dim)
-            for slot, row in zip(plan.slot_mapping.split(1), new.split(1), strict=True):
-                where = slot.clamp(min=0)
-                flat.index_copy_(0, where, torch.where(slot[:, None, None] >= 0, row, flat.index_select(0, where)))
-        return attend(q, kv, plan, size)
+            write_rows(cache.view(-1, kv_heads, dim), plan.slot_mapping, new)
+        out = torch.full((len(q), q.shape[1] * dim), torch.nan)  # as memory may hold it
+        count = plan.num_decodes
+        if count:
+            out[:count] = attend(q[:count], kv, plan.block_table, plan.seq_lens, size)
+        if plan.prompt_tiles is not None:
+            self.attend_tiles(q, kv, plan.block_table, plan.prompt_tiles, out, size)
+        return out
+
+    def attend_tiles(
+        self, q: torch.Tensor, kv: Any, table: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor, size: int
+    ) -> None:
+        """The tokens of all tiles, each with its own context; those that no tile has write nowhere."""
+        at = torch.arange(self.tile_tokens)
+        seq, first, count, before = (field[:, None] for field in tiles.long().unbind(1))
+        live = (at < count).flatten()
+        rows = torch.where(live, (first + at).flatten(), -1)
+        lengths = torch.where(live, (before + at + 1).flatten(), 0)
+        found = attend(q[rows.clamp(min=0)], kv, table[(seq + 0 * at).flatten()], lengths, size)
+        write_rows(out, rows, found)
 
 
-def attend(q: torch.Tensor, kv: Any, plan: AttentionMetadata, size: int) -> torch.Tensor:
+def write_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Each to its row; those of -1 nowhere."""
+    wider = torch.cat((out, out[:1])).index_copy_(0, torch.where(rows < 0, len(out), rows), values)
+    out.copy_(wider[:-1])
+
+
+def attend(q: torch.Tensor, kv: Any, table: torch.Tensor, lengths: torch.Tensor, size: int) -> torch.Tensor:
     """Every row of q against all its block table could hold, less what lies beyond its length."""
-    places = (plan.block_table.long()[:, :, None] * size + torch.arange(size)).flatten(1)  # [b, most]
-    live = (torch.arange(places.shape[1]) < plan.seq_lens[:, None])[:, None]  # [b, 1, most]
+    places = (table.long()[:, :, None] * size + torch.arange(size)).flatten(1)  # [b, most]
+    live = (torch.arange(places.shape[1]) < lengths[:, None])[:, None]  # [b, 1, most]
     k, v = (cache.flatten(0, 1)[places].transpose(1, 2) for cache in kv)  # [b, kv_heads, most, dim]
     v = torch.where(live[..., None], v, 0.0)
     grouped = q.unflatten(1, (k.shape[1], -1))  # [b, kv_heads, group, dim]
@@ -94,9 +117,9 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine_over(folder: Path, recorder: Recorder | None, **options: Any) -> Engine:
-    engine = make_engine(folder, max_model_len=128, num_blocks=64, **options)
+    engine = make_engine(folder, **{"max_model_len": 128, "num_blocks": 64, "max_num_batched_tokens": 80, **options})
     engine.runner.model.attention = StaticAttention()
-    engine.runner.prepare_decodes(recorder)
+    engine.runner.prepare_static(recorder)
     return engine
 
 
@@ -116,7 +139,9 @@ def test_replays_give_the_answers_of_plain_steps(checkpoint: Path, asks: list[As
     want = run(make_engine(checkpoint, max_model_len=128), asks)
     tracer = Tracer()
     engine = engine_over(checkpoint, tracer, max_num_seqs=5, async_scheduling=True)
-    assert (tracer.recorded, steps_of(engine).num_recorded) == (4, 4)  # 1, 2, 4, 5
+    assert list(steps_of(engine).replays) == [5, 4, 2, 1]
+    assert engine.runner.prompts is not None
+    assert tracer.recorded == 4 + len(engine.runner.prompts.shapes) == 4 + 4
     got = run(engine, asks, stagger=2)
     assert [outcome.token_ids for outcome in got] == [outcome.token_ids for outcome in want]
     assert [[entry.token_id for entry in one.logprobs] for one in got] == [
@@ -190,9 +215,9 @@ def test_what_cannot_be_recorded_runs_eagerly_after_one_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING, "qvl.engine"):
         engine = engine_over(checkpoint, Tracer(most=2), max_num_seqs=5)
-    assert steps_of(engine).num_recorded == 0
+    assert not steps_of(engine).replays
     [line] = [record.getMessage() for record in caplog.records]
-    assert "RuntimeError: out of memory for one more graph; decodes run eagerly" in line
+    assert "RuntimeError: out of memory for one more graph; steps run eagerly" in line
     assert "milliseconds a token" in line
     want = run(make_engine(checkpoint, max_model_len=128), asks)
     assert [one.token_ids for one in run(engine, asks)] == [one.token_ids for one in want]

@@ -11,7 +11,7 @@ import torch
 
 from qvl.engine.batch import ScheduledBatch, ScheduledSeq
 from qvl.engine.device import is_out_of_memory, read_facts
-from qvl.engine.inputs import build_inputs, decode_numbers
+from qvl.engine.inputs import build_inputs, decode_numbers, step_numbers
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.engine.rows import SequenceRows
 from qvl.engine.runner import Flight, healthy_part, result_of
@@ -72,7 +72,8 @@ def test_tensors_of_a_mixed_step(checkpoint: Path) -> None:
 
 def check_inputs(entries: list[ScheduledSeq], truth: list[list[int]], num_decodes: int, tables: SequenceRows) -> None:
     """`truth` holds the tokens of every entry's sequence."""
-    inputs = build_inputs(entries, num_decodes, BLOCK, tables)
+    numbers = step_numbers(entries, num_decodes, BLOCK, tables)
+    inputs = build_inputs(numbers, BLOCK, tables)
     metadata = inputs.metadata
     ids, positions, slots, last, pictures = [], [], [], [], {}
     for entry, known in zip(entries, truth, strict=True):
@@ -91,8 +92,8 @@ def check_inputs(entries: list[ScheduledSeq], truth: list[list[int]], num_decode
     assert metadata.slot_mapping.tolist() == slots
     assert inputs.last_tokens.tolist() == last
     sampling = [row for row, entry in zip(tables.place(entries).tolist(), entries, strict=True) if entry.samples]
-    assert inputs.sampling_rows.tolist() == inputs.places.tolist() == sampling
-    found = {rows.row + i: (rows.digest, rows.start + i) for rows in inputs.media for i in range(rows.count)}
+    assert inputs.sampling_rows.tolist() == numbers.sampling_rows.tolist() == sampling
+    found = {rows.row + i: (rows.digest, rows.start + i) for rows in numbers.media for i in range(rows.count)}
     assert found == pictures
     assert metadata.query_lens == [entry.num_tokens for entry in entries]
     assert metadata.cu_seqlens_q.tolist() == np.cumsum([0, *metadata.query_lens]).tolist()
