@@ -32,9 +32,6 @@ class Rounded:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __getitem__(self, rows: slice) -> Rounded:
-        return Rounded(self.codes[rows], self.scales[rows], self.dtype)
-
     @classmethod
     def empty_like(cls, x: Tensor) -> Rounded:
         scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)

@@ -60,8 +60,6 @@ def test_every_row_has_its_scale() -> None:
     rounded = round_rows(x)
     assert rounded.codes.float().abs().amax(-1).tolist() == [448, 448, 0, 448]
     assert ((rounded.codes.float() * rounded.scales - x).abs() <= x.abs() / 16 + rounded.scales / 1024).all()
-    assert len(rounded[1:3]) == 2
-    assert torch.equal(rounded[1:3].scales, rounded.scales[1:3])
 
 
 @pytest.mark.usefixtures("multiplies")
