@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #define SMALL 16384 /* below so many numbers a second thread costs more than it saves */
+#define FEW 4096    /* the same for numbers of queries, each against SPLIT tokens */
 #define RUN 16      /* tokens whose keys or values are widened at once */
 #define SPLIT 256   /* tokens of context that one thread attends to at a time */
 #define MAX_DIM 512
@@ -181,7 +182,7 @@ void qvl_decode_attention(const float *q, const void *keys, const void *values, 
                           const int32_t *lengths, float *out, float *scratch, long sequences, long heads, long kv_heads,
                           long dim, long block_size, long splits, float scale, int type, int threads) {
     long group = heads / kv_heads, part = group * (dim + 2);
-#pragma omp parallel for collapse(3) schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for collapse(3) schedule(dynamic, 1) num_threads(threads) if (sequences * splits * heads * dim > FEW)
     for (long s = 0; s < sequences; s++)
         for (long h = 0; h < kv_heads; h++)
             for (long c = 0; c < splits; c++) {

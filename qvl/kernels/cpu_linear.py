@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels.native import NativeUnavailable, load_native
+from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -105,12 +105,13 @@ def native_product(dtype: torch.dtype) -> Product:
         assert x.dtype == torch.float32, x.dtype
         assert weight.is_contiguous(), weight.stride()
         out = torch.empty(m, n)
+        threads = threads_for(m, n, k, torch.get_num_threads())
         scratch = torch.empty((min(m, SLICE) + BLOCK) * (k + GROUP))
         for start in range(0, m, SLICE):
             function(
                 x.data_ptr() + 4 * start * x.stride(0), x.stride(0), weight.data_ptr(),
                 None if bias is None else bias.data_ptr(), out.data_ptr() + 4 * start * n, scratch.data_ptr(),
-                min(m - start, SLICE), n, k, split, torch.get_num_threads(),
+                min(m - start, SLICE), n, k, split, threads,
             )  # fmt: skip
         return out
 

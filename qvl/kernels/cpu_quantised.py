@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvl.kernels.native import NativeUnavailable, load_native
+from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 
 SOURCE = Path(__file__).with_name("cpu_quantised.c")
 FLAGS = ("-ffp-contract=off",)  # a sum is rounded alike whatever loop the compiler puts it into
@@ -147,10 +147,11 @@ def compiled_product(library: Any, matrix: QuantisedMatrix, x: Tensor, bias: Ten
     out = torch.empty(count, matrix.rows)
     scratch = torch.empty(library.qvl_quantised_scratch(count, matrix.padded_width), dtype=torch.uint8)
     scales = matrix.scales.data_ptr()
+    threads = threads_for(count, matrix.rows, matrix.width, torch.get_num_threads())
     library.qvl_quantised_linear(
         matrix.bits, x.data_ptr(), x.stride(0), matrix.codes.data_ptr(), scales if matrix.bits == 4 else None,
         scales if matrix.bits == 8 else None, None if bias is None else bias.data_ptr(), out.data_ptr(),
-        scratch.data_ptr(), count, matrix.rows, matrix.width, matrix.padded_width, torch.get_num_threads(),
+        scratch.data_ptr(), count, matrix.rows, matrix.width, matrix.padded_width, threads,
     )  # fmt: skip
     return out
 

@@ -20,6 +20,8 @@ SWITCH = "QVL_NATIVE_KERNELS"  # "0" turns compiled kernels off, to compare or t
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 COMPILE_SECONDS = 120
+SMALL = 4 << 20  # of work: some 100 microseconds on one core, where waking another takes some 50
+READING = 6  # rows for which a product computes as long as it takes to read its weights
 
 
 class NativeUnavailable(Exception):
@@ -51,6 +53,11 @@ def _load(library: Path, source: Path, compiler: list[str], flags: tuple[str, ..
     if not library.exists():
         build(source, compiler, library, flags)
     return ctypes.CDLL(str(library))
+
+
+def threads_for(rows: int, out: int, width: int, usable: int) -> int:
+    """How many of the `usable` threads a product [rows, width] x [width, out] is worth: they sleep until it begins."""
+    return usable if out * width * (rows + READING) >= SMALL else 1
 
 
 def find_compiler() -> list[str]:
