@@ -23,7 +23,7 @@ FIELDS = 4
 ITEMS_EACH = 16  # that one program of the cut writes
 COMMON_BATCH = 256  # steps of up to so many decodes are cut by one compilation
 PER_MULTIPROCESSOR = 4  # programs that fit there at a time
-LEAST = 128  # keys of an item: with fewer, joining costs more than reading
+LEAST = 64  # keys of an item: with fewer, joining costs more than reading
 SPAN = 32  # parts that are joined at a time
 
 

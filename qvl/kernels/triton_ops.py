@@ -15,7 +15,8 @@ from qvl.kernels.fp8 import Rounded
 from qvl.kernels.gpu import launch
 
 BLOCK = 1024
-HEADS_EACH = 4  # heads that one program of `rope_and_store` turns
+MANY = 128  # tokens from which on there are programs enough to make each larger
+TURN_FEW, TURN_MANY = 4, 16  # heads that one program of `rope_and_store` turns
 
 
 def add_rms_norm(
@@ -117,9 +118,10 @@ def rope_and_store(
     rows, heads = qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads
     q = qkv.new_empty(rows, heads, dim)
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    each = TURN_FEW if rows < MANY else TURN_MANY
     launch(
-        _rope_and_store, (rows, triton.cdiv(heads + 2 * kv_heads, HEADS_EACH)),
-        qkv, cos, sin, slots, q, *kv, H=heads, KH=kv_heads, D=dim, HEADS=HEADS_EACH, EARLY=early, num_warps=1,
+        _rope_and_store, (rows, triton.cdiv(heads + 2 * kv_heads, each)),
+        qkv, cos, sin, slots, q, *kv, H=heads, KH=kv_heads, D=dim, HEADS=each, EARLY=early, num_warps=1,
     )  # fmt: skip
     return q
 
