@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def test_the_bundled_checkpoint_names_shapes(demo: LLM, samples: Path) -> None:
-    assert describe(samples / "shapes.png", model=demo) == describe(samples / "shapes.png", length="short", model=demo)
-    assert "triangle and a blue square" in describe(samples / "shapes.png", model=demo)
+    for length in ("medium", "short"):
+        assert describe(samples / "shapes.png", length=length, model=demo).startswith("A red circle, a g")
 
 
 @pytest.mark.parametrize(
