@@ -78,7 +78,9 @@ def engine(
         raise ConfigError("--against unquantised compares with --quantization int8 or int4: name one")
     from qvl.bench.measure import Workload
 
-    workload = Workload(prompt_tokens, output_tokens, _size(picture), repeats, streams=streams)
+    size = bench_beside.picture_size(picture)
+    height_first = None if size is None else (size[1], size[0])
+    workload = Workload(prompt_tokens, output_tokens, height_first, repeats, streams=streams)
     given = {"model": model, "device": device, "dtype": dtype, "load_format": load_format, "quantization": quantization}
     given["attention_backend"] = attention_backend
     if stages:
@@ -88,16 +90,6 @@ def engine(
     figures = _run(config, workload, against)
     _print_table(figures)
     print(json.dumps(_record(config, workload, figures)))
-
-
-def _size(text: str) -> tuple[int, int] | None:
-    """ "640x480" (width x height) -> (480, 640); "none" -> None."""
-    if text == "none":
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise ConfigError(f"--picture takes a size such as 448x448 (width x height) or none, not '{text}'")
-    return int(match[2]), int(match[1])
 
 
 def _config(given: dict[str, Any], workload: Workload, threads: int | None) -> EngineConfig:

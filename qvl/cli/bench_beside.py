@@ -50,7 +50,7 @@ def beside(
     from qvl.bench.load import run
     from qvl.bench.load.beside import Comparison, compare, read_target
 
-    comparison = Comparison(input_tokens, output_tokens, _size(picture), streams, rounds)
+    comparison = Comparison(input_tokens, output_tokens, picture_size(picture), streams, rounds)
     named = dict(read_target(server) for server in servers)
     if len(named) < max(2, len(servers)):
         raise ConfigError("name at least two servers, each by a name of its own")
@@ -104,7 +104,7 @@ def _record(urls: dict[str, str], comparison: Comparison, seed: int, measured: d
     }
 
 
-def _size(text: str) -> tuple[int, int] | None:
+def picture_size(text: str) -> tuple[int, int] | None:
     """ "640x480" -> (width, height); "none" -> None."""
     if text == "none":
         return None

@@ -5,10 +5,6 @@ The interpreter has to be chosen before Triton is imported, which other tests of
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,37 +19,18 @@ from qvl.kernels.fp8 import FP8, Rounded, round_rows
 from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import GatherAttention
 from qvl.layers.attention import AttentionMetadata, Heads
+from tests.kernels.interpreted import DEVICE, INTERPRETED, ON_GPU, here, run_in_the_interpreter
 from tests.models import oracle
 from tests.models.pages import Pages
 
-ON_GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 pytestmark = pytest.mark.gpu if ON_GPU else []
-here = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="run by test_in_the_interpreter")
-
-
-def why_no_interpreter() -> str | None:
-    try:
-        version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-    except importlib.metadata.PackageNotFoundError:
-        return "Triton is not installed"
-    numpy = tuple(int(part) for part in importlib.metadata.version("numpy").split(".")[:2])
-    return "the interpreter of this Triton needs numpy < 2.4" if version < (3, 7) and numpy >= (2, 4) else None
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests of this file run here")
 def test_in_the_interpreter() -> None:
-    problem = why_no_interpreter()
-    if problem is not None:
-        pytest.skip(problem)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)
