@@ -199,6 +199,17 @@ def test_the_scorer_sees_what_transformers_sees() -> None:
         assert float((pixels - expected["pixel_values"]).abs().max()) < 1e-4
 
 
+def test_a_film_asks_for_the_words_that_it_shows(fonts: Path) -> None:
+    from tools.demo_model.held_out import film
+
+    rng, book, lengths = random.Random(1), FontBook(fonts, "held_out"), set()
+    for _ in range(60):
+        frames, shown = film(rng, book)
+        assert len({id(frame) for frame in frames}) == len(shown)
+        lengths.add((len(frames), len(shown)))
+    assert {(10, 3), (10, 4)} <= lengths  # both with and without a word that was cut off
+
+
 def test_the_bundled_checkpoint_keeps_its_promises() -> None:
     folder = ROOT / "qvl" / "demo"
     config = json.loads((folder / "config.json").read_text())

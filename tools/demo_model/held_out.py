@@ -6,6 +6,7 @@ multiple of five. Here everything is on cards, notes with a ruled margin or step
 """
 
 import io
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -114,22 +115,21 @@ def shapes_card(rng: random.Random) -> Drawn:
 
 
 def film(rng: random.Random, book: FontBook) -> tuple[list[Image.Image], list[str]]:
-    """Two to four words, two to four seconds of frames at two a second each."""
+    """Two to four words, two or four frames each, cut after ten frames; and the words that are then to be seen."""
     ink, paper = rng.choice([((25, 25, 25), (255, 255, 255)), *HELD_OUT_COLORS])
     font = font_of_height(book.pick(rng), rng.choice(HEIGHTS))
     width, height = rng.choice([(320, 240), (360, 200), (300, 260)])
-    frames: list[Image.Image] = []
-    shown: list[str] = []
+    frames: list[tuple[Image.Image, str]] = []
     for _ in range(rng.randint(2, 4)):
         text = clip(words.short(rng, 9), font, width - 30)
-        if shown and text == shown[-1]:
+        if frames and text == frames[-1][1]:
             continue
         page = Page(Image.new("RGB", (width, height), paper), ink)
         page.draw.line((0, height - 30, width, height - 30), fill=ink, width=2)
         page.text((width - length(font, text)) / 2, height / 2, text, font)
-        frames += [page.image] * rng.choice([2, 4])
-        shown.append(text)
-    return frames[:10], shown[: -(-len(frames[:10]) // 2)]
+        frames += [(page.image, text)] * rng.choice([2, 4])
+    frames = frames[:10]  # a long last word goes with its frames
+    return [image for image, _ in frames], [text for text, _ in itertools.groupby(text for _, text in frames)]
 
 
 def markdown(cells: list[list[str]]) -> str:
