@@ -8,12 +8,12 @@ Knows neither files nor sockets nor the command line.
 from __future__ import annotations
 
 import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from qvl.errors import BadAnswer
 from qvl.types import Completion, Delta, Message, Part, PictureRule, SamplingParams, TextPart
 
 T = TypeVar("T")
@@ -132,30 +132,13 @@ def asked(prompt: str, parts: Sequence[Part], *, system: str | None = None) -> t
     return (*opening, Message("user", (*media, TextPart("\n\n".join([prompt, *given])))))
 
 
+def said(answer: str) -> str:
+    """The answer without blanks around it. Raises `BadAnswer` for an empty one."""
+    if not answer.strip():
+        raise BadAnswer("the model gave an empty answer")
+    return answer.strip()
+
+
 def cut_notes(completion: Completion) -> tuple[str, ...]:
     """The note that an answer is not whole, where it is not."""
     return (CUT,) if completion.answers[0].finish_reason == "length" else ()
-
-
-_OPENING = re.compile(r"\s*(?:```|~~~)[^\n]*")
-
-
-def certain(answer: str) -> str:
-    """What stays of an answer that is still coming: no blank or fence at its end, nor a fence that it begins with."""
-    return "" if _OPENING.fullmatch(answer) else answer.rstrip().rstrip("`~").rstrip()
-
-
-_FENCED = re.compile(r"\A\s*(`{3,}|~{3,})[^\n]*\n(.*?)(?:\n?[ \t]*\1[`~]*\s*)?\Z", re.S)
-_INNER = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)\n?^[ \t]*\1[`~]*[ \t]*$", re.S | re.M)
-
-
-def unfenced(answer: str) -> str:
-    """The answer without a code fence that stands around all of it; an end that was cut off is not missed."""
-    match = _FENCED.match(answer)
-    return match[2] if match and not re.search(rf"^[ \t]*{match[1]}", match[2], re.M) else answer
-
-
-def fenced(answer: str) -> str:
-    """What stands in the first code fence of an answer that also talks, else all of it."""
-    match = _INNER.search(answer)
-    return match[2] if match else unfenced(answer)

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from qvl.errors import BadAnswer
-from qvl.tasks.base import Ask, Model, Result, Task, asked, certain, cut_notes
+from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes, said
 from qvl.tasks.differences import SAME, Difference, difference
 from qvl.tasks.fields import Extract
 from qvl.tasks.inputs import Reading, one_part
 from qvl.tasks.pictures import pixels_of
 from qvl.tasks.run import asking, default_model, resolution_for
 from qvl.tasks.schema import Schema
+from qvl.tasks.wrappings import certain
 from qvl.types import MediaPart, Part
 
 Language = Literal["en", "zh"]
@@ -105,9 +105,7 @@ class Compare(Task[Comparison]):
         return self.result(value, (*cut_notes(completion), pixels.told()))
 
     def read(self, answer: str) -> Comparison:
-        if not answer.strip():
-            raise BadAnswer("the model gave an empty answer")
-        return Comparison(answer.strip())
+        return Comparison(said(answer))
 
     def text(self, value: Comparison) -> str:
         if not value.differences:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, certain, cut_notes
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes, said
 from qvl.tasks.language import language
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import certain
 from qvl.types import MediaKind, MediaPart, Part
 
 Length = Literal["short", "medium", "long"]
@@ -62,10 +63,10 @@ class Describe(Task[str]):
         return asked_for if wanted.code == "en" else f"{asked_for} Answer in {wanted.name}."
 
     def read(self, answer: str) -> str:
-        return answer.strip()
+        return said(answer)
 
     def growing(self, answer: str) -> str:
-        return self.read(certain(answer))
+        return certain(answer).lstrip()
 
 
 def describe(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qvl.errors import BadAnswer, InvalidRequest
-from qvl.tasks.base import Ask, cut_notes, fenced
+from qvl.tasks.base import Ask, cut_notes
 from qvl.tasks.schema import Schema, read_json
+from qvl.tasks.wrappings import fenced
 from qvl.types import Completion, Message, SamplingParams, TextPart
 
 Language = Literal["en", "zh"]

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 from PIL import Image, ImageDraw
 
 from qvl.errors import BadAnswer
-from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes, fenced
+from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes
 from qvl.tasks.browser import render
 from qvl.tasks.fonts import font_for
 from qvl.tasks.page import Page, self_contained
 from qvl.tasks.pictures import pixels_of
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import fenced
 from qvl.types import MediaPart, Part
 
 PROMPT = (

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, certain, cut_notes
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes, said
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import certain
 from qvl.types import Part, TextPart
 
 Language = Literal["en", "zh"]
@@ -60,7 +61,7 @@ class Solve(Task[Solution]):
         return PROMPTS[self.lang]
 
     def read(self, answer: str) -> Solution:
-        return Solution(answer.strip(), final_answer(answer))
+        return Solution(said(answer), final_answer(answer))
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Solution]:
         is_text = all(isinstance(part, TextPart) for part in parts)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes, fenced
+from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes
 from qvl.tasks.markdown_table import Table
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import fenced
 from qvl.types import Part
 
 Format = Literal["markdown", "csv", "html", "json"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qvl.tasks.base import Model, Task, certain, unfenced
+from qvl.tasks.base import Model, Task
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import bare, grown
 
 Language = Literal["en", "zh"]
 
@@ -30,10 +31,10 @@ class Ocr(Task[str]):
         return PROMPTS[self.lang]
 
     def read(self, answer: str) -> str:
-        return "\n".join(line.rstrip() for line in unfenced(answer).strip("\n").splitlines())
+        return "\n".join(line.rstrip() for line in bare(answer).strip("\n").splitlines())
 
     def growing(self, answer: str) -> str:
-        return self.read(certain(answer))
+        return self.read(grown(answer))
 
 
 def ocr(source: Any, *, lang: Language = "en", model: Model | None = None, page: int | None = None) -> str:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qvl.errors import InvalidRequest
-from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, certain, cut_notes, unfenced
+from qvl.tasks.base import Ask, Kind, Model, Result, Task, asked, cut_notes, said
 from qvl.tasks.language import language
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import bare, certain, grown
 from qvl.types import Part, TextPart
 
+LABELS = ("translation", "translated text", "译文", "翻译")  # that some models put before one
+_FENCES = ("```", "~~~")  # around an answer they are the model's own, but for a text that had one itself
 PART_CHARS = 3000  # of a text in one question: its translation fits into an answer of the usual length
 
 
@@ -45,10 +48,10 @@ class Translate(Task[str]):
         )
 
     def read(self, answer: str) -> str:
-        return unfenced(answer).strip()
+        return said(bare(answer, *LABELS))
 
     def growing(self, answer: str) -> str:
-        return self.read(certain(answer))
+        return grown(answer, *LABELS).strip()
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[str]:
         if not all(isinstance(part, TextPart) for part in parts):
@@ -61,16 +64,13 @@ class Translate(Task[str]):
         for text, gap in split(whole):
             growing = functools.partial(self._grown, "".join(translated), text)
             completion = ask(asked(self.text_prompt, [TextPart(text)]), self.sampling, growing)
-            translated += [self._kept_fence(text, completion.text), gap]
+            has_fence = text.lstrip().startswith(_FENCES)
+            translated += [said(completion.text) if has_fence else self.read(completion.text), gap]
             notes += [note for note in cut_notes(completion) if note not in notes]
         return self.result("".join(translated), tuple(notes))
 
     def _grown(self, before: str, text: str, answer: str) -> str:
-        return before + self._kept_fence(text, certain(answer))
-
-    def _kept_fence(self, text: str, answer: str) -> str:
-        """A fence around the answer is the model's own, but for a text that had one itself."""
-        return answer.strip() if text.lstrip().startswith(("```", "~~~")) else self.read(answer)
+        return before + (certain(answer).lstrip() if text.lstrip().startswith(_FENCES) else self.growing(answer))
 
 
 def split(text: str, size: int = PART_CHARS) -> list[tuple[str, str]]:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from qvl.errors import BadAnswer, InvalidRequest, PayloadTooLarge, PromptTooLong, QvlError
-from qvl.tasks.base import Ask, Growing, Kind, Model, Result, Sighted, Task, asked, certain, cut_notes
+from qvl.errors import InvalidRequest, PayloadTooLarge, PromptTooLong, QvlError
+from qvl.tasks.base import Ask, Growing, Kind, Model, Result, Sighted, Task, asked, cut_notes, said
 from qvl.tasks.film import Film, Shot, Stretch, plan
 from qvl.tasks.run import one
+from qvl.tasks.wrappings import certain
 from qvl.types import MediaPart, Message, Part, SamplingParams, TextPart
 
 QUESTION = "Describe the video."
@@ -139,7 +140,7 @@ class Watch(Task[Watched]):
                 self._look(ask, half, seen, notes, alone=False)
             return
         notes += cut_notes(completion)
-        seen.append(Seen(shot.stretch.begin, shot.stretch.end, self._text(completion.text)))
+        seen.append(Seen(shot.stretch.begin, shot.stretch.end, said(completion.text)))
 
     def _summary(self, ask: Ask, seen: Sequence[Seen], notes: list[str], growing: Growing | None = None) -> str:
         """One answer over all parts; where they are too many for the model, over summaries of their halves."""
@@ -154,16 +155,11 @@ class Watch(Task[Watched]):
             told = [Seen(half[0].begin, half[-1].end, self._summary(ask, half, notes)) for half in halves]
             return self._summary(ask, told, notes, growing)
         notes += cut_notes(completion)
-        return self._text(completion.text)
-
-    def _text(self, answer: str) -> str:
-        if not answer.strip():
-            raise BadAnswer("the model gave an empty answer")
-        return answer.strip()
+        return said(completion.text)
 
     def read(self, answer: str) -> Watched:
         """An answer about a whole clip."""
-        return Watched(self._text(answer), ())
+        return Watched(said(answer), ())
 
     def text(self, value: Watched) -> str:
         if len(value.parts) < 2:

@@ -1,11 +1,12 @@
-"""What a task sends, and code fences off what comes back."""
+"""What a task sends, and what it says about an answer that is empty or cut."""
 
 from __future__ import annotations
 
 import pytest
 
+from qvl.errors import BadAnswer
 from qvl.tasks import Ocr
-from qvl.tasks.base import CUT, asked, certain, cut_notes, fenced, unfenced
+from qvl.tasks.base import CUT, asked, cut_notes, said
 from qvl.types import Answer, Completion, MediaPart, TextPart, Usage
 
 PICTURE = MediaPart("image", b"x")
@@ -20,48 +21,10 @@ def test_pictures_come_first_and_a_text_stands_below_the_prompt() -> None:
     assert (system.role, system.parts) == ("system", (TextPart("Be brief."),))
 
 
-@pytest.mark.parametrize(
-    "answer, inside",
-    [
-        ("plain", "plain"),
-        ("```\ntext\n```", "text"),
-        ("```json\n{}\n```\n", "{}"),
-        ("~~~md\na\n\nb\n~~~", "a\n\nb"),
-        ("```\ncut off", "cut off"),
-        ("````\n```\ninner\n```\n````", "```\ninner\n```"),
-        ("a ```code``` b", "a ```code``` b"),
-        ("```\none\n```\nand\n```\ntwo\n```", "```\none\n```\nand\n```\ntwo\n```"),
-        ("", ""),
-    ],
-)
-def test_a_fence_around_all_of_it_goes(answer: str, inside: str) -> None:
-    assert unfenced(answer) == inside
-
-
-@pytest.mark.parametrize(
-    "answer, stays",
-    [
-        ("", ""),
-        (" \n", ""),
-        ("OPEN", "OPEN"),
-        ("OPEN \n", "OPEN"),
-        ("``", ""),
-        ("```", ""),
-        (" ```python", ""),
-        ("```\nOPEN", "```\nOPEN"),
-        ("```\nOPEN\n``", "```\nOPEN"),
-        ("say `x`", "say `x"),
-        ("`x` is it", "`x` is it"),
-    ],
-)
-def test_what_stays_of_an_answer_that_is_still_coming(answer: str, stays: str) -> None:
-    assert certain(answer) == stays
-
-
-def test_the_first_fence_of_an_answer_that_also_talks() -> None:
-    assert fenced("Here it is:\n```json\n{}\n```\nGood luck!") == "{}"
-    assert fenced("```\none\n```\nand\n```\ntwo\n```") == "one"
-    assert fenced("  no fence  ") == "  no fence  "
+def test_an_empty_answer_is_none() -> None:
+    assert said(" yes\n") == "yes"
+    with pytest.raises(BadAnswer, match="empty answer"):
+        said(" \n")
 
 
 def test_a_cut_answer_is_noted() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl.errors import InvalidRequest
+from qvl.errors import BadAnswer, InvalidRequest
 from qvl.tasks import Translate, each, translate
 from qvl.tasks.translation import split
 from qvl.types import TextPart
@@ -34,6 +34,18 @@ def test_a_text_is_translated_part_by_part() -> None:
 def test_a_fence_of_the_text_itself_stays() -> None:
     assert translate(TextPart("```\nx = 1\n```"), model=Scripted(["```\nx = 1\n```"])) == "```\nx = 1\n```"
     assert translate(TextPart("x"), model=Scripted(["```\ny\n```"])) == "y"
+
+
+def test_what_a_model_says_around_a_translation_goes(samples: Path) -> None:
+    answer = "Sure! Here is the translation:\n\n营业中\n\nLet me know if you need more."
+    assert translate(samples / "open.png", "zh", model=Scripted([answer])) == "营业中"
+    assert translate(TextPart("Open"), "zh", model=Scripted(["翻译：营业中"])) == "营业中"
+
+
+@pytest.mark.parametrize("source", [TextPart("Open"), TextPart("```\nx\n```")])
+def test_an_empty_translation_is_none(source: TextPart) -> None:
+    with pytest.raises(BadAnswer, match="empty answer"):
+        translate(source, "zh", model=Scripted(["\n"]))
 
 
 def test_a_cut_part_is_told_once() -> None:
