@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from qvl.errors import BadAnswer, InvalidRequest
 from qvl.tasks.base import Ask, cut_notes
-from qvl.tasks.schema import Schema, read_json
-from qvl.tasks.wrappings import fenced
+from qvl.tasks.loose_json import values
+from qvl.tasks.schema import Schema
+from qvl.tasks.wrappings import fences
 from qvl.types import Completion, Message, SamplingParams, TextPart
 
 Language = Literal["en", "zh"]
@@ -28,6 +29,7 @@ REPAIR: dict[Language, str] = {
     "zh": "这不符合该Schema：{complaint}。请只输出改正后的JSON。",
 }
 REFUSED = "the server did not take the schema ({reason}): it was asked in words, and its answer checked here"
+MENDED = "the answer was not JSON to the letter (quotes, commas); it was read as it was meant"
 REPAIRED = "the first answer did not keep to the schema; it was asked once more"
 _TOLD = 200  # characters of a refusal
 
@@ -56,7 +58,8 @@ class Keeping:
         completion, messages = self._first(ask, messages, sampling, has_words)
         notes = () if self._refusal is None else (REFUSED.format(reason=self._refusal),)
         try:
-            return Kept(self.read(completion.text), completion, notes)
+            value, remarks = self._read(completion.text)
+            return Kept(value, completion, (*notes, *remarks))
         except BadAnswer as error:
             if cut_notes(completion):
                 raise BadAnswer("the answer was cut before the JSON was complete: --max-tokens allows more") from error
@@ -66,20 +69,28 @@ class Keeping:
             again = Message("user", (TextPart(REPAIR[self._lang].format(complaint=error.message)),))
             second = ask((*messages, said, again), self._sampling(sampling))
         try:
-            return Kept(self.read(second.text), second, (*notes, REPAIRED))
+            value, remarks = self._read(second.text)
+            return Kept(value, second, (*notes, *remarks, REPAIRED))
         except BadAnswer as still:
             raise BadAnswer(f"the answer does not keep to the schema: {still.message}") from still
 
     def read(self, answer: str) -> Any:
         """The value in an answer. Raises `BadAnswer` for one that does not keep to the schema."""
-        try:
-            value = read_json(fenced(answer))
-        except (ValueError, RecursionError) as error:
-            raise BadAnswer(f"the answer is not JSON: {error}") from error
-        complaint = self._schema.complaint(value)
-        if complaint is not None:
-            raise BadAnswer(complaint)
-        return value
+        return self._read(answer)[0]
+
+    def _read(self, answer: str) -> tuple[Any, tuple[str, ...]]:
+        """The first value that keeps to the schema, in a code fence or outside, and what there is to know about it."""
+        complaints: list[str] = []
+        for text in (*fences(answer), answer):
+            try:
+                for value, exact in values(text):
+                    complaint = self._schema.complaint(value)
+                    if complaint is None:
+                        return value, () if exact else (MENDED,)
+                    complaints.append(complaint)
+            except ValueError as error:
+                complaints.append(f"the answer is not JSON: {error}")
+        raise BadAnswer(complaints[0] if complaints else "there is no JSON in the answer")
 
     def _first(
         self, ask: Ask, messages: tuple[Message, ...], sampling: SamplingParams, has_words: bool

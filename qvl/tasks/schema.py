@@ -107,26 +107,3 @@ def _decoded(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} is not JSON: {error}", param=_PARAM) from error
-
-
-def read_json(text: str) -> Any:
-    """The JSON value in an answer that may talk around it: all of it, else from its first brace or bracket.
-
-    Raises `ValueError`. NaN and Infinity are no JSON; a line break within a text is forgiven.
-    """
-    decoder = json.JSONDecoder(parse_constant=_no_constant, strict=False)
-    text = text.strip()
-    try:
-        return decoder.decode(text)
-    except ValueError as error:
-        starts = [match.start() for match in re.finditer(r"[{\[]", text)][:10]
-        for start in starts:
-            try:
-                return decoder.raw_decode(text, start)[0]
-            except ValueError:
-                continue
-        raise error
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

@@ -81,6 +81,21 @@ def test_one_round_of_repair(samples: Path) -> None:
     assert "'floor' is a required property" in model.prompts()[1]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Sure! Here is the JSON:\n\n```json\n{'room': 204, 'floor': 'second',}\n```\nLet me know!",
+        "根据图片，提取的信息如下：\n{“room”：204，“floor”：“second”}",
+        "```python\nprint('no')\n```\n\n{room: 204, floor: 'second'} // from the [first] line",
+    ],
+)
+def test_what_models_write_is_read_as_meant_at_once(samples: Path, answer: str) -> None:
+    model = Scripted([answer])
+    with pytest.warns(UserWarning, match="as it was meant"):
+        assert extract(samples / "sample.png", SCHEMA, model=model) == json.loads(GOOD)
+    assert len(model.asked) == 1
+
+
 @pytest.mark.parametrize("answers", [[BAD, BAD], ["prose", "more prose"], [REFUSAL, BAD, BAD], ["", "[]"]])
 def test_what_does_not_keep_to_it_is_an_error(samples: Path, answers: list[str | Exception]) -> None:
     with pytest.raises(BadAnswer, match="does not keep to the schema"):

@@ -1,4 +1,4 @@
-"""Schemas: as people write them, checked; values checked against them; JSON found in talk."""
+"""Schemas: as people write them, checked; and values checked against them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from qvl.errors import InvalidRequest
-from qvl.tasks.schema import Schema, read_json
+from qvl.tasks.schema import Schema
 
 INVOICE = {
     "type": "object",
@@ -77,24 +77,3 @@ def test_schemas_that_are_none(given: Any, says: str) -> None:
         Schema.read(given)
     assert told.value.exit_code == 2
     assert "\n" not in told.value.message
-
-
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ('{"a": 1}', {"a": 1}),
-        (' \n[1, 2]\n', [1, 2]),
-        ('Here you are: {"a": {"b": []}} - anything else?', {"a": {"b": []}}),
-        ('A [note] first, then {"a": 1}', {"a": 1}),
-        ('"text"', "text"),
-        ('{"a": "two\nlines"}', {"a": "two\nlines"}),
-    ],
-)  # fmt: skip
-def test_json_in_talk(text: str, value: Any) -> None:
-    assert read_json(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "no", '{"a": 1', "{'a': 1}", '{"a": NaN}', '{"a": Infinity}'])
-def test_what_is_no_json(text: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        read_json(text)
