@@ -34,10 +34,14 @@ logger = logging.getLogger("qvl.engine")
 COST = "steps run eagerly, which costs milliseconds a token while few requests run"
 
 
+Replay = Callable[[], Tensor]
+
+
 class Recorder(Protocol):
     """Turns work over static memory into something that does the same again with little effort."""
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]: ...
+    def record(self, work: Replay) -> Replay:
+        """What a replay leaves is valid until the next one, of whatever was recorded."""
 
 
 class CudaRecorder:
@@ -47,7 +51,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Replay) -> Replay:
         """Runs `work` once before it is recorded: compiling and loading kernels, as first use does, no graph may do."""
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -56,22 +60,46 @@ class CudaRecorder:
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                work()
+                result = work()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # the recording is invalid already: the first error counts
                     graph.capture_end()
                 raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return graph.replay
+        lent = not_kept(result)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return lent
+
+        return replay
+
+
+class _Place:
+    """An address, in the words that libraries of the GPU tell each other one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": f"<i{tensor.element_size()}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def not_kept(tensor: Tensor) -> Tensor:
+    """The same memory on a GPU, which torch may give to others when `tensor` is gone."""
+    return torch.as_tensor(_Place(tensor), device=tensor.device).view(tensor.dtype)
 
 
 class StaticSteps(Protocol):
     """Steps over static memory: what they are, and of which of them there are recordings."""
 
-    replays: dict[Any, Callable[[], None]]
+    replays: dict[Any, Replay]
 
-    def works(self) -> Mapping[Any, Callable[[], None]]:
+    def works(self) -> Mapping[Any, Replay]:
         """All that can be recorded, the largest first: the others fit into its memory."""
 
     def compile(self) -> None:
@@ -107,7 +135,7 @@ def describe(steps: StaticSteps) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a step of b decodes left on the device; valid until the next one."""
+    """What a step of b decodes left on the device; valid until the next step."""
 
     logits: Tensor  # [b, vocab]
     best: Tensor  # int64 [b], the most likely token, FAILED where logits are not numbers
@@ -141,10 +169,9 @@ class DecodeSteps:
         self._numbers = torch.from_numpy(self._padding.copy()).to(tables.device)
         self._bounds = torch.arange(capacity + 1, dtype=torch.int32, device=tables.device)
         self._best = torch.zeros(capacity, dtype=torch.int64, device=tables.device)
-        self._logits: Tensor | None = None
-        self.replays: dict[int, Callable[[], None]] = {}
+        self.replays: dict[int, Replay] = {}
 
-    def works(self) -> dict[int, Callable[[], None]]:
+    def works(self) -> dict[int, Replay]:
         """As `StaticSteps`."""
         return {size: lambda size=size: self._compute(size) for size in reversed(self.sizes)}  # type: ignore[misc]
 
@@ -160,12 +187,8 @@ class DecodeSteps:
         size = next(size for size in self.sizes if size >= count)
         self._fill(numbers, count)
         replay = self.replays.get(size)
-        if replay is None:
-            self._compute(size)
-        else:
-            replay()
-        assert self._logits is not None
-        return Decoded(self._logits[:count], self._best[:count], self._numbers[3, :count])
+        logits = self._compute(size) if replay is None else replay()
+        return Decoded(logits[:count], self._best[:count], self._numbers[3, :count])
 
     def _fill(self, numbers: DecodeNumbers, count: int) -> None:
         # Page-locked memory of its own for every step: the copy of the step before may still be under way.
@@ -177,8 +200,8 @@ class DecodeSteps:
             line[:count] = values
         self._numbers.copy_(host, non_blocking=True)
 
-    def _compute(self, size: int) -> None:
-        """The work of a step of `size` decodes, all of it on the device."""
+    def _compute(self, size: int) -> Tensor:
+        """The work of a step of `size` decodes, all of it on the device: logits [size, vocab]."""
         ids, positions, slots, rows, seq_lens = self._numbers[:, :size]
         metadata = AttentionMetadata(
             cu_seqlens_q=self._bounds[: size + 1],
@@ -195,7 +218,5 @@ class DecodeSteps:
         logits = self.model.logits(hidden_states)
         best = self.sampler.best(logits)
         self.tables.remember(rows, best)
-        if self._logits is None:
-            self._logits = torch.empty((len(self._best), logits.shape[1]), dtype=logits.dtype, device=logits.device)
-        self._logits[:size].copy_(logits)
         self._best[:size].copy_(best)
+        return logits

@@ -27,10 +27,12 @@ SORTED_BYTES = 40
 LIBRARIES = 64 << 20  # work space of cuBLAS on the stream that graphs are recorded on, and what is loaded later
 
 
-def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = None) -> int:
+def kv_cache_bytes(
+    config: EngineConfig, usable: int, cost: StepCost | None = None, *, tower_in_place: bool = False
+) -> int:
     """Bytes for keys and values out of `usable`, what is left for everything that is not there yet; 0: nothing fits.
 
-    `cost` was measured where the memory of attention follows the lengths.
+    `cost` was measured where the memory of attention follows the lengths. `tower_in_place`: see `vision_bytes`.
     """
     decoder = decoder_bytes(config)
     per_context_token = 0.0
@@ -40,7 +42,7 @@ def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = No
         decoder = max(decoder, int(cost.prefill(config.max_num_batched_tokens, config.max_model_len)))
     patches = largest_patches(config)
     # One of LARGE patches goes in larger parts than a larger one.
-    pictures = max(vision_bytes(config, patches), vision_bytes(config, min(patches, LARGE)))
+    pictures = max(vision_bytes(config, number, tower_in_place) for number in (patches, min(patches, LARGE)))
     vision = pictures if cost is None else int(cost.patch * patches)
     work = max(decoder, sampling_bytes(config), vision)
     room = usable - int(work * SLACK) - kept_bytes(config) - config.encoder_cache_bytes
@@ -51,13 +53,13 @@ def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = No
 
 
 def decoder_bytes(config: EngineConfig, num_tokens: int | None = None) -> int:
-    """Activations of a forward pass over `num_tokens` tokens (of a full step): the residual stream, what went in, what
-    the layer before added and the angles, beside the larger of attention and what follows it.
+    """Activations of a forward pass over `num_tokens` tokens (of a full step): the residual stream, what the layer
+    before added and the angles, beside the larger of attention and what follows it.
     """
     text, size = config.spec.text, DTYPE_BYTES[config.dtype]
     tokens = config.max_num_batched_tokens if num_tokens is None else num_tokens
     heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    always = 3 * text.hidden_size * size + 2 * text.head_dim * 4
+    always = 2 * text.hidden_size * size + 2 * text.head_dim * 4
     attention = (text.hidden_size + (heads + 2 * kv_heads) + 2 * heads) * size  # normed; q, k, v; turned q; the result
     # The result, which lies where the heads were if it is as wide.
     rest = (heads if heads == text.hidden_size else heads + text.hidden_size) * size
@@ -67,17 +69,16 @@ def decoder_bytes(config: EngineConfig, num_tokens: int | None = None) -> int:
 
 
 def sampling_bytes(config: EngineConfig) -> int:
-    """Behind a forward pass: its result, the logits of every sequence, and what choosing a part of them takes."""
-    text, size = config.spec.text, DTYPE_BYTES[config.dtype]
-    hidden = 2 * config.max_num_batched_tokens * text.hidden_size * size
-    rows = min(ROWS_AT_ONCE, config.max_num_seqs)
-    return hidden + text.vocab_size * (config.max_num_seqs * size + rows * SORTED_BYTES)
+    """Behind a forward pass: its result and the logits of every sequence, and what choosing a part of them takes."""
+    text, size, seqs = config.spec.text, DTYPE_BYTES[config.dtype], config.max_num_seqs
+    return seqs * (text.hidden_size + text.vocab_size) * size + min(ROWS_AT_ONCE, seqs) * text.vocab_size * SORTED_BYTES
 
 
-def vision_bytes(config: EngineConfig, patches: int) -> int:
+def vision_bytes(config: EngineConfig, patches: int, in_place: bool = False) -> int:
     """Activations of the vision tower over `patches` patches: while they are embedded, with what went in, and in two
     copies if they are several pictures'; in a block, with a norm of the stream, beside the larger of some heads (q, k,
-    v, their result, and rows that are normed again) and a part of the MLP; in the merger, with its result.
+    v, their result unless it is put `in_place` of q, and rows that are normed again) and a part of the MLP; in the
+    merger, with its result.
     """
     vision, size = config.spec.vision, DTYPE_BYTES[config.dtype]
     stream = patches * vision.embed_dim * size
@@ -85,7 +86,7 @@ def vision_bytes(config: EngineConfig, patches: int) -> int:
     rows = min(patches, mlp_rows(patches))
     one_head = 3 * vision.head_dim * patches * size
     most = min(attention_bytes(patches), vision.num_heads * one_head)
-    heads = max(one_head, most) * 4 // 3 + rows * vision.embed_dim * size
+    heads = max(one_head, most) * (3 if in_place else 4) // 3 + rows * vision.embed_dim * size
     mlp = rows * (vision.mlp_dim + 2 * vision.embed_dim) * size
     block = stream + max(heads, mlp)
     merger = ((patches // vision.merge_size**2) * vision.hidden_size + rows * 4 * vision.embed_dim) * size
@@ -94,14 +95,18 @@ def vision_bytes(config: EngineConfig, patches: int) -> int:
 
 
 def kept_bytes(config: EngineConfig) -> int:
-    """What is there for good: tables, counts of tokens, the memory of the graphs and their result, libraries."""
+    """What is there for good: tables, counts of tokens, the memory of the graphs, libraries.
+
+    Graphs share their memory. Most of it are the logits of as many decodes as run together, which stay beside what
+    computes these; steps with prompts are computed where the logits will be, or take more than both.
+    """
     text, size, rows = config.spec.text, DTYPE_BYTES[config.dtype], config.max_num_seqs
     tables = rows * -(-config.max_model_len // config.block_size) * 4
     counts = rows * text.vocab_size * 2
     widest = max(rows, min(MOST_TOKENS, config.max_num_batched_tokens))
-    graphs = decoder_bytes(config, widest) + widest * text.hidden_size * size
-    graphs += 2 * rows * text.vocab_size * size + tables
-    return tables + counts + graphs + LIBRARIES
+    logits = rows * text.vocab_size * size
+    graphs = max(decoder_bytes(config, widest), decoder_bytes(config, rows) + logits)
+    return 2 * tables + counts + graphs + widest * text.hidden_size * size + LIBRARIES
 
 
 def largest_patches(config: EngineConfig) -> int:

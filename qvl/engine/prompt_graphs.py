@@ -64,7 +64,7 @@ class PromptSteps:
         self.model, self.kv_cache, self.tables = model, kv_cache, tables
         self.most = min(MOST_TOKENS, max_num_tokens)
         self.shapes = shapes_for(self.most)
-        self.replays: dict[Shape, Callable[[], None]] = {}
+        self.replays: dict[Shape, Callable[[], Tensor]] = {}
         self._max_num_seqs, self._max_model_len, self._block_size = max_num_seqs, max_model_len, block_size
         self._padding = np.zeros((LINES, self.most), dtype=np.int64)
         self._padding[SLOTS], self._padding[ROWS] = -1, tables.padding
@@ -74,7 +74,7 @@ class PromptSteps:
         size = model.spec.text.hidden_size
         self._hidden_states = torch.zeros((self.most, size), dtype=model.compute_dtype, device=tables.device)
 
-    def works(self) -> dict[Shape, Callable[[], None]]:
+    def works(self) -> dict[Shape, Callable[[], Tensor]]:
         """As `qvl.engine.graphs.StaticSteps`."""
         return {shape: lambda shape=shape: self._compute(shape) for shape in reversed(self.shapes)}  # type: ignore[misc]
 
@@ -95,7 +95,7 @@ class PromptSteps:
     def run(
         self, shape: Shape, numbers: StepNumbers, embed: Callable[[Tensor, Sequence[MediaRows]], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """After the final norm those that sample [m, hidden], and their rows [m]; both are valid until the next step.
+        """After the final norm those that sample [m, hidden], and their rows [m], valid until the next step.
 
         `embed`: token ids [n] and where pictures lie among them, to [n, hidden].
         """
@@ -107,12 +107,9 @@ class PromptSteps:
             decoded.copy_(known_ids(decoded, self._numbers[ROWS, : numbers.num_decodes], self.tables))
         self._hidden_states[:count].copy_(embed(ids, numbers.media))
         replay = self.replays.get(shape)
-        if replay is None:
-            self._compute(shape)
-        else:
-            replay()
+        hidden_states = self._compute(shape) if replay is None else replay()
         last = self._numbers[LAST, :num_sampling]
-        return self._hidden_states.index_select(0, last), self._numbers[SAMPLING, :num_sampling]
+        return hidden_states.index_select(0, last), self._numbers[SAMPLING, :num_sampling]
 
     def _fill(self, numbers: StepNumbers) -> None:
         # Page-locked memory of its own for every step: the copy of the step before may still be under way.
@@ -139,8 +136,8 @@ class PromptSteps:
         """As many as the tokens of MOST_PROMPTS prompts can have: each fills all of its tiles but one."""
         return min(shape.tokens, shape.tokens // self.model.attention.tile_tokens + MOST_PROMPTS)
 
-    def _compute(self, shape: Shape) -> None:
-        """The network over a step of this shape, all of it on the device."""
+    def _compute(self, shape: Shape) -> Tensor:
+        """The network over a step of this shape, all of it on the device: after the final norm [tokens, hidden]."""
         size, num_seqs = shape.tokens, min(shape.tokens, self._max_num_seqs)
         metadata = AttentionMetadata(
             cu_seqlens_q=self._bounds[: num_seqs + 1],
@@ -153,5 +150,6 @@ class PromptSteps:
             num_decodes=num_seqs if shape.decodes else 0,
             prompt_tiles=self._tiles[: self.num_tiles(shape)],
         )
-        hidden_states = self._hidden_states[:size]
-        hidden_states.copy_(self.model(hidden_states, self._numbers[POSITIONS, :size], self.kv_cache, metadata))
+        positions = self._numbers[POSITIONS, :size]
+        hidden_states: Tensor = self.model(self._hidden_states[:size], positions, self.kv_cache, metadata)
+        return hidden_states

@@ -32,6 +32,7 @@ from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, SamplerRow
 from qvl.engine.start_clock import StartClock
 from qvl.engine.vision import MediaEncoder
+from qvl.kernels.segments import segment_kernel
 from qvl.layers.attention import KVCache, make_kv_cache
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.registry import build_model
@@ -128,7 +129,7 @@ class ModelRunner:
                 max_model_len=config.max_model_len,
                 block_size=config.block_size,
             )
-            kinds.insert(0, self.prompts)  # wider than decodes: these fit into its memory
+            kinds.append(self.prompts)  # it fits into the memory of the logits of decodes
         if recorder is not None:
             record_all(recorder, kinds, self.device)
 
@@ -311,4 +312,5 @@ def size_kv_cache(config: EngineConfig, model: Qwen2VLForConditionalGeneration) 
     kernels = model.attention.graph_safe and torch.cuda.get_device_capability(model.device) >= (8, 0)
     bounded = kernels and model.dtype != torch.float32
     cost = None if bounded else measure_cost(model, config)
-    return config.with_kv_memory(kv_cache_bytes(config, usable, cost))
+    in_place = segment_kernel(model.device, model.compute_dtype, config.spec.vision.head_dim) is not None
+    return config.with_kv_memory(kv_cache_bytes(config, usable, cost, tower_in_place=in_place))

@@ -212,15 +212,14 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         rows: Tensor | None = None,  # int64 [m]
     ) -> Tensor:
         """After the final norm [n, hidden]; the cache gains n tokens. With `rows`, only these are computed to the end:
-        [m, hidden]."""
+        [m, hidden]. `hidden_states` may be overwritten: norms add to them in place."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
         kernels = self.one_row(hidden_states)
         if kernels is not None:
             out = decode_one(kernels, self.model, hidden_states, angles, self.attention, kv_cache, plan)
             return out if rows is None else out.index_select(0, rows)
-        # Norms add to what they are given in place.
-        delta, residual = hidden_states.to(self.compute_dtype, copy=True), None
+        delta, residual = hidden_states, None
         layers = cast("list[DecoderLayer]", list(self.model.layers))
         *most, (last, kv_of_last) = zip(layers, kv_cache, strict=True)
         for layer, kv in most:

@@ -10,6 +10,7 @@ import pytest
 from qvl.bench.shape import write_shape
 from qvl.engine.config import DeviceFacts, EngineConfig, EngineOptions, resolve
 from qvl.engine.memory import (
+    LIBRARIES,
     decoder_bytes,
     kept_bytes,
     kv_cache_bytes,
@@ -40,19 +41,23 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     attention = (hidden + 36 * 128 + 2 * 28 * 128) * 2
     behind = tokens * hidden * 2 + 1152 * 3 * (hidden + wide) * 2
     assert behind < tokens * attention
-    assert decoder_bytes(seven) == tokens * (3 * hidden * 2 + 2 * 128 * 4 + attention)
-    assert sampling_bytes(seven) == 2 * tokens * hidden * 2 + 152064 * (256 * 2 + 32 * 40)
+    assert decoder_bytes(seven) == tokens * (2 * hidden * 2 + 2 * 128 * 4 + attention)
+    assert sampling_bytes(seven) == 256 * hidden * 2 + 152064 * (256 * 2 + 32 * 40)
     patches = largest_patches(seven)
     assert patches == 65_536  # a picture of 16,384 tokens
     block = (64 << 20) * 4 // 3 + 4096 * 1280 * 2
     assert vision_bytes(seven, 1 << 15) < vision_bytes(seven, patches)  # though it goes in larger parts
     assert vision_bytes(seven, patches) == patches * (2 * 1280 * 2 + 2 * 80 * 4) + block
+    assert vision_bytes(seven, patches, in_place=True) == vision_bytes(seven, patches) - (64 << 20) // 3
+    decodes = 256 * (2 * hidden * 2 + 2 * 128 * 4 + hidden * 2) + 256 * 3 * (hidden + wide) * 2 + 256 * 152064 * 2
+    tables, counts = 2 * 256 * 1024 * 4, 256 * 152064 * 2
+    assert kept_bytes(seven) == tables + counts + decodes + 512 * hidden * 2 + LIBRARIES
 
 
 def test_the_cache_is_as_large_as_the_comparison(seven: EngineConfig) -> None:
     """What 0.9 of an H200 leaves beside weights and a context of half a GiB: vLLM 0.25.1 has 2,040,016 tokens there."""
     usable = int(0.9 * H200.total_memory) - seven.weight_bytes - GIB // 2
-    tokens = kv_cache_bytes(seven, usable) // (56 * 1024)
+    tokens = kv_cache_bytes(seven, usable, tower_in_place=True) // (56 * 1024)
     assert tokens == pytest.approx(2_040_016, rel=0.002)
 
 
