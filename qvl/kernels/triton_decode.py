@@ -217,8 +217,8 @@ def _join(
     first_item = tl.load(join + 1)
     parts = tl.load(join + 3)
     if EARLY:  # even with nothing to do: whoever waits for this one waits for the decodes before it
+        tl.extra.cuda.gdc_launch_dependents()  # what comes next fetches weights meanwhile
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if parts == 0:
         return
     span = tl.arange(0, SPAN)

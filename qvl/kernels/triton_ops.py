@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels.fp8 import Rounded
-from qvl.kernels.gpu import launch
+from qvl.kernels.gpu import capability_of, early_on, launch
 
 BLOCK = 1024
 MANY = 128  # tokens from which on there are programs enough to make each larger
@@ -22,17 +22,26 @@ TURN_FEW, TURN_MANY = 4, 16  # heads that one program of `rope_and_store` turns
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, eight_bits: bool = False
 ) -> tuple[Tensor | Rounded, Tensor]:
-    """(norm(x + residual) * weight, x + residual) of contiguous [n, size]; `residual` is overwritten with the sum."""
-    size = x.shape[1]
+    """(norm(x + residual) * weight, x + residual) of contiguous [n, size]; `residual` is overwritten with the sum.
+
+    With a residual, x may come as several parts, fp32 [parts, n, size], whose sum it is.
+    """
+    assert x.dim() == 2 or residual is not None
     total = x if residual is None else residual
-    out, codes, scales = outputs(x, size, eight_bits)
+    rows, size = total.shape
+    out, codes, scales = outputs(total, size, eight_bits)
     block = triton.next_power_of_2(size)
     launch(
-        _add_rms_norm, (len(x),),
-        x, total, weight, codes, scales, size, eps, ADD=residual is not None, EIGHT_BITS=eight_bits, BLOCK=block,
-        num_warps=warps_for(block),
+        _add_rms_norm, (rows,),
+        x, total, weight, codes, scales, size, eps, rows * size, PARTS=parts_of(x), ADD=residual is not None,
+        EIGHT_BITS=eight_bits, EARLY=early_on(capability_of(x.device)), BLOCK=block, num_warps=warps_for(block),
     )  # fmt: skip
     return out, total
+
+
+def parts_of(x: Tensor) -> int:
+    """How many parts [parts, n, size] its numbers come in; 0: none, it is [n, size]."""
+    return 0 if x.dim() == 2 else len(x)
 
 
 def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
@@ -49,6 +58,7 @@ def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
         scales,
         size,
         EIGHT_BITS=eight_bits,
+        EARLY=early_on(capability_of(gate_up.device)),
         BLOCK=block,
         num_warps=warps_for(block),
     )
@@ -113,28 +123,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv: tuple[Tensor, Tensor], early: bool
 ) -> Tensor:
-    """Rotated queries [n, heads, head_dim]; rotated keys and the values go to their slots, those of -1 nowhere."""
+    """Rotated queries [n, heads, head_dim]; rotated keys and the values go to their slots, those of -1 nowhere.
+
+    qkv is [n, width], or comes as several parts, fp32 [parts, n, width], whose sum it is.
+    """
     kv_heads, dim = kv[0].shape[2:]
-    rows, heads = qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads
-    q = qkv.new_empty(rows, heads, dim)
+    rows, heads = qkv.shape[-2], qkv.shape[-1] // dim - 2 * kv_heads
+    q = kv[0].new_empty(rows, heads, dim)
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     each = TURN_FEW if rows < MANY else TURN_MANY
     launch(
         _rope_and_store, (rows, triton.cdiv(heads + 2 * kv_heads, each)),
-        qkv, cos, sin, slots, q, *kv, H=heads, KH=kv_heads, D=dim, HEADS=each, EARLY=early, num_warps=1,
+        qkv, cos, sin, slots, q, *kv, rows * qkv.shape[-1], PARTS=parts_of(qkv), H=heads, KH=kv_heads, D=dim,
+        HEADS=each, EARLY=early, num_warps=1,
     )  # fmt: skip
     return q
 
 
 @triton.jit
 def _rope_and_store(
-    qkv_ptr,  # [n, (H + 2 KH) * D]
+    qkv_ptr,  # [n, (H + 2 KH) * D], or fp32 [PARTS, n, (H + 2 KH) * D]
     cos_ptr,  # fp32 [n, D], both halves alike
     sin_ptr,
     slots_ptr,  # int64 [n]
     q_ptr,  # [n, H, D]
     k_ptr,  # [slots, KH, D]
     v_ptr,
+    part_size,
+    PARTS: tl.constexpr,
     H: tl.constexpr,
     KH: tl.constexpr,
     D: tl.constexpr,
@@ -150,8 +166,8 @@ def _rope_and_store(
     half = tl.arange(0, D // 2)[None, :]
     at = qkv_ptr + (token * (H + 2 * KH) + head) * D + half
     live = head < H + 2 * KH
-    low = tl.load(at, mask=live, other=0.0)
-    high = tl.load(at + D // 2, mask=live, other=0.0)
+    low = _sum_of(at, live, part_size, PARTS).to(q_ptr.dtype.element_ty)
+    high = _sum_of(at + D // 2, live, part_size, PARTS).to(q_ptr.dtype.element_ty)
     cos = tl.load(cos_ptr + token * D + half)
     sin = tl.load(sin_ptr + token * D + half)
     a = low.to(tl.float32)
@@ -174,26 +190,41 @@ def _rope_and_store(
 
 
 @triton.jit
+def _sum_of(at, live, part_size, PARTS: tl.constexpr):
+    """What lies there, or the sum of what lies there in each of PARTS parts."""
+    x = tl.load(at, mask=live, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(at + part * part_size, mask=live, other=0.0)
+    return x
+
+
+@triton.jit
 def _add_rms_norm(
-    x_ptr,
+    x_ptr,  # [n, size], or fp32 [PARTS, n, size]
     total_ptr,
     weight_ptr,
     out_ptr,
     scales_ptr,
     size,
     eps,
+    part_size,
+    PARTS: tl.constexpr,
     ADD: tl.constexpr,
     EIGHT_BITS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: one row."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     row = token.to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     live = at < size
     total = tl.load(total_ptr + row + at, mask=live, other=0.0)
     if ADD:
-        x = tl.load(x_ptr + row + at, mask=live, other=0.0)
+        x = _sum_of(x_ptr + row + at, live, part_size, PARTS)
         # Rounded to the activations' dtype before the norm, as two separate operations would.
         total = (total.to(tl.float32) + x.to(tl.float32)).to(total.dtype)
         tl.store(total_ptr + row + at, total, mask=live)
@@ -204,8 +235,11 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _silu_and_mul(x_ptr, out_ptr, scales_ptr, size, EIGHT_BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul(x_ptr, out_ptr, scales_ptr, size, EIGHT_BITS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK outputs of one row."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     row = token.to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -74,7 +74,7 @@ def test_the_cut_and_the_join_build() -> None:
     types = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "joins_ptr": "*i32", "out_ptr": "*bf16"}
     numbers = {"H": 28, "D": 128, "SPAN": triton_decode.SPAN}
     ptx = compiled(triton_decode._join, (9, 0), types, numbers | constants, options).asm["ptx"]
-    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("st.global")
+    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
 
 
 # At the end: which instruction multiplies there. 10.3 has the tiles of 10.0.
@@ -148,6 +148,6 @@ def test_a_row_in_fp8_builds_where_fp8_is() -> None:
     from qvl.kernels.triton_ops import _silu_and_mul
 
     types = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "size": "i32"}
-    constants = {"EIGHT_BITS": True, "BLOCK": 32768}
+    constants = {"EIGHT_BITS": True, "EARLY": False, "BLOCK": 32768}
     kernel = compiled(_silu_and_mul, (8, 9), types, constants, {"num_warps": 16})
     assert kernel.metadata.shared <= shared_memory((8, 9))
