@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-Convention: TypeAlias = Literal["relative", "absolute"]  # thousandths of the picture, or pixels of the resized picture
+from qvl.tasks.loose_json import read_at
+
+# Thousandths of the picture, pixels of the resized picture, or shares of the picture (0 to 1).
+Convention: TypeAlias = Literal["relative", "absolute", "share"]
 Shape: TypeAlias = Literal["box", "quad", "point"]
 Size: TypeAlias = tuple[int, int]  # width, height
 Point: TypeAlias = tuple[int, int]
@@ -33,7 +36,12 @@ _XML = re.compile(r"<points?\b(?P<fields>[^>]*)>(?:(?P<label>[^<]*)</points?>)?"
 _XML_FIELD = re.compile(r"""([a-z]+)(\d*)\s*=\s*["']([^"']*)["']""")
 _RUN = re.compile(rf"{_PAIR}(?:\s*,\s*{_PAIR})+")
 _LONE_POINT = re.compile(rf"\W*{_PAIR}\W*")
-_TRACES = re.compile(r"(?:box|quad)(?:_start)?\|?>|bbox|point_2d|<points?\b|[(\[]\s*[-+]?\d+(?:\.\d+)?\s*,\s*[-+]?\d")
+_TRACES = re.compile(
+    r"(?:box|quad)(?:_start)?\|?>|bbox|point_2d|<points?\b|[(\[]\s*[-+]?\d+(?:\.\d+)?\s*,\s*[-+]?\d|\bx_?(?:1|min)\b"
+)
+_WIDE = str.maketrans("（），：［］", "(),:[]")
+_EDGES = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max"),
+          ("left", "top", "right", "bottom"))  # fmt: skip
 
 _JSON_SHAPES: dict[str, tuple[Shape, int]] = {
     "bbox_2d": ("box", 4),
@@ -92,10 +100,11 @@ class Reading:
 def read_marks(answer: str) -> Reading:
     """The marks of an answer, whichever way it writes them. Neither marks nor anything unread: nothing was found."""
     try:
-        for reader in (_read_tokens, _read_json, _read_xml, _read_bare):
-            reading = reader(answer)
-            if reading.marks or reading.unread:
-                return reading
+        for text in dict.fromkeys((answer, answer.translate(_WIDE))):
+            for reader in (_read_tokens, _read_json, _read_xml, _read_bare):
+                reading = reader(text)
+                if reading.marks or reading.unread:
+                    return reading
         looks_broken = _TRACES.search(answer) is not None and not _is_empty_json(answer)
     except RecursionError:  # JSON nested beyond all bounds
         looks_broken = True
@@ -104,6 +113,9 @@ def read_marks(answer: str) -> Reading:
 
 def guess_convention(model: str, reading: Reading) -> tuple[Convention, bool]:
     """The convention of a model by its name, else by how it answered; and whether that is certain."""
+    numbers = [number for mark in reading.marks for number in mark.numbers]
+    if numbers and all(0 <= number <= 1 for number in numbers) and not all(map(float.is_integer, numbers)):
+        return "share", True  # no model is taught so, but small ones do it, whatever their name
     name = model.lower()
     if re.search(r"qwen[-_]?2[._-]?5[-_]?vl", name):
         return "absolute", True
@@ -117,9 +129,8 @@ def place(mark: Mark, convention: Convention, original: Size, resized: Size) -> 
 
     `resized` is the size that the model saw. A box has at least one pixel.
     """
-    scale = [
-        side / (THOUSANDTHS if convention == "relative" else seen) for side, seen in zip(original, resized, strict=True)
-    ]
+    units = {"relative": (THOUSANDTHS, THOUSANDTHS), "share": (1, 1), "absolute": resized}[convention]
+    scale = [side / unit for side, unit in zip(original, units, strict=True)]
     xs = [x * scale[0] for x in mark.numbers[::2]]
     ys = [y * scale[1] for y in mark.numbers[1::2]]
     width, height = original
@@ -190,7 +201,11 @@ def _json_values(text: str, opening: str) -> Iterator[Any]:
             value, end = decoder.raw_decode(text, start)
             yield value
         except ValueError:
-            end = start + 1
+            try:
+                value, end = read_at(text, start)
+                yield value
+            except ValueError:
+                end = start + 1
         start = text.find(opening, end)
 
 
@@ -202,6 +217,8 @@ def _collect(thing: Any, marks: list[Mark], unread: list[str]) -> None:
     if not isinstance(thing, dict):
         return
     label = next((str(thing[key]) for key in _JSON_LABELS if isinstance(thing.get(key), str)), "")
+    if (edges := _edges(thing)) is not None:
+        thing = {**thing, "bbox": edges}
     for key, value in thing.items():
         if key not in _JSON_SHAPES:
             _collect(value, marks, unread)
@@ -225,7 +242,9 @@ def _collect_bare(thing: Any, marks: list[Mark]) -> None:
 
 
 def _flat(value: Any) -> list[float]:
-    """The numbers of a list, of a list of lists too; empty when there is anything else in it."""
+    """The numbers of a list, of a list of lists too, or of named edges; empty when there is anything else in it."""
+    if isinstance(value, dict):
+        value = _edges(value)
     if not isinstance(value, list):
         return []
     numbers: list[float] = []
@@ -235,6 +254,11 @@ def _flat(value: Any) -> list[float]:
             return []
         numbers += inner
     return numbers
+
+
+def _edges(thing: dict[str, Any]) -> list[Any] | None:
+    """`{"x1": ..., "y1": ..., "x2": ..., "y2": ...}` and its like as a list."""
+    return next(([thing[key] for key in keys] for keys in _EDGES if all(key in thing for key in keys)), None)
 
 
 def _number(item: Any) -> float:

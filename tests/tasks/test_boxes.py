@@ -32,6 +32,11 @@ def marks(answer: str) -> list[tuple[str, str, tuple[float, ...]]]:
         '{"objects": [{"name": "a dog", "bbox": [1, 2, 30, 40]}]}',
         '[{"object": "a dog", "bboxes": [[1, 2, 30, 40]]}]',
         '{"label": "a dog", "bbox_2d": ["1", "2", 30.0, 40]}',
+        "[{'bbox_2d': [1, 2, 30, 40], 'label': 'a dog'},]",
+        "```json\n[{bbox_2d: [1, 2, 30, 40], label: “a dog”}] // one\n```",
+        '{"name": "a dog", "x1": 1, "y1": 2, "x2": 30, "y2": 40}',
+        '{"objects": [{"label": "a dog", "box": {"xmin": 1, "ymin": 2, "xmax": 30, "ymax": 40}}]}',
+        "a dog（1，2），（30，40）",
     ],
 )
 def test_one_box_in_every_way_of_writing(answer: str) -> None:
@@ -98,6 +103,8 @@ def test_none_found_is_no_error(answer: str) -> None:
         '{"bbox_2d": [1, 2, 3, 1e999]}',
         "<points x1='1'>dogs</points>",
         "the dog is at (1, 2, 3, 4)",
+        "x1 = 1, y1 = 2, x2 = 30, y2 = 40",
+        '{"x1": 1, "y1": 2, "x2": 30, "y2": "right"}',
         "[" * 5000,
     ],
 )
@@ -123,6 +130,8 @@ def test_what_stood_before_the_cut_counts() -> None:
         ("qwen3-vl-plus", '{"bbox_2d": [1, 2, 3, 4]}', "relative", True),
         ("my-model", BOX.format(1, 2, 3, 4), "relative", True),
         ("my-model", '{"bbox_2d": [1, 2, 3, 4]}', "absolute", False),
+        ("Qwen2-VL-7B-Instruct", "[0.1, 0.2, 0.35, 1]", "share", True),
+        ("Qwen2-VL-7B-Instruct", "(0,0),(1,1)", "relative", True),
     ],
 )
 def test_the_convention_of_a_model(name: str, answer: str, convention: str, certain: bool) -> None:
@@ -133,6 +142,8 @@ def test_boxes_land_in_the_original_picture() -> None:
     mark = Mark("dog", "box", (100, 250, 500, 1000))
     assert place(mark, "relative", (2000, 400), (1, 1)) == Found("dog", (200, 100, 1000, 400))
     assert place(mark, "absolute", (2000, 400), (1000, 1000)) == Found("dog", (200, 100, 1000, 400))
+    shares = Mark("dog", "box", (0.1, 0.25, 0.5, 1.0))
+    assert place(shares, "share", (2000, 400), (1, 1)) == Found("dog", (200, 100, 1000, 400))
 
 
 def test_corners_are_put_in_order_and_into_the_picture() -> None:
