@@ -1,5 +1,6 @@
 """The demo checkpoint's tools: tokenizer, drawing, packing and the dense model against transformers."""
 
+import itertools
 import json
 import random
 import sys
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 torch = pytest.importorskip("torch")
 pytest.importorskip("fontTools")
 
-from tools.demo_model import augment, checkpoint, pack, tasks, vocab  # noqa: E402
+from tools.demo_model import augment, checkpoint, films, pack, shapes, tasks, vocab, words  # noqa: E402
 from tools.demo_model.draw import Line, blank  # noqa: E402
 from tools.demo_model.fonts import FontBook, load  # noqa: E402
 from tools.demo_model.model import DemoModel, Shape  # noqa: E402
@@ -100,6 +101,40 @@ def test_every_task_packs(fonts: Path) -> None:
         row = pack.write(sample, ((9, 14),))
         answers = [token for token in row.labels if token >= 0]
         assert answers.count(vocab.SPECIAL["<|im_end|>"]) == len(sample.turns) and len(row.vision) == 9 * 14
+
+
+def test_a_film_keeps_words_on_screen_for_long_and_asks_for_each_once(fonts: Path) -> None:
+    rng, longest = random.Random(3), 0
+    studio = tasks.Studio(rng, FontBook(fonts, "train"))
+    for grids in ([(9, 16)] * 8, [(8, 16)] * 3):
+        for _ in range(6):
+            film = films.video(studio, grids)
+            said = vocab.decode([token for token, _ in film.turns[0].answer]).split(" ")
+            pages = [id(page) for pages in film.frames for page in pages]
+            assert len(film.frames) == len(grids) and len(said) == len(set(pages))
+            assert all(one != next_one for one, next_one in itertools.pairwise(said))
+            longest = max(longest, max(pages.count(page) for page in pages))
+    assert longest >= 4  # steps of two frames: at least eight frames
+
+
+def test_similar_words_differ_and_share_a_part() -> None:
+    rng = random.Random(1)
+    for text in ("ready", "ab", "x", "2024") * 20:
+        other = words.similar(rng, text)
+        assert other and len(text) - 3 <= len(other) <= len(text) + 2
+        assert len(text) == 1 or other[0] == text[0] or other[-1] == text[-1]
+
+
+def test_the_list_of_shapes_points_at_their_centres(fonts: Path) -> None:
+    rng = random.Random(2)
+    page, drawn = shapes.shapes_page(rng, 300, 280, 4)
+    answer = tasks.list_shapes(drawn)
+    names = [shape.name for shape in sorted(drawn, key=lambda shape: shape.box[0])]
+    text = vocab.decode([token for token, _ in answer]).rstrip(".").lower()
+    assert [part.split(" ", 1)[1] for part in text.replace(" and ", ", ").split(", ")] == names
+    seen = list(dict.fromkeys(ref for _, (slot, ref) in answer if slot == 0))
+    assert [page.points[ref][2] for ref in seen] == [shapes.CLASS_OF[name] for name in names]
+    assert [page.points[ref][:2] for ref in seen] == [shape.center for shape in sorted(drawn, key=lambda s: s.box[0])]
 
 
 def test_positions_are_those_of_qwen2_vl() -> None:

@@ -148,7 +148,7 @@ def character_targets(token: Tensor, x: Tensor, kind: Tensor, tokens: int) -> Te
     """[b, tokens, SLOTS]: the classes of each token's characters from left to right, 0 where none is left."""
     batch = token.shape[0]
     shown = (token >= 0) & (kind > 0)
-    key = torch.where(shown, token.float() * 16384 + x.clamp(0, 16000), torch.full_like(x, 1e9))
+    key = torch.where(shown, token.float() * 1024 + x.clamp(0, 1000), torch.full_like(x, 1e9))
     order = key.argsort(dim=1)
     token = torch.where(shown, token, tokens).gather(1, order)
     kind = kind.gather(1, order)

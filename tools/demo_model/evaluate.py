@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tools.demo_model import pack, tasks
+from tools.demo_model import films, pack, tasks
 from tools.demo_model.feed import Batch, to_device
 from tools.demo_model.fonts import FontBook
 from tools.demo_model.losses import prepare
@@ -19,13 +19,13 @@ from tools.demo_model.tasks import Studio
 
 SETS: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [
     ("read", "one", ((9, 12),)), ("line", "one", ((8, 12),)), ("chinese", "one", ((8, 12),)),
-    ("two", "two", ((8, 12),)),
-    ("table", "table", ((9, 16),)), ("shape", "one", ((10, 12),)), ("word", "one", ((9, 12),)),
-    ("several", "several", ((5, 13),) * 3), ("video", "video", ((8, 16),) * 3),
+    ("two", "two", ((8, 12),)), ("table", "table", ((9, 16),)), ("shape", "one", ((10, 12),)),
+    ("word", "one", ((9, 12),)), ("describe", "one", ((10, 12),)), ("several", "several", ((5, 13),) * 3),
+    ("video", "video", ((8, 16),) * 3), ("long video", "video", ((8, 16),) * 6),
 ]  # fmt: skip
 MAKERS = {
     "read": tasks.plain_reading, "line": tasks.one_line, "chinese": tasks.chinese_reading, "two": tasks.follow_up,
-    "table": tasks.table, "shape": tasks.shape_box, "word": tasks.word_box,
+    "table": tasks.table, "describe": tasks.describe, "shape": tasks.shape_box, "word": tasks.word_box,
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def held_out_batches(fonts: Path, size: int, device: torch.device) -> dict[str, 
     book, batches = FontBook(fonts, "held_out"), {}
     for name, sort, grids in SETS:
         rng = random.Random(name)
-        recipe = replace(pack.make_recipe(sort, list(grids), 0), size=size, rows=size * 200, length=768, points=200)
+        recipe = replace(pack.make_recipe(sort, list(grids), 0), size=size, rows=size * 200, length=960, points=200)
         samples = [_draw(name, Studio(rng, book), grids) for _ in range(size)]
         pixels = np.zeros(pack.pixel_bytes(recipe), np.uint8)
         pack.fill_pixels(samples, recipe, pixels)
@@ -46,7 +46,7 @@ def held_out_batches(fonts: Path, size: int, device: torch.device) -> dict[str, 
 def _draw(name: str, studio: Studio, grids: tuple[tuple[int, int], ...]) -> tasks.Sample:
     if name in MAKERS:
         return MAKERS[name](studio, grids[0])
-    return (tasks.several if name == "several" else tasks.video)(studio, list(grids))
+    return (tasks.several if name == "several" else films.video)(studio, list(grids))
 
 
 def teacher_forced(model: DemoModel, tests: dict[str, Batch], dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
 """One training step's numbers: the text loss and three losses that exist in training only.
 
-- characters: a linear head on every vision token names the characters centred in it, left to right;
+- characters: a linear head on every vision token names the characters or the shape centred in it, left to right;
 - pointing: the first head of one layer must look at the vision token that holds the character about to be written;
 - place: a linear head on every vision token tells where in its picture it is.
 
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.demo_model import augment
+from tools.demo_model import augment, shapes
 from tools.demo_model.feed import Batch, groups
 from tools.demo_model.model import DemoModel, Linear
 from tools.demo_model.vocab import NUM_CLASSES
 
 WATCHED_LAYER = 3
+CLASSES = NUM_CLASSES + len(shapes.CLASS_OF)
 
 
 class Heads(nn.Module):
@@ -26,7 +27,7 @@ class Heads(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.characters = Linear(hidden_size, augment.SLOTS_PER_TOKEN * NUM_CLASSES)
+        self.characters = Linear(hidden_size, augment.SLOTS_PER_TOKEN * CLASSES)
         self.place = Linear(hidden_size, 2)
 
 
@@ -90,7 +91,7 @@ def _looked_at(batch: Batch, token: Tensor) -> Tensor:
 def character_loss(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     """Summed over tokens and divided by the number of characters; empty places count a little."""
     logits = F.linear(features, weight.to(features.dtype), bias.to(features.dtype))
-    logits = logits.view(-1, NUM_CLASSES)
+    logits = logits.view(-1, CLASSES)
     losses = F.cross_entropy(logits.float(), target.reshape(-1), reduction="none")
     shown = (target.reshape(-1) > 0).float()
     return (losses * (0.25 + 0.75 * shown)).sum() / shown.sum().clamp_min(1.0)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tools.demo_model import films, tasks
 from tools.demo_model import phrases as ask
-from tools.demo_model import tasks
 from tools.demo_model.fonts import FontBook
 from tools.demo_model.tasks import Grid, Picture, Sample, Studio
 from tools.demo_model.vocab import SPECIAL, encode
@@ -36,7 +36,8 @@ SEVERAL: list[list[Grid]] = [
 CONVERSATIONS: list[list[Grid]] = [[(5, 13), (8, 8)], [(6, 11)] * 3, [(4, 16), (6, 14)]]
 FILMS: list[list[Grid]] = [
     [(8, 8)] * 3, [(6, 11)] * 4, [(7, 10)] * 2, [(8, 16)] * 3, [(10, 13)] * 4, [(11, 12)] * 3, [(9, 16)] * 2,
-    [(8, 16)] * 5,
+    [(8, 16)] * 5, [(10, 14)] * 6, [(9, 16)] * 5, [(9, 16)] * 8, [(12, 21)] * 3, [(12, 21)] * 5, [(10, 14)] * 9,
+    [(13, 18)] * 4,
 ]  # fmt: skip
 
 Task = Callable[[Studio, Grid], Sample]
@@ -44,9 +45,9 @@ ONE_PICTURE: list[Task] = [
     tasks.plain_reading, tasks.one_line, tasks.shape_box, tasks.word_box, tasks.describe, tasks.chinese_reading
 ]  # fmt: skip
 SORTS = ["one", "two", "table", "several", "conversation", "video", "talk"]
-# How often each of them is drawn. From LATE on, boxes and films, which are learnt last, come more often.
+# How often each of them is drawn. From LATE on, shapes and films, which are learnt last, come more often.
 USUAL = ([0.50, 0.08, 0.18, 0.12, 0.04, 0.08], [0.545, 0.1, 0.13, 0.12, 0.025, 0.07, 0.01])
-LAST = ([0.33, 0.06, 0.25, 0.25, 0.03, 0.08], [0.50, 0.09, 0.10, 0.09, 0.025, 0.185, 0.01])
+LAST = ([0.28, 0.06, 0.16, 0.16, 0.26, 0.08], [0.45, 0.09, 0.09, 0.09, 0.02, 0.25, 0.01])
 LATE = 0.6
 
 
@@ -71,10 +72,10 @@ def make_recipe(sort: str, grids: list[Grid], budget: int, largest: int = 256) -
         "table": (165 + 0.65 * seen, 60 + 0.5 * seen, 20 + min(seen, 120)),
         "several": (144.0, 20.0, 100),
         "conversation": (110 + 100.0 * len(grids), 20 + 30.0 * len(grids), 110),
-        "video": (128.0, 28.0, 80),
+        "video": (128.0, 24 + 2.5 * len(grids), 24 + 12.0 * len(grids)),
         "talk": (288.0, 130.0, 1),
     }[sort]
-    size = max(16, min(largest, int(budget * (0.65 if sort == "video" else 1)) // max(seen, 48)) // 8 * 8)
+    size = max(8, min(largest, int(budget * (0.65 if sort == "video" else 1)) // max(seen, 48)) // 8 * 8)
     size = 32 if sort == "talk" else size
     return Recipe(sort, tuple(grids), size, -(-int(seen + extra) // 16) * 16, int(size * answer), int(points))
 
@@ -118,7 +119,7 @@ def make_sample(studio: Studio, recipe: Recipe, progress: float) -> Sample:
     elif recipe.sort in ("two", "table"):
         sample = (tasks.follow_up if recipe.sort == "two" else tasks.table)(studio, grids[0])
     else:
-        makers = {"several": tasks.several, "conversation": tasks.conversation, "video": tasks.video}
+        makers = {"several": tasks.several, "conversation": tasks.conversation, "video": films.video}
         sample = makers.get(recipe.sort, tasks.small_talk)(studio, grids)
     sample.kind = sample.kind or recipe.sort
     return _dress(rng, sample)

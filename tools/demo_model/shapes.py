@@ -1,10 +1,12 @@
 """Pages with named coloured shapes. Knows names, colours and outlines; not questions."""
 
+import itertools
 import math
 import random
 from dataclasses import dataclass
 
 from tools.demo_model.draw import Box, Color, Page, blank, color_at
+from tools.demo_model.vocab import NUM_CLASSES
 
 COLORS: dict[str, Color] = {
     "red": (220, 30, 35), "green": (30, 160, 60), "blue": (35, 75, 220), "yellow": (245, 215, 30),
@@ -22,6 +24,8 @@ CHINESE_COLORS = {
 }
 CHINESE_KINDS = {"circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "diamond": "菱形"}
 KINDS = ("circle", "square", "triangle", "rectangle", "star", "diamond", "ellipse", "cross")
+# What the training-only head calls a shape, at its centre; after the characters' classes.
+CLASS_OF = {f"{color} {kind}": NUM_CLASSES + n for n, (color, kind) in enumerate(itertools.product(COLORS, KINDS))}
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Shape:
     color: str
     kind: str
     box: Box  # x1, y1, x2, y2 in pixels
+    ref: int = -1  # the page's point at its centre
 
     @property
     def name(self) -> str:
@@ -120,4 +125,5 @@ def shapes_page(
             shapes.append(Shape(color, kind, box))
             boxes.append(box)
             put(page, shapes[-1], ink)
+            shapes[-1].ref = page.mark(*shapes[-1].center, CLASS_OF[shapes[-1].name])
     return page, shapes

@@ -8,18 +8,7 @@ import random
 from dataclasses import dataclass
 
 from tools.demo_model import phrases as ask
-from tools.demo_model import words
-from tools.demo_model.draw import (
-    Box,
-    Line,
-    Page,
-    blank,
-    font_of_height,
-    length,
-    odd_height,
-    table_page,
-    text_page,
-)
+from tools.demo_model.draw import Box, Line, Page, table_page, text_page
 from tools.demo_model.fonts import FontBook
 from tools.demo_model.shapes import CHINESE_COLORS, CHINESE_KINDS, Shape, shapes_page
 from tools.demo_model.vocab import SPECIAL, TOKEN_OF, encode
@@ -73,6 +62,11 @@ class Studio:
 
 def say(text: str) -> Answer:
     return [(token, NOWHERE) for token in encode(text)]
+
+
+def spell(text: str, ref: int) -> Answer:
+    """Text about a shape; every token points at the shape's centre."""
+    return [(token, (0, ref)) for token in encode(text)]
 
 
 def read(line: Line, slot: int = 0) -> Answer:
@@ -222,17 +216,25 @@ def describe(studio: Studio, grid: Grid) -> Sample:
     if not shapes:
         return describe(studio, grid)
     kind = rng.random()
-    if kind < 0.6:
-        shapes = sorted(shapes, key=lambda shape: shape.box[0])
-        names = [f"{'an' if shape.name[0] in 'aeiou' else 'a'} {shape.name}" for shape in shapes]
-        text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-        return Sample([[page]], [Turn([Picture([0]), rng.choice(ask.DESCRIBE)], say(text.capitalize() + "."))])
+    if kind < 0.55:
+        return Sample([[page]], [Turn([Picture([0]), rng.choice(ask.DESCRIBE)], list_shapes(shapes))])
     single = [shape for shape in shapes if sum(other.kind == shape.kind for other in shapes) == 1]
     if kind < 0.85 and single:
         shape = rng.choice(single)
         question = rng.choice(ask.COLOR_OF).format(shape.kind)
-        return Sample([[page]], [Turn([Picture([0]), question], say(shape.color.capitalize() + "."))])
+        answer = [*spell(shape.color.capitalize(), shape.ref), *say(".")]
+        return Sample([[page]], [Turn([Picture([0]), question], answer)])
     return Sample([[page]], [Turn([Picture([0]), rng.choice(ask.COUNT)], say(str(len(shapes))))])
+
+
+def list_shapes(shapes: list[Shape]) -> Answer:
+    """From left to right: "A red circle, an orange star and a blue cross."."""
+    shapes, answer = sorted(shapes, key=lambda shape: shape.box[0]), []
+    for n, shape in enumerate(shapes):
+        text = f"{'an' if shape.name[0] in 'aeiou' else 'a'} {shape.name}"
+        answer += say("" if n == 0 else " and " if n == len(shapes) - 1 else ", ")
+        answer += spell(text if n else text.capitalize(), shape.ref)
+    return [*answer, *say(".")]
 
 
 def several(studio: Studio, grids: list[Grid]) -> Sample:
@@ -273,64 +275,6 @@ def conversation(studio: Studio, grids: list[Grid]) -> Sample:
     if rng.random() < 0.1:
         turns.append(Turn([rng.choice(ask.TALK[ask.THANKS])], say(ask.THANKS)))
     return Sample(frames, turns)
-
-
-def video(studio: Studio, grids: list[Grid]) -> Sample:
-    """Words one after another, each on screen for two to four frames; two frames make a slot."""
-    rng, grid = studio.rng, grids[0]
-    total = 2 * len(grids)
-    lengths: list[int] = []
-    while sum(lengths) < total and len(lengths) < 5:
-        lengths.append(rng.choice([2, 2, 2, 3, 4, 4]))
-    texts = _distinct_words(rng, len(lengths))
-    path_studio = _WordFilm(studio, grid)
-    shots = [path_studio.shot(text) for text in texts]
-    order = [n for n, length in enumerate(lengths) for _ in range(length)][:total]
-    order += [len(lengths) - 1] * (total - len(order))
-    frames = [
-        [shots[a][0]] if a == b else [shots[a][0], shots[b][0]] for a, b in zip(order[::2], order[1::2], strict=True)
-    ]
-    shown = sorted(set(order))
-    answer: Answer = []
-    for n in shown:
-        steps = [step for step in range(len(grids)) if order[2 * step] == n == order[2 * step + 1]]
-        slot = steps[0] if steps else -1
-        ids = read(shots[n][1], slot)
-        answer += (say(" ") if n != shown[0] else []) + (ids if steps else [(token, NOWHERE) for token, _ in ids])
-    question = rng.choice(ask.VIDEO)
-    return Sample(frames, [Turn([Picture(list(range(len(grids))), True), question], answer)], kind="video")
-
-
-def _distinct_words(rng: random.Random, count: int) -> list[str]:
-    texts: list[str] = []
-    while len(texts) < count:
-        text = words.short(rng, 9) if rng.random() < 0.6 else words.word(rng)[:9]
-        if not texts or text != texts[-1]:
-            texts.append(text)
-    return texts
-
-
-class _WordFilm:
-    """Pages of one film: same paper, ink and font; one word each."""
-
-    def __init__(self, studio: Studio, grid: Grid) -> None:
-        self.seed, self.studio, self.grid = studio.rng.getrandbits(32), studio, grid
-        self.plain, self.still = studio.plain, studio.rng.random() < 0.5
-
-    def shot(self, text: str) -> tuple[Page, Line]:
-        look = random.Random(self.seed)
-        width, height = self.grid[1] * TOKEN, self.grid[0] * TOKEN
-        page = blank(look, width, height, self.plain)
-        path = self.studio.book.pick(look)
-        cap = odd_height(look, 22, min(70, height * 0.3))
-        font = font_of_height(path, cap)
-        while length(font, text) > width - 16 and cap > 18:
-            cap -= 2
-            font = font_of_height(path, cap)
-        spot = look if self.still else self.studio.rng
-        x = 8 + max(0.0, width - 16 - length(font, text)) * (0.5 if self.still else spot.random())
-        y = cap + 8 + (height - 2 * cap - 16) * (spot.uniform(0.3, 0.7) if self.still else spot.random())
-        return page, page.text(x, y, text, font)
 
 
 def small_talk_turn(rng: random.Random) -> Turn:

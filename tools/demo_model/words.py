@@ -169,6 +169,12 @@ def short(rng: random.Random, limit: int) -> str:
     return jumble(rng, 1, max(1, min(limit, 5)))
 
 
+def similar(rng: random.Random, text: str) -> str:
+    """The same beginning or end, with another letter or two in place of the rest's first or last."""
+    cut, new = rng.randint(1, max(1, min(3, len(text) - 1))), "".join(rng.choices(LETTERS, k=rng.randint(1, 2)))
+    return new + text[cut:] if rng.random() < 0.5 else text[:-cut] + new
+
+
 def line(rng: random.Random, limit: int) -> str:
     """A line of print of at most `limit` characters, never empty."""
     text = short(rng, limit) if rng.random() < 0.25 else piece(rng)
