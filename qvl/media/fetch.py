@@ -6,8 +6,6 @@ an address or a path, since what a server can reach is not for its callers to le
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 import stat
@@ -16,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
+import msgspec
+
 from qvl.errors import BadMedia, MediaRefused, PayloadTooLarge
 from qvl.media.stages import stage
 from qvl.types import MediaKind
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _WHITESPACE = {ord(char): None for char in "\t\n\f\r "}
-_BASE64_SLICE = 256 * 1024  # a multiple of 4: no character of the code is cut
+_BASE64_SLICE = 1 << 20  # a multiple of 4: no character of the code is cut
+_base64 = msgspec.json.Decoder(bytes)  # four times as fast as the standard library's, and as strict as can be
 _FRAME_LIST = "data:video/jpeg;base64,"
 
 
@@ -136,15 +137,17 @@ def _from_base64(text: str) -> bytes:
         text = unquote(text) if "%" in text else text
         text = text.translate(_WHITESPACE) if any(chr(space) in text for space in _WHITESPACE) else text
         raw = text.encode("ascii")
+        if b"\\" in raw:  # JSON would take it for an escape
+            raise ValueError("not of the alphabet")
         return b"".join(_decoded_slices(raw))
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise BadMedia("the data URL is not valid base64") from None
 
 
 def _decoded_slices(raw: bytes) -> Iterator[bytes]:
     """In slices of a millisecond or two: the decoder keeps the interpreter's lock, and others want it in between."""
     for start in range(0, len(raw), _BASE64_SLICE):
-        data = base64.b64decode(raw[start : start + _BASE64_SLICE], validate=True)
+        data = _base64.decode(b'"%b"' % raw[start : start + _BASE64_SLICE])
         if start + _BASE64_SLICE < len(raw) and len(data) < _BASE64_SLICE // 4 * 3:
             raise ValueError("padding before the end")
         yield data

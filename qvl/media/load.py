@@ -280,15 +280,17 @@ def _pick_frames(
 
 @stage("hash")
 def _content_of(content: bytes | Pixels) -> bytes:
-    """What tells this file, or these pixels of this shape, from all others. Hashed where it lies."""
-    state = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"qvl media")
+    """What tells this file, or these pixels of this shape, from all others. Hashed where it lies.
+
+    By SHA-256, for which processors have instructions: a fifth of the time of BLAKE2.
+    """
     if isinstance(content, bytes):
-        state.update(b"file")
+        state = hashlib.sha256(b"qvl media file")
         state.update(content)
     else:
-        state.update(repr(content.shape).encode())
+        state = hashlib.sha256(b"qvl media pixels %r" % (content.shape,))
         state.update(content.reshape(-1).data)
-    return state.digest()
+    return state.digest()[:DIGEST_BYTES]
 
 
 def _digest(kind: MediaKind, content: bytes, size: tuple[int, int], spec: ProcessorSpec) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import random
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl.errors import BadMedia, InvalidRequest, MediaRefused, PayloadTooLarge
-from qvl.media.fetch import MediaPolicy, is_frame_list, read, read_frame_list
+from qvl.media.fetch import _BASE64_SLICE, MediaPolicy, is_frame_list, read, read_frame_list
 
 STRICT = MediaPolicy(max_bytes=1000)
 SECRET = b"root:x:0:0"
@@ -53,6 +54,9 @@ def test_data_urls_in_every_good_spelling(data):
         ("data:image/png;base64,AAA", "base64"),
         ("data:image/png;base64,AA-_", "base64"),  # the alphabet for URLs is another one
         ("data:image/png;base64,AAAA=AAA", "base64"),
+        ("data:image/png;base64,AAAA=", "base64"),
+        ("data:image/png;base64,AA\\/A", "base64"),  # JSON's spelling of a slash
+        ('data:image/png;base64,AAAA"', "base64"),
         ("data:image/png;base64,\u00e9\u00e9\u00e9\u00e9", "base64"),
         ("data:image/png;base64,\ud800AAA", "base64"),
         ("data:text/html;base64,AAAA", "media type"),
@@ -67,6 +71,18 @@ def test_data_urls_in_every_good_spelling(data):
 def test_bad_data_urls(url, match):
     with pytest.raises(BadMedia, match=match):
         fetch(url)
+
+
+@pytest.mark.parametrize("num_bytes", [_BASE64_SLICE // 4 * 3 + extra for extra in (-1, 0, 1, 2, 3)])
+def test_data_urls_longer_than_what_is_decoded_at_once(num_bytes):
+    data = random.Random(num_bytes).randbytes(num_bytes)
+    assert fetch(f"data:image/png;base64,{b64(data)}", MediaPolicy()) == data
+
+
+def test_no_padding_where_a_long_one_goes_on():
+    text = "A" * (_BASE64_SLICE - 2) + "==" + "AAAA"
+    with pytest.raises(BadMedia, match="base64"):
+        fetch(f"data:image/png;base64,{text}", MediaPolicy())
 
 
 def test_media_type_of_videos():
