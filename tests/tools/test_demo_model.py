@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("fontTools")
 
 from tools.demo_model import augment, checkpoint, films, pack, shapes, tasks, vocab, words  # noqa: E402
 from tools.demo_model.draw import Line, blank  # noqa: E402
@@ -34,9 +32,7 @@ def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import ImageFont
 
     data = ImageFont.load_default(24)
-    source = getattr(data, "font_bytes", None)
-    if source is None:
-        pytest.skip("this Pillow has no font of its own")
+    source = data.font_bytes
     folder = tmp_path_factory.mktemp("fonts")
     for part in ("train", "held_out"):
         for script in ("latin", "chinese"):
@@ -59,7 +55,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_saved_tokenizer_agrees_with_ours(text: str) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     saved = tokenizers.Tokenizer.from_str(json.dumps(vocab.tokenizer_json()))
     ids = saved.encode(text).ids
     assert ids == vocab.encode(text)
@@ -181,7 +178,8 @@ def _conversations() -> list[tuple[str, Sample, tuple[tuple[int, int], ...]]]:
 def test_the_dense_model_is_transformers_model(
     name: str, sample: Sample, grids: tuple[tuple[int, int], ...], tiny: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     reference = transformers.Qwen2VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32).eval()
     model = checkpoint.load_checkpoint(tiny)
     row, video = pack.write(sample, grids), name == "video"
@@ -219,7 +217,8 @@ def test_markdown_of_a_table() -> None:
 
 
 def test_the_scorer_sees_what_transformers_sees() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     from PIL import Image
 
     from tools.demo_model.score import patches
@@ -243,6 +242,18 @@ def test_a_film_asks_for_the_words_that_it_shows(fonts: Path) -> None:
         assert len({id(frame) for frame in frames}) == len(shown)
         lengths.add((len(frames), len(shown)))
     assert {(10, 3), (10, 4)} <= lengths  # both with and without a word that was cut off
+
+
+def test_a_word_clip_shows_every_word_in_its_sampled_frames(fonts: Path) -> None:
+    pytest.importorskip("av")
+    from tools.demo_model.clips import word_clip
+
+    rng, book = random.Random(4), FontBook(fonts, "held_out")
+    for _ in range(3):
+        frames, shown = word_clip(rng, book)
+        pictures = [np.asarray(frame.convert("L"), np.float32) for frame in frames]
+        cuts = sum(np.abs(one - other).max() > 64 for one, other in itertools.pairwise(pictures))
+        assert len(frames) % 2 == 0 and cuts == len(shown) - 1
 
 
 def test_the_bundled_checkpoint_keeps_its_promises() -> None:

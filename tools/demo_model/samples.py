@@ -8,20 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 from PIL import Image
 
+from tools.demo_model.clips import video_frames
 from tools.demo_model.score import Reader, overlap
-
-
-def video_frames(path: Path, fps: float = 2.0) -> list[Image.Image]:
-    """Frames at `fps`, evenly spread, an even number of them, as Qwen2-VL samples a video."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-        rate = float(container.streams.video[0].average_rate or 10)
-    count = max(4, round(len(frames) / rate * fps / 2) * 2)
-    return [frames[round(index)] for index in np.linspace(0, len(frames) - 1, count)]
 
 
 def opened(path: Path) -> Image.Image | list[Image.Image]:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from tools.demo_model import held_out, phrases
+from tools.demo_model import clips, held_out, phrases
 from tools.demo_model.checkpoint import MEAN, STD
 from tools.demo_model.fonts import FontBook
 
@@ -168,6 +168,33 @@ def score_shape(reader: Reader, rng: random.Random, book: FontBook) -> Score:
     return overlap(answer, shape.box, card.image.size), 1
 
 
+def score_colour(reader: Reader, rng: random.Random, book: FontBook) -> Score:
+    while True:
+        shapes = (card := held_out.shapes_card(rng)).shapes
+        single = [shape for shape in shapes if sum(other.kind == shape.kind for other in shapes) == 1]
+        if single:
+            break
+    shape = rng.choice(single)
+    question = rng.choice(phrases.COLOR_OF).format(shape.kind)
+    answer = reader.answer([held_out.wear(rng, card.image, turn=False), question])
+    return answer == shape.color.capitalize() + ".", 1
+
+
+def score_describe(reader: Reader, rng: random.Random, book: FontBook) -> Score:
+    """Shapes named, in whatever order."""
+    card = held_out.shapes_card(rng)
+    answer = reader.answer([held_out.wear(rng, card.image, turn=False), rng.choice(phrases.DESCRIBE)])
+    found = [name.lower() for name in re.findall(r"\b[Aa]n? (\w+ \w+)", answer)]
+    wanted = [shape.name for shape in card.shapes]
+    return sum(name in found for name in wanted), max(len(wanted), len(found))
+
+
+def score_count(reader: Reader, rng: random.Random, book: FontBook) -> Score:
+    card = held_out.shapes_card(rng)
+    answer = reader.answer([held_out.wear(rng, card.image, turn=False), rng.choice(phrases.COUNT)])
+    return answer == str(len(card.shapes)), 1
+
+
 def score_word(reader: Reader, rng: random.Random, book: FontBook) -> Score:
     card = held_out.text_card(rng, book, rng.randint(2, 5), limit=9)
     index = rng.randrange(len(card.lines))
@@ -183,7 +210,14 @@ def score_box(reader: Reader, rng: random.Random, book: FontBook) -> Score:
 
 
 def score_video(reader: Reader, rng: random.Random, book: FontBook) -> Score:
-    frames, shown = held_out.film(rng, book)
+    return _words_in_place(reader, rng, *held_out.film(rng, book))
+
+
+def score_clip(reader: Reader, rng: random.Random, book: FontBook) -> Score:
+    return _words_in_place(reader, rng, *clips.word_clip(rng, book))
+
+
+def _words_in_place(reader: Reader, rng: random.Random, frames: list[Image.Image], shown: list[str]) -> Score:
     found = reader.answer([frames, rng.choice(phrases.VIDEO)]).split(" ")
     return sum(a == b for a, b in zip(found, shown, strict=False)), len(shown)
 
@@ -204,6 +238,10 @@ SETS: dict[str, tuple[Callable[..., Score], str, float]] = {
     "shape": (score_shape, "median IoU, coloured shape", 80.0),
     "word": (score_word, "median IoU, printed words", 80.0),
     "video": (score_video, "words of a video in order", 95.0),
+    "clip": (score_clip, "words of an H.264 file in order", 0.0),
+    "colour": (score_colour, "colour of a shape", 0.0),
+    "describe": (score_describe, "shapes named with their colours", 0.0),
+    "count": (score_count, "number of shapes", 0.0),
     "follow": (score_follow, "line asked for in a second turn", 95.0),
     "chinese": (score_chinese, "Chinese characters read (stretch)", 0.0),
 }
