@@ -2,87 +2,119 @@
  *
  * All activations are fp32; the cache holds bf16 (0), fp16 (1) or fp32 (2). Does not know Python.
  */
+#include "cpu_threads.h"
 #include "cpu_vectors.h"
 #include <math.h>
-#include <stdlib.h>
 
 #define SMALL 16384 /* below so many numbers a second thread costs more than it saves */
+#define STRIP 4096  /* numbers of an activation that a thread takes at a time */
 #define FEW 4096    /* the same for numbers of queries, each against SPLIT tokens */
 #define RUN 16      /* tokens whose keys or values are widened at once */
 #define SPLIT 256   /* tokens of context that one thread attends to at a time */
 #define MAX_DIM 512
 
+typedef struct {
+    const float *x, *weight;
+    float *residual, *out;
+    long size;
+    float eps;
+} norm;
+
+static void norm_row(const void *what, long row) {
+    const norm *p = what;
+    long size = p->size, i = 0;
+    const float *in = p->x + row * size, *weight = p->weight;
+    float *to = p->out + row * size, *total = p->residual ? p->residual + row * size : 0, rest = 0;
+    vf squares = {0};
+    for (; i + LANES <= size; i += LANES) {
+        vf v = f32_low(in + i);
+        if (total) *(vf_u *)(total + i) = v += f32_low(total + i);
+        squares += v * v;
+    }
+    for (; i < size; i++) {
+        float v = in[i];
+        if (total) total[i] = v += total[i];
+        rest += v * v;
+    }
+    float scale = 1.0f / sqrtf((sum(squares) + rest) / size + p->eps);
+    if (total) in = total;
+    for (i = 0; i + LANES <= size; i += LANES) *(vf_u *)(to + i) = f32_low(in + i) * scale * f32_low(weight + i);
+    for (; i < size; i++) to[i] = in[i] * scale * weight[i];
+}
+
 /* out = norm(x + residual) * weight with residual += x; without residual, norm(x) * weight. Rows are contiguous. */
 void qvl_add_rms_norm(const float *x, float *residual, const float *weight, float *out, long rows, long size, float eps,
                       int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size > SMALL)
-    for (long r = 0; r < rows; r++) {
-        const float *in = x + r * size;
-        float *to = out + r * size, *total = residual ? residual + r * size : 0;
-        vf squares = {0};
-        float rest = 0;
-        long i = 0;
-        for (; i + LANES <= size; i += LANES) {
-            vf v = f32_low(in + i);
-            if (total) *(vf_u *)(total + i) = v += f32_low(total + i);
-            squares += v * v;
-        }
-        for (; i < size; i++) {
-            float v = in[i];
-            if (total) total[i] = v += total[i];
-            rest += v * v;
-        }
-        float scale = 1.0f / sqrtf((sum(squares) + rest) / size + eps);
-        if (total) in = total;
-        for (i = 0; i + LANES <= size; i += LANES)
-            *(vf_u *)(to + i) = f32_low(in + i) * scale * f32_low(weight + i);
-        for (; i < size; i++) to[i] = in[i] * scale * weight[i];
+    const norm p = {x, weight, residual, out, size, eps};
+    qvl_share(rows, rows * size > SMALL ? threads : 1, norm_row, &p);
+}
+
+typedef struct {
+    const float *x;
+    float *out;
+    long size, strips; /* of a row; strips of it */
+} activation;
+
+static void silu_strip(const void *what, long piece) {
+    const activation *p = what;
+    const float *gate = p->x + piece / p->strips * 2 * p->size, *up = gate + p->size;
+    float *to = p->out + piece / p->strips * p->size;
+    long i = piece % p->strips * STRIP, stop = i + STRIP < p->size ? i + STRIP : p->size;
+    for (; i + LANES <= stop; i += LANES) {
+        vf g = f32_low(gate + i);
+        *(vf_u *)(to + i) = g / (1.0f + exponential(-g)) * f32_low(up + i);
     }
+    for (; i < stop; i++) to[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
 /* out [rows, size] = silu(first half) * second half of gate_up [rows, 2 * size]. */
 void qvl_silu_and_mul(const float *gate_up, float *out, long rows, long size, int threads) {
-    long strips = (size + SMALL / 4 - 1) / (SMALL / 4);
-#pragma omp parallel for collapse(2) num_threads(threads) if (rows * size > SMALL)
-    for (long r = 0; r < rows; r++)
-        for (long s = 0; s < strips; s++) {
-            const float *gate = gate_up + r * 2 * size, *up = gate + size;
-            float *to = out + r * size;
-            long i = s * (SMALL / 4), stop = i + SMALL / 4 < size ? i + SMALL / 4 : size;
-            for (; i + LANES <= stop; i += LANES) {
-                vf g = f32_low(gate + i);
-                *(vf_u *)(to + i) = g / (1.0f + exponential(-g)) * f32_low(up + i);
-            }
-            for (; i < stop; i++) to[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-        }
+    const activation p = {gate_up, out, size, (size + STRIP - 1) / STRIP};
+    qvl_share(rows * p.strips, rows * size > SMALL ? threads : 1, silu_strip, &p);
+}
+
+static void gelu_strip(const void *what, long piece) {
+    const activation *p = what;
+    long i = piece * STRIP, stop = i + STRIP < p->size ? i + STRIP : p->size;
+    for (; i + LANES <= stop; i += LANES) {
+        vf v = f32_low(p->x + i);
+        *(vf_u *)(p->out + i) = v / (1.0f + exponential(v * -1.702f));
+    }
+    for (; i < stop; i++) p->out[i] = p->x[i] / (1.0f + expf(-1.702f * p->x[i]));
 }
 
 /* x * sigmoid(1.702 x) over n numbers. */
 void qvl_quick_gelu(const float *x, float *out, long n, int threads) {
-    long whole = n - n % LANES;
-#pragma omp parallel for num_threads(threads) if (n > SMALL)
-    for (long i = 0; i < whole; i += LANES) {
-        vf v = f32_low(x + i);
-        *(vf_u *)(out + i) = v / (1.0f + exponential(v * -1.702f));
+    const activation p = {x, out, n, (n + STRIP - 1) / STRIP};
+    qvl_share(p.strips, n > SMALL ? threads : 1, gelu_strip, &p);
+}
+
+typedef struct {
+    const float *x, *cosine, *sine;
+    float *out;
+    long stride, heads, dim;
+} rotation;
+
+static void rotate_row(const void *what, long row) {
+    const rotation *p = what;
+    long dim = p->dim, half = dim / 2;
+    const float *c = p->cosine + row * dim, *s = p->sine + row * dim;
+    for (long h = 0; h < p->heads; h++) {
+        const float *in = p->x + row * p->stride + h * dim;
+        float *to = p->out + (row * p->heads + h) * dim;
+        for (long i = 0; i < half; i++) {
+            float a = in[i], b = in[i + half];
+            to[i] = a * c[i] - b * s[i];
+            to[i + half] = b * c[i + half] + a * s[i + half];
+        }
     }
-    for (long i = whole; i < n; i++) out[i] = x[i] / (1.0f + expf(-1.702f * x[i]));
 }
 
 /* Turn each pair (i, i + dim / 2) of x [rows, heads, dim] by its angle; cos, sin [rows, dim], out contiguous. */
 void qvl_rotate(const float *x, long row_stride, const float *cosine, const float *sine, float *out, long rows,
                 long heads, long dim, int threads) {
-    long half = dim / 2;
-#pragma omp parallel for num_threads(threads) if (rows * heads * dim > SMALL)
-    for (long r = 0; r < rows; r++)
-        for (long h = 0; h < heads; h++) {
-            const float *in = x + r * row_stride + h * dim, *c = cosine + r * dim, *s = sine + r * dim;
-            float *to = out + (r * heads + h) * dim;
-            for (long i = 0; i < half; i++) {
-                float a = in[i], b = in[i + half];
-                to[i] = a * c[i] - b * s[i];
-                to[i + half] = b * c[i + half] + a * s[i + half];
-            }
-        }
+    const rotation p = {x, cosine, sine, out, row_stride, heads, dim};
+    qvl_share(rows, rows * heads * dim > SMALL ? threads : 1, rotate_row, &p);
 }
 
 INLINE uint16_t to_bf16(float value) {
@@ -104,11 +136,24 @@ static void narrow(const float *from, void *to, long place, long n, int type) {
     }
 }
 
+typedef struct {
+    const float *new;
+    void *cache;
+    const int64_t *slots;
+    long stride, width;
+    int type;
+} storing;
+
+static void store_row(const void *what, long row) {
+    const storing *p = what;
+    narrow(p->new + row * p->stride, p->cache, p->slots[row] * p->width, p->width, p->type);
+}
+
 /* Rows of new [rows, width] into their slots of a cache whose rows are width wide. */
 void qvl_store(const float *new, long row_stride, void *cache, const int64_t *slots, long rows, long width, int type,
                int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * width > SMALL)
-    for (long r = 0; r < rows; r++) narrow(new + r * row_stride, cache, slots[r] * width, width, type);
+    const storing p = {new, cache, slots, row_stride, width, type};
+    qvl_share(rows, rows * width > SMALL ? threads : 1, store_row, &p);
 }
 
 INLINE void widen(const void *from, long place, float *to, long n, int type) { /* n is a multiple of LANES */
@@ -176,41 +221,60 @@ static void attend(const pages *p, long head, const float *q, long group, long f
     }
 }
 
+/* A step of decodes: q [sequences, heads, dim], block tables [sequences, stride], and scratch [sequence, KV head, part of
+ * the context], of each the group's values, largest scores and sums of weights. */
+typedef struct {
+    const float *q;
+    pages pages; /* of the first sequence */
+    const int32_t *lengths;
+    float *scratch;
+    long stride, group, parts, room;
+    float scale;
+} decoding;
+
+static void decode_part(const void *what, long piece) {
+    const decoding *p = what;
+    long part = piece % p->parts, head = piece / p->parts % p->pages.kv_heads, s = piece / p->parts / p->pages.kv_heads;
+    long dim = p->pages.dim, first = part * SPLIT, length = p->lengths[s];
+    pages own = p->pages;
+    own.blocks += s * p->stride;
+    float *mine = p->scratch + piece * p->room;
+    if (first < length)
+        attend(&own, head, p->q + (s * own.kv_heads + head) * p->group * dim, p->group, first,
+               first + SPLIT < length ? first + SPLIT : length, p->scale, mine, mine + p->group * dim,
+               mine + p->group * (dim + 1));
+}
+
+/* The parts of one query, joined to [dim]. */
+static void join_parts(const decoding *p, long s, long query, float *to) {
+    long dim = p->pages.dim, g = query % p->group, used = (p->lengths[s] + SPLIT - 1) / SPLIT;
+    const float *first = p->scratch + (s * p->pages.kv_heads + query / p->group) * p->parts * p->room;
+    const float *tops = first + p->group * dim + g, *totals = tops + p->group;
+    float top = -INFINITY, total = 0;
+    for (long c = 0; c < used; c++) {
+        float own = tops[c * p->room];
+        top = own > top || own != own ? own : top;
+    }
+    memset(to, 0, dim * sizeof(float));
+    for (long c = 0; c < used; c++) {
+        float weight = expf(tops[c * p->room] - top);
+        total += weight * totals[c * p->room];
+        for (long d = 0; d < dim; d++) to[d] += weight * first[c * p->room + g * dim + d];
+    }
+    for (long d = 0; d < dim; d++) to[d] /= total;
+}
+
 /* One query token per sequence: q, out [sequences, heads, dim]; table [sequences, table_stride]; lengths count this
  * token. Long contexts are split between threads and joined; scratch: sequences * heads * splits * (dim + 2) floats. */
 void qvl_decode_attention(const float *q, const void *keys, const void *values, const int32_t *table, long table_stride,
                           const int32_t *lengths, float *out, float *scratch, long sequences, long heads, long kv_heads,
                           long dim, long block_size, long splits, float scale, int type, int threads) {
-    long group = heads / kv_heads, part = group * (dim + 2);
-#pragma omp parallel for collapse(3) schedule(dynamic, 1) num_threads(threads) if (sequences * splits * heads * dim > FEW)
+    long group = heads / kv_heads;
+    const decoding p = {q,     {keys, values, table, block_size, kv_heads, dim, type}, lengths, scratch, table_stride,
+                        group, splits, group * (dim + 2), scale};
+    qvl_share(sequences * kv_heads * splits, sequences * splits * heads * dim > FEW ? threads : 1, decode_part, &p);
     for (long s = 0; s < sequences; s++)
-        for (long h = 0; h < kv_heads; h++)
-            for (long c = 0; c < splits; c++) {
-                pages p = {keys, values, table + s * table_stride, block_size, kv_heads, dim, type};
-                float *mine = scratch + ((s * kv_heads + h) * splits + c) * part;
-                long stop = (c + 1) * SPLIT < lengths[s] ? (c + 1) * SPLIT : lengths[s];
-                if (c * SPLIT < lengths[s])
-                    attend(&p, h, q + (s * heads + h * group) * dim, group, c * SPLIT, stop, scale, mine,
-                           mine + group * dim, mine + group * dim + group);
-            }
-    for (long s = 0; s < sequences; s++)
-        for (long h = 0; h < heads; h++) {
-            const float *first = scratch + (s * kv_heads + h / group) * splits * part;
-            long g = h % group, used = (lengths[s] + SPLIT - 1) / SPLIT;
-            float top = -INFINITY, total = 0, *to = out + (s * heads + h) * dim;
-            for (long c = 0; c < used; c++) {
-                float own = first[c * part + group * dim + g];
-                top = own > top || own != own ? own : top;
-            }
-            memset(to, 0, dim * sizeof(float));
-            for (long c = 0; c < used; c++) {
-                const float *mine = first + c * part;
-                float weight = expf(mine[group * dim + g] - top);
-                total += weight * mine[group * dim + group + g];
-                for (long d = 0; d < dim; d++) to[d] += weight * mine[g * dim + d];
-            }
-            for (long d = 0; d < dim; d++) to[d] /= total;
-        }
+        for (long h = 0; h < heads; h++) join_parts(&p, s, h, out + (s * heads + h) * dim);
 }
 
 long qvl_lanes(void) { return LANES; }

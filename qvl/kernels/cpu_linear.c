@@ -5,9 +5,9 @@
  *
  * A tile is ROWS rows of W times COLUMNS rows of x, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
- * one, a mask the odd one, which is why x is stored as evens, then odds, of every group. Each tile fetches the next
- * one's part of W ahead: a processor's own prefetcher does not follow four short rows, and gives a third less. MANY
- * rows of x and more are worth packing both: see cpu_panels.h.
+ * one, a mask the odd one, which is why x is stored as evens, then odds, of every group. For few rows of x the rows of
+ * a tile stand far apart, so that its tiles read ROWS long stretches of memory, which a processor's own prefetcher
+ * follows; it does not follow short ones. MANY rows of x and more are worth packing both: see cpu_panels.h.
  */
 #include "cpu_panels.h"
 
@@ -22,47 +22,57 @@
 #define K_CHUNK PANEL_K          /* COLUMNS rows of x of this length stay in the first-level cache */
 #define MANY 16                  /* rows of x from which panels of W are worth turning */
 #define BLOCK_BYTES (192 * 1024) /* a block of W stays in the second-level cache while all of x passes */
+#define AHEAD 512                /* bytes of W that are fetched before they are needed, in a long stretch */
 
-/* x [m, k] to out [m, padded k]: zero-filled to whole groups; `split` stores evens before odds in each group. */
-static void arrange(const float *x, long ldx, float *out, long m, long k, int split, int threads) {
-    long groups = (k + GROUP - 1) / GROUP;
-#pragma omp parallel for num_threads(threads) if (m * k > 65536)
-    for (long i = 0; i < m; i++) {
-        const float *from = x + i * ldx;
-        float *to = out + i * groups * GROUP;
-        for (long g = 0; g < groups; g++, to += GROUP) {
-            float part[GROUP] = {0};
-            const float *in = from + g * GROUP;
-            if ((g + 1) * GROUP > k) {
-                memcpy(part, in, (k - g * GROUP) * sizeof(float));
-                in = part;
-            }
-            for (int j = 0; j < LANES; j++) {
-                to[j] = split ? in[2 * j] : in[j];
-                to[LANES + j] = split ? in[2 * j + 1] : in[LANES + j];
-            }
+/* A row of x: zero-filled to whole groups; `split` stores evens before odds in each group. */
+static void arrange_row(const void *what, long row) {
+    const product *p = what;
+    const float *from = p->from + row * p->ldx;
+    float *to = p->x + row * p->padded;
+    for (long i = 0; i < p->padded; i += GROUP, to += GROUP) {
+        float part[GROUP] = {0};
+        const float *in = from + i;
+        if (i + GROUP > p->k) in = memcpy(part, in, (p->k - i) * sizeof(float));
+        for (int j = 0; j < LANES; j++) {
+            to[j] = p->split ? in[2 * j] : in[j];
+            to[LANES + j] = p->split ? in[2 * j + 1] : in[LANES + j];
         }
     }
 }
 
-/* One product for one number type T of W. `first`: y is set (to the bias), otherwise added to. */
+/* Shapes and pieces. */
+static product begin(long m, long n, long k, long size, int threads) {
+    long parts = (k + K_CHUNK - 1) / K_CHUNK, chunk = (k / parts + GROUP - 1) / GROUP * GROUP;
+    long rows = BLOCK_BYTES / ((m > COLUMNS ? chunk : k) * size) / ROWS * ROWS;
+    long fair = (n / (4 * threads) + ROWS - 1) / ROWS * ROWS;
+    if (rows > fair) rows = fair;
+    if (rows < ROWS) rows = ROWS;
+    return (product){.m = m, .n = n, .k = k, .chunk = chunk, .rows = rows, .padded = (k + GROUP - 1) / GROUP * GROUP};
+}
+
+/* One product for one number type T of W. A tile is `rows` rows of W from `row` on, `apart` from each other, times
+ * `columns` rows of x, over a chunk of k; the first chunk sets y (to the bias), others add to it. */
 #define DEFINE(NAME, T, LOW, HIGH)                                                                                     \
     DEFINE_PACK(NAME, T, LOW, HIGH)                                                                                    \
-    INLINE void NAME##_tile(const int rows, const int columns, const T *w, long ldw, const float *x, long ldx,         \
-                            float *y, long ldy, long k, const float *bias, int first) {                                \
+    INLINE void NAME##_tile(const int rows, const int columns, const product *p, long column, long row, long apart,    \
+                            long from) {                                                                               \
+        const T *w = (const T *)p->w + row * p->k + from;                                                              \
+        const float *x = p->x + column * p->padded + from, *bias = p->bias ? p->bias + row : 0;                        \
+        float *y = p->y + column * p->n + row;                                                                         \
+        long k = p->k - from < p->chunk ? p->k - from : p->chunk, whole = k - k % GROUP, ldw = apart * p->k;           \
+        long ahead = apart > 1 ? AHEAD / (long)sizeof(T) : ROWS * ldw;                                                 \
         vf acc[ROWS][COLUMNS];                                                                                         \
         for (int r = 0; r < rows; r++)                                                                                 \
             for (int c = 0; c < columns; c++) acc[r][c] = (vf){0};                                                     \
-        long whole = k - k % GROUP;                                                                                    \
         for (long i = 0; i < whole; i += GROUP) {                                                                      \
             vf xv[COLUMNS];                                                                                            \
-            _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xv[c] = f32_low(x + c * ldx + i);                \
+            _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xv[c] = f32_low(x + c * p->padded + i);          \
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                   \
-                __builtin_prefetch(w + (r + ROWS) * ldw + i, 0, 2);                                                    \
+                __builtin_prefetch(w + r * ldw + i + ahead, 0, 2);                                                     \
                 vf wv = LOW(w + r * ldw + i);                                                                          \
                 _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] = fma_add(acc[r][c], wv, xv[c]);   \
             }                                                                                                          \
-            _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xv[c] = f32_high(x + c * ldx + i);               \
+            _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xv[c] = f32_high(x + c * p->padded + i);         \
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                   \
                 vf wv = HIGH(w + r * ldw + i);                                                                         \
                 _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] = fma_add(acc[r][c], wv, xv[c]);   \
@@ -73,63 +83,53 @@ static void arrange(const float *x, long ldx, float *out, long m, long k, int sp
                 T tail[GROUP] = {0};                                                                                   \
                 memcpy(tail, w + r * ldw + whole, (k - whole) * sizeof(T));                                            \
                 _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) {                                            \
-                    acc[r][c] = fma_add(acc[r][c], LOW(tail), f32_low(x + c * ldx + whole));                           \
-                    acc[r][c] = fma_add(acc[r][c], HIGH(tail), f32_high(x + c * ldx + whole));                         \
+                    const float *end = x + c * p->padded + whole;                                                      \
+                    acc[r][c] = fma_add(acc[r][c], LOW(tail), f32_low(end));                                           \
+                    acc[r][c] = fma_add(acc[r][c], HIGH(tail), f32_high(end));                                         \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++)                                                      \
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                   \
-                float base = first ? (bias ? bias[r] : 0) : y[c * ldy + r];                                            \
-                y[c * ldy + r] = base + sum(acc[r][c]);                                                                \
+                float base = from ? y[c * p->n + r * apart] : bias ? bias[r * apart] : 0;                              \
+                y[c * p->n + r * apart] = base + sum(acc[r][c]);                                                       \
             }                                                                                                          \
     }                                                                                                                  \
-    INLINE void NAME##_strip(const int columns, const T *w, long ldw, const float *x, long ldx, float *y, long ldy,    \
-                             long n, long k, const float *bias, int first) {                                           \
-        long r = 0;                                                                                                    \
-        for (; r + ROWS <= n; r += ROWS)                                                                               \
-            NAME##_tile(ROWS, columns, w + r * ldw, ldw, x, ldx, y + r, ldy, k, bias ? bias + r : 0, first);           \
-        for (; r < n; r++)                                                                                             \
-            NAME##_tile(1, columns, w + r * ldw, ldw, x, ldx, y + r, ldy, k, bias ? bias + r : 0, first);              \
+    INLINE void NAME##_strip(const int columns, const product *p, long column, long row, long rows, long apart,        \
+                             long from) {                                                                              \
+        for (; rows >= ROWS; rows -= ROWS, row += ROWS) NAME##_tile(ROWS, columns, p, column, row, apart, from);       \
+        for (; rows > 0; rows--, row++) NAME##_tile(1, columns, p, column, row, 1, from);                              \
     }                                                                                                                  \
-    static void NAME##_block(const T *w, long ldw, const float *x, long ldx, float *y, long ldy, long m, long n,       \
-                             long k, const float *bias, int first) {                                                   \
-        long c = 0;                                                                                                    \
-        for (; c + COLUMNS <= m; c += COLUMNS)                                                                         \
-            NAME##_strip(COLUMNS, w, ldw, x + c * ldx, ldx, y + c * ldy, ldy, n, k, bias, first);                      \
-        x += c * ldx, y += c * ldy;                                                                                    \
-        switch (m - c) {                                                                                               \
-        case 1: NAME##_strip(1, w, ldw, x, ldx, y, ldy, n, k, bias, first); break;                                     \
-        case 2: NAME##_strip(2, w, ldw, x, ldx, y, ldy, n, k, bias, first); break;                                     \
-        case 3: NAME##_strip(COLUMNS > 3 ? 3 : 1, w, ldw, x, ldx, y, ldy, n, k, bias, first); break;                   \
-        case 4: NAME##_strip(COLUMNS > 4 ? 4 : 1, w, ldw, x, ldx, y, ldy, n, k, bias, first); break;                   \
-        case 5: NAME##_strip(COLUMNS > 5 ? 5 : 1, w, ldw, x, ldx, y, ldy, n, k, bias, first); break;                   \
+    static void NAME##_block(const product *p, long row, long rows, long apart) {                                      \
+        for (long from = 0; from < p->k; from += p->chunk) {                                                           \
+            long c = 0;                                                                                                \
+            for (; c + COLUMNS <= p->m; c += COLUMNS) NAME##_strip(COLUMNS, p, c, row, rows, apart, from);             \
+            switch (p->m - c) {                                                                                        \
+            case 1: NAME##_strip(1, p, c, row, rows, apart, from); break;                                              \
+            case 2: NAME##_strip(2, p, c, row, rows, apart, from); break;                                              \
+            case 3: NAME##_strip(COLUMNS > 3 ? 3 : 1, p, c, row, rows, apart, from); break;                            \
+            case 4: NAME##_strip(COLUMNS > 4 ? 4 : 1, p, c, row, rows, apart, from); break;                            \
+            case 5: NAME##_strip(COLUMNS > 5 ? 5 : 1, p, c, row, rows, apart, from); break;                            \
+            }                                                                                                          \
         }                                                                                                              \
+    }                                                                                                                  \
+    static void NAME##_piece(const void *what, long piece) {                                                           \
+        const product *p = what;                                                                                       \
+        long row = piece * p->rows, rows = p->n - row < p->rows ? p->n - row : p->rows;                                \
+        long apart = p->m <= COLUMNS ? rows / ROWS : 0; /* few rows of x: W is read once, in long stretches */         \
+        for (long i = 0; i < apart; i++) NAME##_block(p, row + i, ROWS, apart);                                        \
+        NAME##_block(p, row + apart * ROWS, rows - apart * ROWS, 1);                                                   \
     }                                                                                                                  \
     void qvl_linear_##NAME(const float *x, long ldx, const T *w, const float *bias, float *y, float *scratch, long m,  \
                            long n, long k, int split, int threads) {                                                   \
-        long padded = (k + GROUP - 1) / GROUP * GROUP;                                                                 \
-        long parts = (k + K_CHUNK - 1) / K_CHUNK;                                                                      \
-        long chunk = (k / parts + GROUP - 1) / GROUP * GROUP;                                                          \
+        product p = begin(m, n, k, sizeof(T), threads);                                                                \
+        p.from = x, p.bias = bias, p.w = w, p.x = scratch, p.y = y, p.ldx = ldx, p.split = split;                      \
         if (m >= MANY) {                                                                                               \
-            multiply_panels(x, ldx, (const char *)w, sizeof(T), NAME##_pack, bias, y, scratch, m, n, k, chunk, split,  \
-                            threads);                                                                                  \
+            multiply_panels(&p, sizeof(T), NAME##_pack, threads);                                                      \
             return;                                                                                                    \
         }                                                                                                              \
-        arrange(x, ldx, scratch, m, k, split, threads);                                                                \
-        long rows = BLOCK_BYTES / (chunk * (long)sizeof(T)) / ROWS * ROWS;                                             \
-        long fair = (n / (4 * threads) + ROWS - 1) / ROWS * ROWS;                                                      \
-        if (rows > fair) rows = fair;                                                                                  \
-        if (rows < ROWS) rows = ROWS;                                                                                  \
-        long step = m > COLUMNS ? rows : ROWS; /* few rows of x: W is read once, in the order of memory */             \
-        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 1)") for (long r = 0; r < n; r += rows) {     \
-            long stop = n - r < rows ? n : r + rows;                                                                   \
-            for (long i = r; i < stop; i += step)                                                                      \
-                for (long from = 0; from < k; from += chunk)                                                           \
-                    NAME##_block(w + i * k + from, k, scratch + from, padded, y + i, n, m,                             \
-                                 stop - i < step ? stop - i : step, k - from < chunk ? k - from : chunk,               \
-                                 bias ? bias + i : 0, from == 0);                                                      \
-        }                                                                                                              \
+        qvl_share(m, m * k > 65536 ? threads : 1, arrange_row, &p);                                                    \
+        qvl_share((n + p.rows - 1) / p.rows, threads, NAME##_piece, &p);                                               \
     }
 
 DEFINE(bf16, uint16_t, bf16_low, bf16_high)

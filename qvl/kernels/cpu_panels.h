@@ -6,6 +6,7 @@
  * Nothing has to be added across a vector, and W is read from the first-level cache.
  */
 #pragma once
+#include "cpu_threads.h"
 #include "cpu_vectors.h"
 
 #define WROWS (2 * LANES)
@@ -74,24 +75,33 @@ INLINE long lane_stride(long steps) { return (steps + 1) * WROWS; }
     }
 typedef void packer(const void *from, long ldw, long rows, long k, float *panel);
 
-/* x [m, k] to [chunk][lane][block of XROWS rows][step][XROWS], zero-filled; `split` as in `arrange`. */
-static void arrange_panels(const float *x, long ldx, float *out, long m, long k, long chunk, int split, int threads) {
-    long blocks = (m + XROWS - 1) / XROWS, groups = (k + GROUP - 1) / GROUP;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long b = 0; b < blocks; b++)
-        for (long g = 0; g < groups; g++) {
-            long start = g * GROUP / chunk * chunk, rest = groups * GROUP - start;
-            long steps = (rest < chunk ? rest : chunk) / LANES;
-            float *to = out + start * blocks * XROWS + (b * steps + (g * GROUP - start) / LANES) * XROWS;
-            for (int j = 0; j < GROUP; j++) {
-                long half = split ? j % 2 : j / LANES, lane = split ? j / 2 : j % LANES;
-                float *place = to + (lane * blocks * steps + half) * XROWS;
-                for (long c = 0; c < XROWS; c++) {
-                    long row = b * XROWS + c, at = g * GROUP + j;
-                    place[c] = row < m && at < k ? x[row * ldx + at] : 0;
-                }
+/* What one call computes: y [m, n] = x W^T + bias, W [n, k]; `x` is what the rows of x `from` become, padded and in
+ * another order. `chunk` numbers of k are summed at a time; `rows` of W are a piece of work. */
+typedef struct {
+    const float *from, *bias;
+    const void *w;
+    float *x, *y;
+    long ldx, m, n, k, padded, chunk, rows;
+    int split;
+} product;
+
+/* XROWS rows of x to [chunk][lane][block of XROWS rows][step][XROWS], zero-filled; `split` as in `arrange_row`. */
+static void arrange_block(const void *what, long b) {
+    const product *p = what;
+    long blocks = (p->m + XROWS - 1) / XROWS;
+    for (long g = 0; g < p->padded; g += GROUP) {
+        long start = g / p->chunk * p->chunk, rest = p->padded - start;
+        long steps = (rest < p->chunk ? rest : p->chunk) / LANES;
+        float *to = p->x + start * blocks * XROWS + (b * steps + (g - start) / LANES) * XROWS;
+        for (int j = 0; j < GROUP; j++) {
+            long half = p->split ? j % 2 : j / LANES, lane = p->split ? j / 2 : j % LANES;
+            float *place = to + (lane * blocks * steps + half) * XROWS;
+            for (long c = 0; c < XROWS; c++) {
+                long row = b * XROWS + c;
+                place[c] = row < p->m && g + j < p->k ? p->from[row * p->ldx + g + j] : 0;
             }
         }
+    }
 }
 
 /* XROWS rows of x times a panel, over the steps of one lane, added to total [XROWS][WROWS]. */
@@ -111,17 +121,10 @@ static void panel_tile(const float *x, const float *w, long steps, float *total)
     }
 }
 
-/* What one call computes: x as `arrange_panels` left it, y [m, n]. */
-typedef struct {
-    const float *x, *bias;
-    float *y;
-    long m, n, k, chunk;
-} panels;
-
 /* `rows` rows of W from r on, as a panel of numbers [from, from + chunk) of k, times all of x. */
-static void panel_product(const panels *p, const float *panel, long r, long rows, long from) {
-    long padded = (p->k + GROUP - 1) / GROUP * GROUP, blocks = (p->m + XROWS - 1) / XROWS;
-    long steps = (padded - from < p->chunk ? padded - from : p->chunk) / LANES;
+static void panel_product(const product *p, const float *panel, long r, long rows, long from) {
+    long blocks = (p->m + XROWS - 1) / XROWS;
+    long steps = (p->padded - from < p->chunk ? p->padded - from : p->chunk) / LANES;
     const float *x = p->x + from * blocks * XROWS;
     float total[XPART * WROWS] __attribute__((aligned(64)));
     for (long first = 0; first < p->m; first += XPART) {
@@ -139,18 +142,27 @@ static void panel_product(const panels *p, const float *panel, long r, long rows
     }
 }
 
-/* y = x W^T + bias, W [n, k] of numbers of `size` bytes; `scratch` holds x with its filling. */
-static void multiply_panels(const float *x, long ldx, const char *w, long size, packer *pack, const float *bias,
-                            float *y, float *scratch, long m, long n, long k, long chunk, int split, int threads) {
-    arrange_panels(x, ldx, scratch, m, k, chunk, split, threads);
-    const panels p = {scratch, bias, y, m, n, k, chunk};
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (long r = 0; r < n; r += WROWS) {
-        float panel[(PANEL_K + GROUP) * WROWS] __attribute__((aligned(64)));
-        long rows = n - r < WROWS ? n - r : WROWS;
-        for (long from = 0; from < k; from += chunk) {
-            pack(w + (r * k + from) * size, k, rows, k - from < chunk ? k - from : chunk, panel);
-            panel_product(&p, panel, r, rows, from);
-        }
+/* A product, and how its numbers of `size` bytes become panels. */
+typedef struct {
+    const product *product;
+    long size;
+    packer *pack;
+} panelling;
+
+static void panel_piece(const void *what, long piece) {
+    const panelling *about = what;
+    const product *p = about->product;
+    float panel[(PANEL_K + GROUP) * WROWS] __attribute__((aligned(64)));
+    long r = piece * WROWS, rows = p->n - r < WROWS ? p->n - r : WROWS;
+    for (long from = 0; from < p->k; from += p->chunk) {
+        long k = p->k - from < p->chunk ? p->k - from : p->chunk;
+        about->pack((const char *)p->w + (r * p->k + from) * about->size, p->k, rows, k, panel);
+        panel_product(p, panel, r, rows, from);
     }
+}
+
+static void multiply_panels(const product *p, long size, packer *pack, int threads) {
+    const panelling about = {p, size, pack};
+    qvl_share((p->m + XROWS - 1) / XROWS, threads, arrange_block, p);
+    qvl_share((p->n + WROWS - 1) / WROWS, threads, panel_piece, &about);
 }

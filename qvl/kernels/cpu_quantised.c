@@ -10,6 +10,7 @@
  * W lies in tiles of ROWS rows, block after block along k: 64 bytes of each row, then the next block. A tile is read
  * from its first byte to its last. With 4 bits a block is BLOCK4 numbers: byte i holds number i below, 64 + i above.
  */
+#include "cpu_threads.h"
 #include "cpu_vectors.h"
 #include <math.h>
 
@@ -380,54 +381,78 @@ INLINE long masked_block(const product *p, rows x, long m, long first, long last
 DEFINE(8)
 DEFINE(4)
 
+/* One call: rows x [m, width] to be rounded to `q`; tiles of W, `step` of them a piece of work. */
+typedef struct {
+    int bits;
+    const float *x;
+    long ldx, m, width, tiles, step, chunk;
+    product p;
+    rows q;
+} call;
+
+static void round_piece(const void *what, long i) {
+    const call *c = what;
+    long k = c->q.k, spans = c->q.spans; /* what `rows` reads is written here first */
+    round_row(c->x + i * c->ldx, c->width, k, c->bits == 8 ? START8 : START4, (int8_t *)c->q.codes + i * k,
+              (float *)c->q.scales + i * spans, (float *)c->q.starts + i * spans * PER_SPAN,
+              (float *)c->q.norms + i * spans);
+}
+
+static void tile_piece(const void *what, long piece) {
+    const call *c = what;
+    long k = c->q.k, t = piece * c->step, stop = t + c->step < c->tiles ? t + c->step : c->tiles;
+    long inner = c->m > COLUMNS8 ? c->step : 1; /* few rows of x: W is read once, in the order of memory */
+    for (; t < stop; t += inner)
+        for (long from = 0; from < k; from += c->chunk)
+            (c->bits == 8 ? block8 : block4)(&c->p, c->q, c->m, t, t + inner < stop ? t + inner : stop, from,
+                                             k - from < c->chunk ? k : from + c->chunk);
+}
+
 /* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
 void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
                           const float *scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
     long spans = (k + SPAN - 1) / SPAN;
     float *x_scales = (float *)scratch, *starts = x_scales + m * spans, *norms = starts + m * spans * PER_SPAN;
-    int8_t *codes = (int8_t *)(norms + m * spans);
-#pragma omp parallel for num_threads(threads) if (m * k > 65536)
-    for (long i = 0; i < m; i++)
-        round_row(x + i * ldx, width, k, bits == 8 ? START8 : START4, codes + i * k, x_scales + i * spans,
-                  starts + i * spans * PER_SPAN, norms + i * spans);
-    const product p = {w, steps, scales, bias, y, n, k};
-    const rows q = {codes, x_scales, starts, norms, k, spans};
     long tiles = (n + ROWS - 1) / ROWS, chunk = k < K_CHUNK ? k : K_CHUNK;
     long step = BLOCK_BYTES * 8 / bits / (chunk * ROWS), fair = tiles / (4 * threads);
     if (step > fair) step = fair;
     if (step > MOST_READY / ((chunk + SPAN - 1) / SPAN)) step = MOST_READY / ((chunk + SPAN - 1) / SPAN);
     if (step < 1) step = 1;
-    long inner = m > COLUMNS8 ? step : 1; /* few rows of x: W is read once, in the order of memory */
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (long t = 0; t < tiles; t += step) {
-        long stop = t + step < tiles ? t + step : tiles;
-        for (long i = t; i < stop; i += inner)
-            for (long from = 0; from < k; from += chunk)
-                (bits == 8 ? block8 : block4)(&p, q, m, i, i + inner < stop ? i + inner : stop, from,
-                                              k - from < chunk ? k : from + chunk);
-    }
+    const call c = {bits, x, ldx, m, width, tiles, step, chunk, {w, steps, scales, bias, y, n, k},
+                    {(int8_t *)(norms + m * spans), x_scales, starts, norms, k, spans}};
+    qvl_share(m, m * k > 65536 ? threads : 1, round_piece, &c);
+    qvl_share((tiles + step - 1) / step, threads, tile_piece, &c);
 }
 
 long qvl_quantised_scratch(long m, long k) { return m * (k + 4 * (2 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
 
-/* Rows x [count, width] of a matrix to codes and scales at its rows first, first + 1, ... */
+/* Rows x [count, width] of a matrix, to be written at its rows first, first + 1, ... */
+typedef struct {
+    const float *x;
+    void *w, *scales;
+    long first, width, k;
+} writing;
+
+static void write8(const void *what, long i) {
+    const writing *p = what;
+    const float *in = p->x + i * p->width;
+    long row = p->first + i, whole = p->width - p->width % BLOCK8;
+    int8_t *to = (int8_t *)p->w + row / ROWS * ROWS * p->k + row % ROWS * BLOCK8;
+    float rest[BLOCK8] = {0};
+    memcpy(rest, in + whole, (p->width - whole) * sizeof(float));
+    float most = largest(in, whole), other = largest(rest, BLOCK8);
+    most = other > most ? other : most;
+    float back = most > 1e-30f ? 127 / most : 0;
+    ((float *)p->scales)[row] = most / 127;
+    for (long j = 0; j < p->k; j += BLOCK8, to += ROWS * BLOCK8)
+        for (long b = 0; b < BLOCK8; b += LANES)
+            store_codes(to + b, rounded(f32_low(j < whole ? in + j + b : rest + b) * back));
+}
+
 void qvl_quantise8(const float *x, int8_t *w, float *scales, long first, long count, long width, long k, int threads) {
-#pragma omp parallel for num_threads(threads) if (count * width > 65536)
-    for (long row = first; row < first + count; row++) {
-        const float *in = x + (row - first) * width;
-        int8_t *to = w + row / ROWS * ROWS * k + row % ROWS * BLOCK8;
-        long whole = width - width % BLOCK8;
-        float rest[BLOCK8] = {0};
-        memcpy(rest, in + whole, (width - whole) * sizeof(float));
-        float most = largest(in, whole), other = largest(rest, BLOCK8);
-        most = other > most ? other : most;
-        float back = most > 1e-30f ? 127 / most : 0;
-        scales[row] = most / 127;
-        for (long i = 0; i < k; i += BLOCK8, to += ROWS * BLOCK8)
-            for (long j = 0; j < BLOCK8; j += LANES)
-                store_codes(to + j, rounded(f32_low(i < whole ? in + i + j : rest + j) * back));
-    }
+    const writing p = {x, w, scales, first, width, k};
+    qvl_share(count, count * width > 65536 ? threads : 1, write8, &p);
 }
 
 INLINE vf code4(vf v) { /* the nearest of -8..7 */
@@ -458,21 +483,26 @@ static float best_step(const float *v) {
     return best;
 }
 
+static void write4(const void *what, long i) {
+    const writing *p = what;
+    long row = p->first + i;
+    for (long g = 0; g * BLOCK4 < p->k; g++) {
+        float part[BLOCK4] = {0};
+        long place = (row / ROWS * (p->k / BLOCK4) + g) * ROWS + row % ROWS, own = p->width - g * BLOCK4;
+        memcpy(part, p->x + i * p->width + g * BLOCK4, (own < BLOCK4 ? own : BLOCK4) * sizeof(float));
+        float step = best_step(part), back = step != 0 ? 1 / step : 0;
+        _Float16 half = (_Float16)step;
+        memcpy((uint16_t *)p->scales + place, &half, 2);
+        for (int j = 0; j < BLOCK4; j += LANES) *(vf_u *)(part + j) = code4(f32_low(part + j) * back) + 8;
+        uint8_t *to = (uint8_t *)p->w + place * (BLOCK4 / 2);
+        for (int j = 0; j < BLOCK4 / 2; j++) to[j] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
+    }
+}
+
 void qvl_quantise4(const float *x, uint8_t *w, uint16_t *steps, long first, long count, long width, long k,
                    int threads) {
-#pragma omp parallel for num_threads(threads) if (count * width > 65536)
-    for (long row = first; row < first + count; row++)
-        for (long g = 0; g * BLOCK4 < k; g++) {
-            float part[BLOCK4] = {0};
-            long place = (row / ROWS * (k / BLOCK4) + g) * ROWS + row % ROWS, own = width - g * BLOCK4;
-            memcpy(part, x + (row - first) * width + g * BLOCK4, (own < BLOCK4 ? own : BLOCK4) * sizeof(float));
-            float step = best_step(part), back = step != 0 ? 1 / step : 0;
-            _Float16 half = (_Float16)step;
-            memcpy(steps + place, &half, 2);
-            for (int j = 0; j < BLOCK4; j += LANES) *(vf_u *)(part + j) = code4(f32_low(part + j) * back) + 8;
-            uint8_t *to = w + place * (BLOCK4 / 2);
-            for (int j = 0; j < BLOCK4 / 2; j++) to[j] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
-        }
+    const writing p = {x, w, steps, first, width, k};
+    qvl_share(count, count * width > 65536 ? threads : 1, write4, &p);
 }
 
 const char *qvl_quantised_path(void) { return PATH; }

@@ -7,6 +7,7 @@ does not, the library is built anew in a private one.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -18,9 +19,10 @@ from pathlib import Path
 
 SWITCH = "QVL_NATIVE_KERNELS"  # "0" turns compiled kernels off, to compare or to find a fault
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-pthread")
+THREADS = Path(__file__).with_name("cpu_threads.c")
 COMPILE_SECONDS = 120
-SMALL = 4 << 20  # of work: some 100 microseconds on one core, where waking another takes some 50
+SMALL = 1 << 20  # of work: some 20 microseconds on one core; calling for help takes a few
 READING = 6  # rows for which a product computes as long as it takes to read its weights
 
 
@@ -30,33 +32,41 @@ class NativeUnavailable(Exception):
 
 def load_native(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library compiled from `source`, from the cache when the source, the compiler and the processor are the same.
-    `flags` go to the compiler after the usual ones.
-
-    torch must be imported before: the library uses the OpenMP runtime that torch has loaded, because two of them in one
-    process would fight for the cores. Raises NativeUnavailable.
+    `flags` go to the compiler after the usual ones. Raises NativeUnavailable.
     """
     if os.environ.get(SWITCH) == "0":
         raise NativeUnavailable(f"{SWITCH}=0")
+    load_threads()
+    return _load_from_cache(source, flags, ctypes.DEFAULT_MODE)
+
+
+@functools.cache
+def load_threads() -> ctypes.CDLL:
+    """What all libraries share their work with, in one place: they find its functions in the process."""
+    return _load_from_cache(THREADS, (), ctypes.RTLD_GLOBAL)
+
+
+def _load_from_cache(source: Path, flags: tuple[str, ...], mode: int) -> ctypes.CDLL:
     compiler = find_compiler()
     name = f"{source.stem}-{fingerprint(source, [*compiler, *flags])}.so"
     folder = cache_folder()
     try:
         if folder is not None:
-            return _load(folder / name, source, compiler, flags)
+            return _load(folder / name, source, compiler, flags, mode)
         with tempfile.TemporaryDirectory(prefix="qvl-kernels-") as scratch:  # a library in use needs its file no more
-            return _load(Path(scratch) / name, source, compiler, flags)
+            return _load(Path(scratch) / name, source, compiler, flags, mode)
     except OSError as error:  # a full disk, a folder whose files may not be executed
         raise NativeUnavailable(f"the compiled library cannot be kept or loaded: {error}") from None
 
 
-def _load(library: Path, source: Path, compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
+def _load(library: Path, source: Path, compiler: list[str], flags: tuple[str, ...], mode: int) -> ctypes.CDLL:
     if not library.exists():
         build(source, compiler, library, flags)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library), mode=mode)
 
 
 def threads_for(rows: int, out: int, width: int, usable: int) -> int:
-    """How many of the `usable` threads a product [rows, width] x [width, out] is worth: they sleep until it begins."""
+    """How many of the `usable` threads a product [rows, width] x [width, out] is worth."""
     return usable if out * width * (rows + READING) >= SMALL else 1
 
 
@@ -108,14 +118,10 @@ def processor() -> str:
 
 
 def build(source: Path, compiler: list[str], library: Path, flags: tuple[str, ...] = ()) -> None:
-    """Compile beside the target and rename, so that processes that start together never load half a file.
-
-    The second step leaves -fopenmp out on purpose: its functions are then looked up in the process, where torch's are.
-    """
+    """Compile beside the target and rename, so that processes that start together never load half a file."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        compiled, linked = Path(scratch) / "code.o", Path(scratch) / "code.so"
-        run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(compiled)])
-        run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+        linked = Path(scratch) / "code.so"
+        run([*compiler, *FLAGS, *flags, "-shared", str(source), "-o", str(linked)])
         os.replace(linked, library)
 
 

@@ -197,8 +197,8 @@ def test_many_rows_go_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_small_products_stay_on_one_core() -> None:
-    """A thread that sleeps is not worth waking for less than it takes to wake it; a 2B's matrices all are worth it."""
-    assert native.threads_for(1, 256, 1024, usable=8) == 1
+    """Less than it takes to call for help is not worth a call; a 2B's matrices all are worth it."""
+    assert native.threads_for(1, 256, 256, usable=8) == 1
     assert native.threads_for(1, 1536, 1536, usable=8) == 8
     assert native.threads_for(64, 256, 1024, usable=8) == 8
     assert native.threads_for(64, 8960, 1536, usable=1) == 1
