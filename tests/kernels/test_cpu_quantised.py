@@ -23,6 +23,7 @@ from qvl.kernels.cpu_quantised import (
     write_with_torch,
 )
 from qvl.kernels.native import NativeUnavailable
+from tests.kernels.compiled import skip_without_compiler
 
 SHAPES = ((1, 1), (3, 15), (70, 67), (37, 1000), (130, 64), (8, 4111))
 # The processor's own instructions, and the same logic in C: 512-bit vectors as AVX-512 VNNI has them, and narrower.
@@ -33,7 +34,7 @@ def library(flags: tuple[str, ...] = ()) -> Any:
     try:
         return open_library(flags)
     except NativeUnavailable as error:
-        pytest.skip(str(error))
+        skip_without_compiler(error)
 
 
 def quantise(bits: int, values: Tensor) -> QuantisedMatrix:

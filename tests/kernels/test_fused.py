@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels import fused
+from tests.kernels.compiled import skip_without_compiler
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -16,7 +17,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "torch":
         monkeypatch.setattr(fused, "kernels_for", lambda x: None)
     elif fused.cpu_kernels() is None:
-        pytest.skip("no compiled kernels")
+        skip_without_compiler()
 
 
 def close(out: Tensor, exact: Tensor) -> bool:

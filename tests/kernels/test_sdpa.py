@@ -12,6 +12,7 @@ from torch import Tensor
 from qvl.kernels import cpu_attention
 from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, causal_lower_right, group_by_length
 from qvl.layers.attention import AttentionMetadata, PagedAttention
+from tests.kernels.compiled import skip_without_compiler
 
 
 def metadata(query: list[int], context: list[int], block_size: int) -> AttentionMetadata:
@@ -55,7 +56,7 @@ def attention(request: pytest.FixtureRequest) -> PagedAttention:
         return GatherAttention()
     chosen = cpu_attention.choose(16)
     if chosen is None:
-        pytest.skip("no compiled kernels")
+        skip_without_compiler()
     return chosen[0]
 
 
