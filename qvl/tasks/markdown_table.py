@@ -3,7 +3,7 @@
     Table.parse("| a | b |\\n| --- | --- |\\n| 1 | 2 |").records() == [{"a": "1", "b": "2"}]
 
 Knows how models write tables and where they slip: rows that are too short or too long, a missing rule below the head,
-bars inside cells. Does not know models or pictures.
+bars inside cells, HTML or LaTeX instead. Does not know models or pictures.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qvl.errors import BadAnswer, ConfigError
+from qvl.tasks.foreign_table import html_rows, latex_rows
 
 if TYPE_CHECKING:
     import pandas
 
 _RULE = re.compile(r"\s*:?-+:?\s*")
+_FRAME = re.compile(r"\s*\+(?:[-=]+\+)+\s*")  # between the rows of a table that is drawn
 _BREAK = re.compile(r"<br\s*/?>", re.I)
 _UNESCAPED_BAR = re.compile(r"(?<!\\)((?:\\\\)*)\|")
 _SHOWN = 60  # characters of an answer in a complaint
@@ -36,12 +38,9 @@ class Table:
 
     @classmethod
     def parse(cls, text: str) -> Table:
-        """The first Markdown table in `text`. Raises `BadAnswer` where there is none, or one that cannot be trusted."""
-        lines = _table_lines(text)
-        cells = [_cells(line) for line in lines]
-        has_rule = len(cells) > 1 and _is_rule(cells[1])
-        head, body = cells[0], cells[2:] if has_rule else cells[1:]
-        repairs = [] if has_rule else ["the rule below the head was missing"]
+        """The first table in `text`: Markdown, else HTML or LaTeX. Raises `BadAnswer` where there is none, or one that
+        cannot be trusted."""
+        head, body, repairs = _foreign(text) or _markdown(text)
         wide = _width(head, body, repairs)
         rows = tuple(_fitted(row, wide, number, repairs) for number, row in enumerate(body, 1))
         return cls(_fitted(head, wide, 0, repairs), rows, tuple(repairs))
@@ -104,10 +103,28 @@ class Table:
         return self.markdown()
 
 
+def _foreign(text: str) -> tuple[list[str], list[list[str]], list[str]] | None:
+    """Head, body and repairs of a table in the other forms that models write."""
+    for name, rows_of in (("HTML", html_rows), ("LaTeX", latex_rows)):
+        rows = rows_of(text)
+        if rows:
+            return rows[0], rows[1:], [f"it was written as {name}"]
+    return None
+
+
+def _markdown(text: str) -> tuple[list[str], list[list[str]], list[str]]:
+    cells = [_cells(line) for line in _table_lines(text)]
+    if len(cells) > 1 and _is_rule(cells[1]):
+        return cells[0], cells[2:], []
+    return cells[0], cells[1:], ["the rule below the head was missing"]
+
+
 def _table_lines(text: str) -> list[str]:
     """The lines of the first table: those with bars that follow each other, from the one above the rule."""
     blocks: list[list[str]] = [[]]
     for line in text.splitlines():
+        if _FRAME.fullmatch(line):
+            continue
         if "|" in line:
             blocks[-1].append(line.strip())
         elif blocks[-1]:
