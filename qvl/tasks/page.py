@@ -31,7 +31,7 @@ _SOURCES = frozenset(("src", "srcset", "poster", "background", "data", "imagesrc
 _LINKS = frozenset(("a", "area"))  # where a reader may go by a click; nothing is loaded
 _URL = re.compile(r"""url\(\s*(?P<quote>["']?)(?P<address>[^"')]*)(?P=quote)\s*\)""", re.I)
 _IMPORT = re.compile(r"""@import\s+(?:url\(\s*)?["']?(?P<address>[^"');]*)[^;]*;?""", re.I)
-_OPENING = re.compile(r"<!doctype\b|<html\b|<head\b|<body\b|<style\b|<[a-z][a-z0-9]*[\s>]", re.I)
+_BEGINNINGS = (re.compile(r"<!doctype\b|<html\b", re.I), re.compile(r"<[a-z][a-z0-9]*[\s>]", re.I))  # the surest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Page:
 
 def self_contained(answer: str) -> Page | None:
     """The page in an answer whose code fence is off; None when there is no HTML in it."""
-    start = _OPENING.search(answer)
+    start = next((match for beginning in _BEGINNINGS if (match := beginning.search(answer))), None)
     if start is None:
         return None
     html = _without_half_tag(_until_end(answer[start.start() :]))

@@ -5,6 +5,7 @@ Knows the question, and what makes an answer a page: `page` reads it, `browser` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from qvl.tasks.fonts import font_for
 from qvl.tasks.page import Page, self_contained
 from qvl.tasks.pictures import pixels_of
 from qvl.tasks.run import one
-from qvl.tasks.wrappings import fenced
+from qvl.tasks.wrappings import fences, unfenced
 from qvl.types import MediaPart, Part
 
 PROMPT = (
@@ -27,6 +28,9 @@ PROMPT = (
     "the screenshot shows a picture, put a <div> of its size and main colour. Answer with the HTML only."
 )
 SIZE = " The screenshot is {width} x {height} pixels."
+_PAGE = re.compile(r"<!doctype\b|<html\b", re.I)
+_TAG = re.compile(r"<[a-z]", re.I)
+_SHEET = re.compile(r"[\w*.#:\]]\s*\{[^{}]*:[^{}]*\}")  # a rule of CSS
 _SHOWN_ANSWER = 300
 _GAP, _BAND = 16, 40  # pixels between two pictures, and above them
 _LIGHT, _INK = (236, 236, 236), (40, 40, 40)
@@ -66,7 +70,7 @@ class Webpage(Task[Page]):
         return self.result(page, tuple(notes))
 
     def read(self, answer: str) -> Page:
-        page = self_contained(fenced(answer))
+        page = self_contained(_html(answer))
         if page is None:
             shown = " ".join(answer.split())[:_SHOWN_ANSWER]
             raise BadAnswer(f"there is no HTML in the answer: {shown or '(empty)'}")
@@ -77,6 +81,16 @@ class Webpage(Task[Page]):
 
     def data(self, value: Page) -> dict[str, Any]:
         return {"html": value.html, "removed": list(value.removed), "closed": list(value.closed)}
+
+
+def _html(answer: str) -> str:
+    """The page in an answer that may talk, and may keep its style sheet in a code fence of its own."""
+    pieces = [*fences(answer), unfenced(answer)]
+    html = next((piece for known in (_PAGE, _TAG) for piece in pieces if known.search(piece)), answer)
+    sheets = [piece for piece in pieces[:-1] if piece is not html and "<" not in piece and _SHEET.search(piece)]
+    style = f"<style>\n{''.join(sheets)}\n</style>" if sheets else ""
+    head = re.search(r"</head\s*>|<body\b", html, re.I) if style else None
+    return f"{html[: head.start()]}{style}{html[head.start() :]}" if head else f"{style}{html}"
 
 
 def _short(address: str) -> str:

@@ -29,9 +29,12 @@ TEXT_PROMPTS: dict[Language, str] = {
 NO_ANSWER = "no final answer was found: the steps are all there is"
 
 _SO = r"(?:(?:so|thus|hence|therefore|所以|因此|因而|故)[,，]?\s*)?"
-_NAME = r"(?:(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)|(?:最终|正确)?(?:答案|选项)|故选)"
-_MARK = r"(?:[*_\s]*(?:is|是|为)\s*[:：]?|[*_\s]*[:：]|\s*[*_]*\n+|(?<=选))"  # between the name and what it announces
-_SAID = re.compile(rf"^[^\w\n]*{_SO}{_NAME}{_MARK}\s*(\S.*?)\s*$", re.I | re.M)
+_NAME = r"(?:(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)|(?:最终|正确)?(?:答案|选项))"
+_MARK = r"(?:[*_\s]*(?:is|是|为)\s*[:：]?|[*_\s]*[:：]|\s*[*_]*\n+)"  # between the name and what it announces
+_CHOSEN = r"[故应]?该?选(?:择|项)?\s*(?:是|为)?\s*[:：]?\s*(?=[(（]?[A-H](?:$|[^A-Za-z]))"  # then a letter
+_SAID = re.compile(rf"^[^\w\n]*{_SO}(?:{_NAME}{_MARK}\s*|{_CHOSEN})(\S.*?)\s*$", re.I | re.M)
+# Around an answer: bold print, a full stop, the marks of mathematics.
+_EDGES = re.compile(r"^(?:[*_\s$]|\\[(\[])+|(?:[*_\s$.。．]|\\[)\]])+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +85,17 @@ class Solve(Task[Solution]):
 
 
 def final_answer(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, else behind the last "Answer:"."""
+    r"""What stands in the last \boxed{...} (or \fbox), else behind the last "Answer:"."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
     said = _SAID.findall(text)
-    return str(said[-1]).strip("*_ ").rstrip(".。").strip("*_$ ") or None if said else None
+    return _EDGES.sub("", said[-1]) or None if said else None
 
 
 def _last_boxed(text: str) -> str | None:
     """Braces may nest; one that never closes (the answer was cut) does not count."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+    for start in reversed([match.end() for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]):
         depth = 1
         for at in range(start, len(text)):
             escaped = text[at - 1] == "\\"

@@ -18,7 +18,16 @@ SHOT = Image.new("RGB", (640, 480), "white")
 
 
 @pytest.mark.parametrize(
-    "answer", [HTML, f"```html\n{HTML}\n```", f"Sure:\n\n```html\n{HTML}\n```\nDone.", f"Sure:\n```html\n{HTML}"]
+    "answer",
+    [
+        HTML,
+        f"```html\n{HTML}\n```",
+        f"Sure:\n\n```html\n{HTML}\n```\nDone.",
+        f"Sure:\n```html\n{HTML}",
+        f"Here is the page, with a <style> element:\n\n{HTML}\n\nIt uses <p>.",
+        f"First this:\n```\nmkdir page\n```\nthen\n```html\n{HTML}\n```",
+        f"以下是HTML代码：\n```html\n{HTML}\n```\n请注意，图片需要替换。",
+    ],
 )
 def test_a_page_is_found_in_the_answer(answer: str) -> None:
     model = Scripted([answer])
@@ -27,6 +36,18 @@ def test_a_page_is_found_in_the_answer(answer: str) -> None:
     assert page.html.startswith("<!DOCTYPE html>") and page.html.rstrip().endswith("</html>")
     assert "<p>Hello</p>" in page.html and "```" not in page.html and page.removed == ("logo.png",)
     assert model.prompts()[0].endswith("The screenshot is 640 x 480 pixels.")
+
+
+@pytest.mark.parametrize("order", ["{page}\n{sheet}", "{sheet}\n{page}"])
+@pytest.mark.parametrize(
+    "html", ["<html><head><link rel=stylesheet href=a.css></head><body>x</body></html>", "<p>x</p>"]
+)
+def test_a_style_sheet_in_a_fence_of_its_own_belongs_to_the_page(order: str, html: str) -> None:
+    sheet = "```css\n/* styles.css */\n.a > p { color: red; }\n```"
+    answer = order.format(page=f"```html\n{html}\n```", sheet=sheet)
+    page = Webpage().read(f"Here are two files:\n{answer}")
+    assert page.html.count("<style>") == 1 and ".a > p { color: red; }" in page.html and "x" in page.html
+    assert "```" not in page.html and "Here are" not in page.html
 
 
 def test_a_cut_answer_becomes_a_whole_page_with_a_remark() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qvl.errors import BadAnswer
 from qvl.tasks import Solution, Solve, each, solve
 from qvl.tasks.solution import NO_ANSWER, final_answer
 from qvl.types import TextPart
@@ -37,6 +38,16 @@ from tests.tasks.scripted import Scripted
         ("因此，答案为 $x=2$。", "x=2"),
         ("故选：B", "B"),
         ("解得三角形为直角三角形。\n故选B。", "B"),
+        ("故选：C．", "C"),
+        ("应选 D", "D"),
+        ("因此，该选择（A）。", "（A）"),
+        ("综上，\n选B", "B"),
+        ("选取点P作垂线。", None),
+        ("选择题第一题。", None),
+        (r"$\fbox{3}$", "3"),
+        (r"So the answer is \(x=2\).", "x=2"),
+        (r"The answer is $\frac{1}{2}$.", r"\frac{1}{2}"),
+        (r"Answer: \[ \sqrt{2} \]", r"\sqrt{2}"),
         ("The answer follows from the second line.", None),
         ("I do not know.", None),
         ("The answers differ.", None),
@@ -62,6 +73,11 @@ def test_what_is_printed(only: bool, text: str, samples: Path) -> None:
     assert outcome.result is not None
     assert outcome.result.text == text
     assert outcome.result.data == {"answer": "4", "steps": "It is\n\\boxed{4}"}
+
+
+def test_an_empty_answer_is_an_error(samples: Path) -> None:
+    with pytest.raises(BadAnswer, match="empty answer"):
+        solve(samples / "open.png", model=Scripted([" "]))
 
 
 def test_a_missing_answer_is_told(samples: Path) -> None:
