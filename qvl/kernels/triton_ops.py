@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels.fp8 import Rounded
-from qvl.kernels.gpu import capability_of, early_on, launch
+from qvl.kernels.gpu import capability_of, cdiv, early_on, launch, next_power_of_2
 
 BLOCK = 1024
 MANY = 128  # tokens from which on there are programs enough to make each larger
@@ -30,7 +30,7 @@ def add_rms_norm(
     total = x if residual is None else residual
     rows, size = total.shape
     out, codes, scales = outputs(total, size, eight_bits)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     launch(
         _add_rms_norm, (rows,),
         x, total, weight, codes, scales, size, eps, rows * size, PARTS=parts_of(x), ADD=residual is not None,
@@ -49,10 +49,10 @@ def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, codes, scales = outputs(gate_up, size, eight_bits)
     # A row must be whole to know its largest number; without that, more programs are better.
-    block = triton.next_power_of_2(size) if eight_bits else BLOCK
+    block = next_power_of_2(size) if eight_bits else BLOCK
     launch(
         _silu_and_mul,
-        (rows, triton.cdiv(size, block)),
+        (rows, cdiv(size, block)),
         gate_up,
         codes,
         scales,
@@ -68,7 +68,7 @@ def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
 def round_rows(x: Tensor) -> Rounded:
     """Contiguous x [n, size] in fp8."""
     out = Rounded.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
+    block = next_power_of_2(x.shape[1])
     launch(_round_rows, (len(x),), x, out.codes, out.scales, x.shape[1], BLOCK=block, num_warps=warps_for(block))
     return out
 
@@ -94,7 +94,7 @@ def add_layer_norm(
     size = x.shape[1]
     out = torch.empty_like(x) if out is None else out
     assert x.is_contiguous() and out.is_contiguous() and (delta is None or delta.is_contiguous())
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     launch(
         _add_layer_norm, (len(x),),
         x, x if delta is None else delta, weight, bias, out, size, eps, ADD=delta is not None, BLOCK=block,
@@ -105,7 +105,7 @@ def add_layer_norm(
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x) of a contiguous tensor, in place."""
-    launch(_quick_gelu, (triton.cdiv(x.numel(), BLOCK),), x, x.numel(), BLOCK=BLOCK, num_warps=4)
+    launch(_quick_gelu, (cdiv(x.numel(), BLOCK),), x, x.numel(), BLOCK=BLOCK, num_warps=4)
     return x
 
 
@@ -114,8 +114,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows, heads, dim = x.shape
     launch(
         _rotate, (rows,),
-        x, cos, sin, x.stride(0), H=heads, D=dim, HEADS=triton.next_power_of_2(heads),
-        HALF=triton.next_power_of_2(dim // 2), num_warps=4,
+        x, cos, sin, x.stride(0), H=heads, D=dim, HEADS=next_power_of_2(heads),
+        HALF=next_power_of_2(dim // 2), num_warps=4,
     )  # fmt: skip
     return x
 
@@ -133,7 +133,7 @@ def rope_and_store(
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     each = TURN_FEW if rows < MANY else TURN_MANY
     launch(
-        _rope_and_store, (rows, triton.cdiv(heads + 2 * kv_heads, each)),
+        _rope_and_store, (rows, cdiv(heads + 2 * kv_heads, each)),
         qkv, cos, sin, slots, q, *kv, rows * qkv.shape[-1], PARTS=parts_of(qkv), H=heads, KH=kv_heads, D=dim,
         HEADS=each, EARLY=early, num_warps=1,
     )  # fmt: skip

@@ -11,10 +11,10 @@ Knows tensors of queries, keys and values. Does not know pictures. Importing thi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qvl.kernels.gpu import launch
+from qvl.kernels.triton_boxes import described
 
 ROWS = 64  # query rows of a program: what four warps multiply at a time
 KEYS = 128  # keys a turn
@@ -63,27 +63,21 @@ def tiles_of(lengths: Sequence[int]) -> np.ndarray:
 def attend_segments(qkv: Tensor, tiles: Tensor) -> Tensor:
     """qkv [n, 3, heads, head_dim] contiguous: [n, heads * head_dim], which is where the queries lay."""
     rows, _, heads, dim = qkv.shape
-    flat = qkv.view(rows, -1)
+    flat, count = qkv.view(rows, 3 * heads * dim), tiles.shape[0]
     launch(
-        _segments, (len(tiles) * heads,),
-        *(described(flat, *box) for box in boxes_of(dim)), tiles, qkv, flat.stride(0), len(tiles), heads * dim,
+        _segments, (count * heads,),
+        *described(flat, *boxes_of(dim)), tiles, qkv, 3 * heads * dim, count, heads * dim,
         dim**-0.5 * LOG2E, D=dim, KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-    return qkv[:, 0].flatten(1)
+    return flat[:, : heads * dim]
 
 
-def boxes_of(head_dim: int) -> list[tuple[int, int]]:
+@functools.cache
+def boxes_of(head_dim: int) -> tuple[tuple[int, int], ...]:
     """Rows and columns of what is fetched at a time: both parts of the queries, and of the keys or values."""
     both = halves(head_dim)
     assert both is not None
-    return [(rows, columns) for rows in (ROWS, KEYS) for columns in both]
-
-
-def described(flat: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """How TMA fetches [rows, columns] of it at a time."""
-    kind = gl.float16 if flat.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns], layout)
+    return tuple((rows, columns) for rows in (ROWS, KEYS) for columns in both)
 
 
 @gluon.jit

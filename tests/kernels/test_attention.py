@@ -226,3 +226,30 @@ def test_what_triton_compiled_is_looked_up_once_for_every_kind_of_call() -> None
     for _ in range(2):  # Triton alone knows what it compiles for other things
         gpu.launch(kernel, (2,), memory, object(), num_warps=4, BLOCK=32)
         assert kernel.seen.pop()[0] == "looked up"
+
+
+def test_a_description_of_a_tensor_is_looked_up_by_what_it_says_of_itself() -> None:
+    kernel = Compiled()
+    memory = torch.zeros(64)
+
+    def looked_up(descriptor: object, kind: str) -> bool:
+        """Whether Triton was asked, with what is described; else the same compilation ran with that."""
+        gpu.launch(kernel, (2,), gpu.Described(descriptor, kind), memory, num_warps=4, BLOCK=32)
+        done, details = kernel.seen.pop()
+        if done == "looked up":
+            return True
+        assert details["values"][0] is descriptor
+        return False
+
+    first, second = object(), object()
+    assert looked_up(first, "bfloat16 64 64")
+    assert not looked_up(first, "bfloat16 64 64")
+    assert not looked_up(second, "bfloat16 64 64")
+    assert looked_up(second, "bfloat16 128 64")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "parts", "filled"), [(1, 4, 1, 1), (4, 4, 1, 4), (5, 4, 2, 8), (80, 64, 2, 128)]
+)
+def test_parts_and_powers(count: int, size: int, parts: int, filled: int) -> None:
+    assert (gpu.cdiv(count, size), gpu.next_power_of_2(count)) == (parts, filled)

@@ -178,7 +178,7 @@ def compiled_segments(dtype: torch.dtype, name: str) -> Any:
     dim = 80
     boxes = segments.boxes_of(dim)
     flat = torch.empty(256, 3 * 16 * dim, dtype=dtype)
-    layouts = [segments.described(flat, *box).layout for box in boxes]
+    layouts = [one.descriptor.layout for one in segments.described(flat, *boxes)]
     types: dict[str, str] = {
         argument: f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
         for argument, (rows, columns), layout in zip(
