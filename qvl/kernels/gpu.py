@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from qvl.kernels.triton_cache import settle_cache
+
 logger = logging.getLogger(__name__)
 
 Capability = tuple[int, int]
@@ -212,6 +214,7 @@ def capability_of(device: torch.device) -> Capability | None:
 def gpu_problem() -> str | None:
     """Why Triton kernels cannot run on the current CUDA device, or None when they can. Warns once."""
     try:
+        settle_cache()
         from qvl.kernels import triton_ops
 
         x = torch.ones(2, 16, device="cuda")
