@@ -219,6 +219,13 @@ def test_the_drawn_house_is_the_real_one() -> None:
     assert drawn == {name: number for name, number in LEVELS.items() if name != "qvl"}
 
 
+def test_the_table_of_the_engine_has_every_file() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    table = page.split("| in `qvl/engine` | |")[1].split("\n\n")[0]
+    files = {path.stem for path in (PACKAGE / "engine").glob("*.py")} - {"__init__"}
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(files)
+
+
 def test_every_name_of_the_walk_exists() -> None:
     """`module.Class.method` of "One request, end to end" can be found in the source."""
     page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
