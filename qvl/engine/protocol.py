@@ -8,7 +8,6 @@ Knows the shape of every message. Does not know sockets' lifetimes, the schedule
 
 from __future__ import annotations
 
-import socket
 import struct
 from typing import TypeAlias
 
@@ -137,11 +136,6 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
         """Tokens that the KV cache holds."""
         return self.num_blocks * self.block_size
 
-    @property
-    def full_requests(self) -> float:
-        """How many requests of `max_model_len` tokens fit at once."""
-        return self.kv_tokens / self.max_model_len
-
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What a step produced for the receiver of this message."""
@@ -224,45 +218,9 @@ class FrameBuffer:
         del self._data[:start]
         return bodies
 
-    @property
-    def partial(self) -> bool:
-        """Whether the stream stopped in the middle of a frame."""
-        return bool(self._data)
-
-
-def write_frame(sock: socket.socket, body: bytes) -> None:
-    """Send one frame on a blocking socket."""
-    sock.sendall(frame(body))
-
-
-def read_frame(sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES) -> bytes | None:
-    """The next body from a blocking socket, None at its end. Raises `ProtocolError` for a cut or over-long frame."""
-    head = _receive(sock, _LENGTH.size)
-    if not head:
-        return None
-    if len(head) < _LENGTH.size:
-        raise ProtocolError("the connection ended inside a frame")
-    length = _checked_length(head, max_bytes)
-    body = _receive(sock, length)
-    if len(body) < length:
-        raise ProtocolError("the connection ended inside a frame")
-    return body
-
 
 def _checked_length(head: bytes | bytearray, max_bytes: int) -> int:
     length: int = _LENGTH.unpack(head)[0]
     if length > max_bytes:
         raise ProtocolError(f"a frame of {length} bytes is above the cap of {max_bytes}")
     return length
-
-
-def _receive(sock: socket.socket, length: int) -> bytes:
-    """`length` bytes, fewer only at the end of the stream."""
-    chunks: list[bytes] = []
-    while length > 0:
-        chunk = sock.recv(min(length, 1 << 20))
-        if not chunk:
-            break
-        chunks.append(chunk)
-        length -= len(chunk)
-    return b"".join(chunks)

@@ -290,7 +290,7 @@ def test_the_encoder_cache_stays_within_its_bytes(checkpoint: Path, dtype: str) 
 
 def test_the_ready_line_has_its_numbers(checkpoint: Path) -> None:
     info = make_engine(checkpoint, max_model_len=512).info
-    assert (info.num_blocks, info.block_size, info.kv_tokens, info.full_requests) == (256, 16, 4096, 8.0)
+    assert (info.num_blocks, info.block_size, info.kv_tokens) == (256, 16, 4096)
     assert info.weight_bytes == make_config(checkpoint).spec.num_parameters * 4
     assert info.kv_cache_bytes == 4096 * 2 * 2 * 2 * 16 * 4
     with pytest.raises(ConfigError, match="max_model_len"):

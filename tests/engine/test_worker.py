@@ -23,6 +23,7 @@ from qvl.engine.protocol import (
     AddRequest,
     Drain,
     Failed,
+    FrameBuffer,
     FromEngine,
     MediaInput,
     Outputs,
@@ -32,8 +33,7 @@ from qvl.engine.protocol import (
     TokenOutput,
     decode_from_engine,
     encode,
-    read_frame,
-    write_frame,
+    frame,
 )
 from qvl.types import SamplingParams
 from tests.engine.fake_engine import BAD, CRASH, END
@@ -87,14 +87,20 @@ class Worker:
 class Client:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self._frames, self._bodies = FrameBuffer(), list[bytes]()
         self._heard: list[TokenOutput] = []
 
     def send(self, message: ToEngine) -> None:
-        write_frame(self.sock, encode(message))
+        self.sock.sendall(frame(encode(message)))
 
     def receive(self) -> FromEngine | None:
-        body = read_frame(self.sock)
-        message = None if body is None else decode_from_engine(body)
+        """The next message; None at the end of the connection."""
+        while not self._bodies:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                return None
+            self._bodies += self._frames.feed(data)
+        message = decode_from_engine(self._bodies.pop(0))
         if isinstance(message, Outputs):
             self._heard += message.outputs
         return message
