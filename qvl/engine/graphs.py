@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qvl.engine.config import EngineConfig
 from qvl.engine.inputs import DecodeNumbers, known_ids
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import Sampler
@@ -148,22 +149,19 @@ def bucket_sizes(most: int) -> list[int]:
 
 
 class DecodeSteps:
-    """Runs steps of up to `capacity` decodes. What has no recording runs eagerly, in the same sizes."""
+    """Runs steps of up to `max_num_seqs` decodes. What has no recording runs eagerly, in the same sizes."""
 
     def __init__(
         self,
+        config: EngineConfig,
         model: Qwen2VLForConditionalGeneration,
         kv_cache: KVCache,
         tables: SequenceRows,
         sampler: Sampler,
-        *,
-        capacity: int,
-        max_model_len: int,
-        block_size: int,
     ) -> None:
-        self.model, self.kv_cache, self.tables, self.sampler = model, kv_cache, tables, sampler
+        self.config, self.model, self.kv_cache, self.tables, self.sampler = config, model, kv_cache, tables, sampler
+        capacity = config.max_num_seqs
         self.sizes = bucket_sizes(capacity)
-        self._max_model_len, self._block_size = max_model_len, block_size
         self._padding = np.zeros((5, capacity), dtype=np.int64)
         self._padding[2], self._padding[3] = -1, tables.padding
         self._numbers = torch.from_numpy(self._padding.copy()).to(tables.device)
@@ -209,8 +207,9 @@ class DecodeSteps:
             block_table=self.tables.block_tables.index_select(0, rows),
             slot_mapping=slots,
             query_lens=[1] * size,
-            context_lens=[self._max_model_len] * size,  # an upper bound: only the device knows the lengths of a replay
-            block_size=self._block_size,
+            # An upper bound: only the device knows the lengths of a replay.
+            context_lens=[self.config.max_model_len] * size,
+            block_size=self.config.block_size,
             num_decodes=size,
         )
         hidden_states = self.model.embed(known_ids(ids, rows, self.tables))

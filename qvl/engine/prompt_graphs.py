@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qvl.engine.config import EngineConfig
 from qvl.engine.inputs import UNKNOWN, MediaRows, Numbers, StepNumbers, known_ids
 from qvl.engine.rows import SequenceRows
 from qvl.layers.attention import TILE_FIELDS, AttentionMetadata, KVCache, cut_prompts
@@ -51,21 +52,12 @@ class PromptSteps:
     """Runs steps that `shape_for` has a shape for. What has no recording runs eagerly, in the same shapes."""
 
     def __init__(
-        self,
-        model: Qwen2VLForConditionalGeneration,
-        kv_cache: KVCache,
-        tables: SequenceRows,
-        *,
-        max_num_seqs: int,
-        max_num_tokens: int,
-        max_model_len: int,
-        block_size: int,
+        self, config: EngineConfig, model: Qwen2VLForConditionalGeneration, kv_cache: KVCache, tables: SequenceRows
     ) -> None:
-        self.model, self.kv_cache, self.tables = model, kv_cache, tables
-        self.most = min(MOST_TOKENS, max_num_tokens)
+        self.config, self.model, self.kv_cache, self.tables = config, model, kv_cache, tables
+        self.most = min(MOST_TOKENS, config.max_num_batched_tokens)
         self.shapes = shapes_for(self.most)
         self.replays: dict[Shape, Callable[[], Tensor]] = {}
-        self._max_num_seqs, self._max_model_len, self._block_size = max_num_seqs, max_model_len, block_size
         self._padding = np.zeros((LINES, self.most), dtype=np.int64)
         self._padding[SLOTS], self._padding[ROWS] = -1, tables.padding
         self._numbers = torch.from_numpy(self._padding.copy()).to(tables.device)
@@ -138,15 +130,15 @@ class PromptSteps:
 
     def _compute(self, shape: Shape) -> Tensor:
         """The network over a step of this shape, all of it on the device: after the final norm [tokens, hidden]."""
-        size, num_seqs = shape.tokens, min(shape.tokens, self._max_num_seqs)
+        size, num_seqs = shape.tokens, min(shape.tokens, self.config.max_num_seqs)
         metadata = AttentionMetadata(
             cu_seqlens_q=self._bounds[: num_seqs + 1],
             seq_lens=self._numbers[LENGTHS, :num_seqs].to(torch.int32),
             block_table=self.tables.block_tables.index_select(0, self._numbers[ROWS, :num_seqs]),
             slot_mapping=self._numbers[SLOTS, :size],
             query_lens=[1] * num_seqs,
-            context_lens=[self._max_model_len] * num_seqs,  # only the device knows what a replay computes
-            block_size=self._block_size,
+            context_lens=[self.config.max_model_len] * num_seqs,  # only the device knows what a replay computes
+            block_size=self.config.block_size,
             num_decodes=num_seqs if shape.decodes else 0,
             prompt_tiles=self._tiles[: self.num_tiles(shape)],
         )

@@ -108,27 +108,10 @@ class ModelRunner:
     @torch.inference_mode()
     def prepare_static(self, recorder: Recorder | None) -> None:
         """Run steps of decodes alone, and of few tokens, over static memory from now on."""
-        config = self.config
-        self.decodes = DecodeSteps(
-            self.model,
-            self.kv_cache,
-            self.tables,
-            self.sampler,
-            capacity=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            block_size=config.block_size,
-        )
+        self.decodes = DecodeSteps(self.config, self.model, self.kv_cache, self.tables, self.sampler)
         kinds: list[StaticSteps] = [self.decodes]
         if self.model.attention.tile_tokens:
-            self.prompts = PromptSteps(
-                self.model,
-                self.kv_cache,
-                self.tables,
-                max_num_seqs=config.max_num_seqs,
-                max_num_tokens=config.max_num_batched_tokens,
-                max_model_len=config.max_model_len,
-                block_size=config.block_size,
-            )
+            self.prompts = PromptSteps(self.config, self.model, self.kv_cache, self.tables)
             kinds.append(self.prompts)  # it fits into the memory of the logits of decodes
         if recorder is not None:
             record_all(recorder, kinds, self.device)
