@@ -150,8 +150,9 @@ def test_what_reaches_top_p_or_min_p_exactly() -> None:
     rows = [row(params(temperature=1.0, top_p=0.5), seed=seed) for seed in range(50)]
     assert len({token.token_id for token in draw(make_sampler(), halves.repeat(50, 1), rows)}) == 1
     best = random_logits(1, seed=4)
-    rows = [row(params(temperature=1.0, min_p=1.0), seed=seed) for seed in range(50)]
-    assert {token.token_id for token in draw(make_sampler(), best.repeat(50, 1), rows)} == {int(best.argmax())}
+    for rules in ({"min_p": 1.0}, {"top_p": 1e-60}):  # the second is 0 in fp32
+        rows = [row(params(temperature=1.0, **rules), seed=seed) for seed in range(50)]
+        assert {token.token_id for token in draw(make_sampler(), best.repeat(50, 1), rows)} == {int(best.argmax())}
 
 
 @pytest.mark.parametrize("bits", [0, -1, 2**31 - 1, -(2**31)])
