@@ -23,7 +23,7 @@ from qvl.engine.sampler import Drawn, Sampler, SamplerRow, kind_of, scale_of, to
 from qvl.engine.sequence import wants_penalties
 from qvl.engine.transfer import put
 from qvl.kernels import rules
-from qvl.kernels.gpu import compiling_together, gpu_problem, told, warn_of
+from qvl.kernels.gpu import compiling_together, gpu_problem, tried_out
 from qvl.types import SamplingParams
 
 COST = "torch's own operations choose the tokens instead: milliseconds a step while requests have rules of sampling"
@@ -35,15 +35,13 @@ def make_sampler(
 ) -> Sampler:
     """With kernels on a GPU, if they build and choose as torch's operations do on the host. Warns once if not."""
     if device.type == "cuda" and gpu_problem() is None:
-        try:
-            from qvl.kernels import triton_sampling
 
-            problem = problem_of(triton_sampling, vocab_size, never_sampled, device, dtype)
-            if problem is None:
-                return GpuSampler(vocab_size, num_lines, never_sampled, device, triton_sampling)
-        except Exception as error:  # noqa: BLE001  # a compiler, a driver or a linker: each raises what it likes
-            problem = f"those that choose tokens did not build ({told(error)})"
-        warn_of(problem, COST)
+        def trial(kernels: Any) -> str | None:
+            return problem_of(kernels, vocab_size, never_sampled, device, dtype)
+
+        kernels = tried_out("triton_sampling", "the kernels that choose tokens", trial, COST)
+        if kernels is not None:
+            return GpuSampler(vocab_size, num_lines, never_sampled, device, kernels)
     return Sampler(vocab_size, num_lines, never_sampled=never_sampled, device=device)
 
 

@@ -12,7 +12,16 @@ import torch
 
 from qvl.errors import ConfigError
 from qvl.kernels import cpu_attention
-from qvl.kernels.gpu import BF16_FROM, OLDEST, Capability, gpu_problem, shared_memory, tiles_for, told, warn_of
+from qvl.kernels.gpu import (
+    BF16_FROM,
+    OLDEST,
+    Capability,
+    gpu_problem,
+    problem_of_trial,
+    shared_memory,
+    tiles_for,
+    warn_of,
+)
 from qvl.kernels.sdpa import GatherAttention
 from qvl.kernels.trial import problem_of
 from qvl.layers.attention import Heads, PagedAttention
@@ -59,10 +68,7 @@ def triton_gpu(
 
     tiles = tiles_for(capability, dtype, heads.head_dim)
     attention = TritonAttention(heads, tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    try:
-        problem = problem_of(attention, heads, device, dtype)
-    except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
-        problem = f"the attention kernel did not run ({told(error)})"
+    problem = problem_of_trial("the attention kernel", lambda: problem_of(attention, heads, device, dtype))
     if problem is not None:
         raise Unavailable(warn_of(problem, SLOWER))
     return attention, f"triton on compute capability {shown}: {words_for(capability, tiles.tensor_cores, tiles.rows)}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qvl.errors import ConfigError
-from qvl.kernels.gpu import gpu_kernels, told
+from qvl.kernels.gpu import gpu_kernels, problem_of_trial
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -98,14 +98,15 @@ def require_fp8(device: torch.device) -> str:
 
 def fp8_problem(device: torch.device) -> str | None:
     """A small product tried out: what went wrong, or None."""
-    try:
-        generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(32, 256, generator=generator, device=device).bfloat16()
-        matrix = Fp8Matrix.empty(64, 256, device)
-        matrix.write(0, torch.randn(64, 256, generator=generator, device=device))
-        rounded = round_rows(x)
-        exact = (rounded.codes.float() * rounded.scales) @ matrix.read(torch.arange(64, device=device)).T
-        error = float((matrix.product(x, None).float() - exact).norm() / exact.norm())
-    except Exception as failure:  # noqa: BLE001  # a library or a driver: each raises what it likes
-        return told(failure)
+    return problem_of_trial("a small product", lambda: wrong_products(device))
+
+
+def wrong_products(device: torch.device) -> str | None:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(32, 256, generator=generator, device=device).bfloat16()
+    matrix = Fp8Matrix.empty(64, 256, device)
+    matrix.write(0, torch.randn(64, 256, generator=generator, device=device))
+    rounded = round_rows(x)
+    exact = (rounded.codes.float() * rounded.scales) @ matrix.read(torch.arange(64, device=device)).T
+    error = float((matrix.product(x, None).float() - exact).norm() / exact.norm())
     return None if error < WRONG else f"its products are wrong (relative error {error:.1e})"

@@ -10,7 +10,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -115,20 +115,35 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel.warmup(*as_triton_takes(arguments), grid=grid, **constants)
         return
     kind, values = kind_of(kernel, arguments, constants)
-    known = _launches.get(kind) if kind is not None else None
-    if known is not None:
-        compiled, rest = known
-        compiled[(*grid, 1, 1)[:3]](*values, *rest)
+    ready = _launches.get(kind) if kind is not None else None
+    if ready is not None:
+        ready.run(grid, values)
         return
     compiled = kernel[grid](*as_triton_takes(arguments), **constants)
     names = getattr(kernel, "arg_names", ())[len(arguments) :]
-    # Triton's interpreter gives nothing back that could be called again.
-    if kind is not None and hasattr(compiled, "__getitem__") and all(name in constants for name in names):
-        _launches[kind] = compiled, tuple(constants[name] for name in names)
+    # Triton's interpreter gives nothing back that could be run again.
+    if kind is not None and hasattr(compiled, "run") and all(name in constants for name in names):
+        _launches[kind] = Ready(compiled, tuple(constants[name] for name in names))
 
 
-# By kind: what Triton compiled (it holds its kernel, whose id is part of the kind), and the constants in its order.
-_launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+class Ready:
+    """What Triton compiled for one kind of call, and the constants in its order."""
+
+    def __init__(self, compiled: Any, constants: tuple[Any, ...]) -> None:
+        self.compiled, self.constants = compiled, constants
+        self.driver = importlib.import_module("triton.runtime").driver.active
+
+    def run(self, grid: tuple[int, ...], values: list[Any]) -> None:
+        """As Triton does when it has found it; profilers that Triton would tell of every launch hear nothing."""
+        compiled, driver = self.compiled, self.driver
+        stream = driver.get_current_stream(driver.get_current_device())
+        x, y, z = (*grid, 1, 1)[:3]
+        told = compiled.function, compiled.packed_metadata, None, None, None
+        compiled.run(x, y, z, stream, *told, *values, *self.constants)
+
+
+# By kind; what was compiled holds its kernel, whose id is part of the kind.
+_launches: dict[tuple[Any, ...], Ready] = {}
 
 
 def as_triton_takes(arguments: tuple[Any, ...]) -> list[Any]:
@@ -210,21 +225,44 @@ def capability_of(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def problem_of_trial(name: str, trial: Callable[[], str | None]) -> str | None:
+    """Why the kernel of this name cannot be used, or None; `trial` builds and runs it, and gives what is wrong."""
+    try:
+        return trial()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    except Exception as error:  # noqa: BLE001  # a compiler, a driver or a linker: each raises what it likes
+        return f"{name} did not run ({told(error)})"
+
+
+def tried_out(module: str, name: str, trial: Callable[[Any], str | None], cost: str) -> Any | None:
+    """The module of `qvl.kernels` with the kernel of this name, or None where it cannot be used, told once."""
+
+    def found() -> Any:
+        return importlib.import_module(f"qvl.kernels.{module}")
+
+    problem = problem_of_trial(name, lambda: trial(found()))
+    if problem is None:
+        return found()
+    warn_of(problem, cost)
+    return None
+
+
 @functools.cache
 def gpu_problem() -> str | None:
     """Why Triton kernels cannot run on the current CUDA device, or None when they can. Warns once."""
-    try:
-        settle_cache()
-        from qvl.kernels import triton_ops
+    problem = problem_of_trial("a first kernel", first_kernel)
+    return None if problem is None else warn_of(problem)
 
-        x = torch.ones(2, 16, device="cuda")
-        for _ in range(2):  # compiled, and then launched again as what was compiled
-            if not torch.allclose(triton_ops.quick_gelu(x.clone()), x * torch.sigmoid(1.702 * x)):
-                return warn_of("a first kernel gave wrong numbers")
-    except ImportError as error:
-        return warn_of(f"Triton cannot be imported ({error})")
-    except Exception as error:  # noqa: BLE001  # a compiler, a driver or a linker: each raises what it likes
-        return warn_of(f"a first kernel did not build ({told(error)})")
+
+def first_kernel() -> str | None:
+    settle_cache()
+    from qvl.kernels import triton_ops
+
+    x = torch.ones(2, 16, device="cuda")
+    for _ in range(2):  # compiled, and then launched again as what was compiled
+        if not torch.allclose(triton_ops.quick_gelu(x.clone()), x * torch.sigmoid(1.702 * x)):
+            return "a first kernel gave wrong numbers"
     return None
 
 

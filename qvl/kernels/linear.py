@@ -6,7 +6,7 @@ Knows which file of this package computes it. Does not know which layer asks.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 from qvl.kernels.cpu_linear import choose_cpu_linear
 from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
-from qvl.kernels.gpu import capability_of, early_on, gpu_problem, told, warn_of
+from qvl.kernels.gpu import capability_of, early_on, gpu_problem, tried_out
 
 
 class OneRow(Protocol):
@@ -60,16 +60,11 @@ def one_row(device: torch.device, dtype: torch.dtype) -> OneRow | None:
     """`qvl.kernels.triton_linear` when it runs there, tried out once; warns when it does not."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
-    try:
-        from qvl.kernels import triton_linear
 
-        problem = triton_linear.problem_of(device, dtype, early_on(capability_of(device)))
-    except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
-        problem = f"the kernel for products of one row did not run ({told(error)})"
-    if problem is not None:
-        warn_of(problem, SLOWER)
-        return None
-    return triton_linear
+    def trial(kernel: Any) -> str | None:
+        return kernel.problem_of(device, dtype, early_on(capability_of(device)))
+
+    return tried_out("triton_linear", "the kernel for products of one row", trial, SLOWER)
 
 
 def empty_matrix(form: str, rows: int, width: int, device: torch.device | str) -> QuantisedMatrix | Fp8Matrix:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.fused import rotate
-from qvl.kernels.gpu import Capability, capability_of, gpu_problem, told, warn_of
+from qvl.kernels.gpu import Capability, capability_of, gpu_problem, tried_out
 
 OURS: Capability = (9, 0)  # it is written for this one's tensor cores
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
@@ -96,18 +96,20 @@ def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> M
     """`qvl.kernels.triton_segments` where it runs, tried out once; warns when it should run and does not."""
     if capability_of(device) != OURS or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
-    try:
-        from qvl.kernels import triton_segments
-
-        if triton_segments.halves(head_dim) is None:
-            return None
-        problem = problem_of(triton_segments, device, dtype, head_dim)
-    except Exception as error:  # noqa: BLE001  # a compiler or a driver: each raises what it likes
-        problem = f"the kernel for attention in pictures did not run ({told(error)})"
-    if problem is not None:
-        warn_of(problem, SLOWER)
+    if halves(head_dim) is None:
         return None
-    return triton_segments
+
+    def trial(kernel: ModuleType) -> str | None:
+        return problem_of(kernel, device, dtype, head_dim)
+
+    return tried_out("triton_segments", "the kernel for attention in pictures", trial, SLOWER)
+
+
+def halves(head_dim: int) -> tuple[int, int] | None:
+    """The two powers of two that make head_dim, or None where two are not enough or one is too small or large."""
+    low = 1 << (head_dim.bit_length() - 1)
+    high = head_dim - low
+    return (low, high) if high >= 16 and high & (high - 1) == 0 and head_dim <= 96 else None
 
 
 def problem_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

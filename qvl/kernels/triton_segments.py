@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from qvl.kernels.gpu import launch
+from qvl.kernels.segments import halves
 from qvl.kernels.triton_boxes import described
 
 ROWS = 64  # query rows of a program: what four warps multiply at a time
@@ -35,13 +36,6 @@ STAGES = 2  # tiles of keys, and of values, that are fetched ahead
 FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
 REGISTERS = 128  # of a thread at the start: two programs of 256 fit; then the four warps take those of the fetching
 LOG2E = 1.4426950408889634
-
-
-def halves(head_dim: int) -> tuple[int, int] | None:
-    """The two powers of two that make head_dim, or None where two are not enough or one is too small or large."""
-    low = 1 << (head_dim.bit_length() - 1)
-    high = head_dim - low
-    return (low, high) if high >= 16 and high & (high - 1) == 0 and head_dim <= 96 else None
 
 
 def tiles_of(lengths: Sequence[int]) -> np.ndarray:

@@ -22,6 +22,7 @@ from qvl.kernels.segments import (
     Segments,
     describe_segments,
     describe_torch,
+    halves,
     preferred_order,
     segment_attention,
     segment_kernel,
@@ -140,9 +141,6 @@ def test_every_query_row_is_in_one_tile(lengths: list[int]) -> None:
 
 
 def test_which_head_dims_are_two_powers_of_two() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from qvl.kernels.triton_segments import halves
-
     assert {dim: halves(dim) for dim in (32, 48, 64, 72, 80, 96, 112, 128)} == {
         32: None, 48: (32, 16), 64: None, 72: None, 80: (64, 16), 96: (64, 32), 112: None, 128: None
     }  # fmt: skip
@@ -174,11 +172,12 @@ def compiled_segments(dtype: torch.dtype, name: str) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from qvl.kernels import triton_segments as segments
+    from qvl.kernels.triton_boxes import described
 
     dim = 80
     boxes = segments.boxes_of(dim)
     flat = torch.empty(256, 3 * 16 * dim, dtype=dtype)
-    layouts = [one.descriptor.layout for one in segments.described(flat, *boxes)]
+    layouts = [one.descriptor.layout for one in described(flat, *boxes)]
     types: dict[str, str] = {
         argument: f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
         for argument, (rows, columns), layout in zip(

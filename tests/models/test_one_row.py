@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels import linear
+from qvl.kernels import gpu, linear
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from tests.models import oracle
 
@@ -76,7 +76,7 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch.setattr(linear, "gpu_problem", lambda: None)
     monkeypatch.setattr(linear, "capability_of", lambda _: (9, 0))
     monkeypatch.setattr(triton_linear, "problem_of", fails)
-    linear.warn_of.cache_clear()
+    gpu.warn_of.cache_clear()
     linear.one_row.cache_clear()
     try:
         for _ in range(2):
