@@ -380,6 +380,21 @@ def test_a_template_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> Non
         Tokenizer.from_folder(with_template(checkpoint, tmp_path, "{% for %}"))
 
 
+LENGTHS = [limit + extra for limit in (vocabulary.SHORT, vocabulary.QUICK) for extra in (0, 1)]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_texts_of_every_length_are_encoded_alike(length: int, tokenizer: Tokenizer, reference: Any) -> None:
+    text = ("Ein Bär, two 熊s; " * length)[:length]
+    expected = reference.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text)
+    assert ids == expected
+    ids.append(0)  # the caller's own list, whatever is remembered
+    assert tokenizer.encode(text) == expected
+    with pytest.raises(InvalidRequest, match="surrogates"):
+        tokenizer.encode(text[:-1] + "\ud800")
+
+
 def test_no_messages(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="must not be empty"):
         tokenizer.chat([])

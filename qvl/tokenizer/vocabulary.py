@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qvl.errors import CheckpointError, InvalidRequest
 
 _FILE = "tokenizer.json"
 LEAST_LOOK = 1 << 16  # characters that are always encoded at once
+SHORT = 64  # characters; such texts come again and again: they are a template's own
+QUICK = 2048  # characters, for a millisecond
 CHARS_LOOKED_AT = 4  # for each token in question; usual text has about as many
 
 
@@ -49,6 +52,7 @@ class Vocabulary:
         self.added = added
         self.size = max(bpe.get_vocab_size(), *(id + 1 for id in added), 0)
         self._bytes: dict[int, bytes] = {id: token.text.encode() for id, token in added.items()}
+        self._short = lru_cache(1024)(self._encoded)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Vocabulary:
@@ -77,10 +81,17 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Raises `InvalidRequest` for text that is not Unicode (lone surrogates)."""
         try:
-            # As a batch: without offsets, and others get the interpreter (a long text takes a tenth of a second).
-            ids: list[int] = self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return list(self._short(text)) if len(text) <= SHORT else self._encoded(text)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text must be valid Unicode without lone surrogates") from error
+
+    def _encoded(self, text: str) -> list[int]:
+        """A long text takes a tenth of a second, in which others get the interpreter; to ask for it back, among many
+        threads, takes longer than a short text does."""
+        if len(text) <= QUICK:
+            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def is_longer_than(self, text: str, num_tokens: int) -> bool:
