@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qvl import tasks as tasks
-    from qvl.client import AsyncClient, Client
+    from qvl.client import AsyncClient, Client, screenshot
     from qvl.engine.llm import LLM
     from qvl.errors import QvlError
     from qvl.types import (
@@ -49,6 +49,7 @@ __all__ = [
     "TextPart",
     "TokenLogprob",
     "Usage",
+    "screenshot",
 ]
 
 _ELSEWHERE = {
@@ -56,6 +57,7 @@ _ELSEWHERE = {
     "Client": "qvl.client",
     "LLM": "qvl.engine.llm",
     "QvlError": "qvl.errors",
+    "screenshot": "qvl.client",
 }
 
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 from qvl.cli.who import Who, find
-from qvl.client import collect, media_kind, question
+from qvl.client import collect, media_kind, question, screen_part
 from qvl.errors import InvalidRequest
 from qvl.types import DEFAULT_URL, Completion, Delta, MediaPart, Message, PixelLimits, SamplingParams
 from qvl.wire import LOW_DETAIL_PIXELS
@@ -40,23 +40,24 @@ def answer(
     *,
     schema: Path | None = None,
     as_json: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Ask and print. Raises `QvlError`s; what was printed until then stays."""
     words, parts = _read_question(text, media)
     messages = question(words, _looked_at(parts, look), system)
     if schema is not None:
-        _answer_by_schema(messages, sampling, who, schema, as_json)
+        _answer_by_schema(messages, sampling, who, schema, as_json, quiet)
         return
-    found = find(who, DEFAULT_URL)
+    found = find(who, DEFAULT_URL, quiet=quiet)
     deltas = found.model.stream(messages, sampling)
     if as_json:
         _print_json(found.told, collect(deltas))
     else:
-        _print_stream(deltas)
+        _print_stream(deltas, quiet)
 
 
 def _answer_by_schema(
-    messages: tuple[Message, ...], sampling: SamplingParams, who: Who, path: Path, as_json: bool
+    messages: tuple[Message, ...], sampling: SamplingParams, who: Who, path: Path, as_json: bool, quiet: bool
 ) -> None:
     """The answer as JSON that keeps to the schema in a file, once it is complete and checked."""
     from qvl.tasks.keeping import Keeping
@@ -64,9 +65,9 @@ def _answer_by_schema(
     from qvl.tasks.schema import Schema
 
     keeping = Keeping(Schema.from_file(path))
-    found = find(who, DEFAULT_URL)
+    found = find(who, DEFAULT_URL, quiet=quiet)
     kept = keeping.ask(asking(found.model), messages, sampling)
-    for note in kept.notes:
+    for note in () if quiet else kept.notes:
         print(f"qvl: {note}", file=sys.stderr)
     if as_json:
         _print_json(found.told, kept.completion, {"value": kept.value})
@@ -124,20 +125,22 @@ def _medium(item: str, stdin: BinaryIO) -> MediaPart:
         return MediaPart("image", stdin.read())
     if "://" in item or item.startswith("data:"):
         return MediaPart(media_kind(item), item)
+    if (screen := screen_part(item)) is not None:
+        return screen
     path = Path(os.path.expanduser(item))
     if not path.is_file():
         raise InvalidRequest(f"no such file: {item}")
     return MediaPart(media_kind(path), path)
 
 
-def _print_stream(deltas: Iterator[Delta]) -> None:
+def _print_stream(deltas: Iterator[Delta], quiet: bool) -> None:
     ended = True
     for delta in deltas:
         if delta.text:
             sys.stdout.write(delta.text)
             sys.stdout.flush()
             ended = delta.text.endswith("\n")
-        if delta.finish_reason == "length":
+        if delta.finish_reason == "length" and not quiet:
             print("\nqvl: the answer was cut at --max-tokens", file=sys.stderr)
     if not ended:
         print()

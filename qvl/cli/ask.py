@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qvl.cli.tasks.flags import ApiKey, BaseUrl, ModelName
+from qvl.cli.tasks.flags import ApiKey, BaseUrl, ModelName, Quiet
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -19,7 +19,10 @@ def ask(
     text: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
     media: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE|URL]...", help="Pictures and videos; - reads one from standard input."),
+        typer.Argument(
+            metavar="[FILE|URL]...",
+            help="Pictures and videos; - is standard input, screen: the screen, screen:left,top,right,bottom a part.",
+        ),
     ] = None,
     base_url: BaseUrl = None,
     model: ModelName = None,
@@ -39,6 +42,7 @@ def ask(
         float | None, typer.Option(min=0.01, max=60, help="Frames per second seen of videos [default: the model's]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the answer is complete.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Ask one question about pictures or videos and stream the answer.
 
@@ -50,4 +54,6 @@ def ask(
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     who = Who(base_url, model, api_key)
-    answer(text, media or [], system, sampling, who, Look(image_detail, fps), schema=schema, as_json=as_json)
+    answer(
+        text, media or [], system, sampling, who, Look(image_detail, fps), schema=schema, as_json=as_json, quiet=quiet
+    )

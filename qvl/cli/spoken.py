@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from qvl.client import media_kind
+from qvl.client import media_kind, screen_part
 from qvl.errors import InvalidRequest, suggest
 from qvl.types import MediaKind, MediaPart
 
@@ -66,10 +66,12 @@ def named_medium(word: str) -> MediaPart | None:
 
 
 def given_medium(word: str, kind: MediaKind) -> MediaPart:
-    """What follows `/image` or `/video`. Raises `InvalidRequest` where there is no such file."""
+    """What follows `/image` or `/video`. Raises `InvalidRequest` where there is no such file or screen."""
     word = _unquoted(word)
     if word.startswith(("http://", "https://", "data:")):
         return MediaPart(kind, word)
+    if kind == "image" and (screen := screen_part(word)) is not None:
+        return screen
     path = local_path(word)
     if not word or not path.is_file():
         raise InvalidRequest(f"no such file: {word}" if word else f"name a file: /{kind} FILE")

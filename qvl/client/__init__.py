@@ -4,8 +4,8 @@
         print(client.ask("Read the text.", "photo.jpg"))
 
 `calls` decides (what is sent, what an answer means, what is tried again) and `questions` in which order, and neither
-touches a socket; `blocking` and `awaited` carry their bytes; `media` turns what a program holds into addresses. Knows
-no model and imports no torch.
+touches a socket; `blocking` and `awaited` carry their bytes; `media` turns what a program holds into addresses, and
+`screen` takes a picture of the screen. Knows no model and imports no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from qvl.client.blocking import Client
 from qvl.client.calls import EventReader, Retries, body_of, collect, question
 from qvl.client.local import local_server
 from qvl.client.media import media_kind
+from qvl.client.screen import screen_part, screenshot
 
 __all__ = [
     "AsyncClient",
@@ -26,4 +27,6 @@ __all__ = [
     "local_server",
     "media_kind",
     "question",
+    "screen_part",
+    "screenshot",
 ]

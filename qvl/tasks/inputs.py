@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qvl.client import media_kind
+from qvl.client import media_kind, screen_part
 from qvl.errors import InvalidRequest, QvlError
 from qvl.media.fetch import MediaPolicy, read
 from qvl.media.folder import PICTURE_SUFFIXES, files_below
@@ -97,7 +97,7 @@ class Reading:
 def items(sources: Iterable[Any], reading: Reading) -> list[Item]:
     """What is to be asked about, in the order of naming; folders in the order of their files' names.
 
-    A source is a path, an address, "-", bytes of a file, a PIL picture, an array, or a `MediaPart`. Raises
+    A source is a path, an address, "-", "screen:", bytes of a file, a PIL picture, an array, or a `MediaPart`. Raises
     `InvalidRequest` for wishes that fit nothing, such as pages of what is no PDF.
     """
     found = [item for source in sources for item in _items(source, reading)]
@@ -113,6 +113,8 @@ def _items(source: Any, reading: Reading) -> Iterator[Item]:
             yield from _held(source, reading)
         elif named == STDIN:
             yield from _bytes(STDIN, "stdin", reading.stdin(), reading)
+        elif (screen := screen_part(named)) is not None:
+            yield from _held(screen, reading, named)
         elif "://" in named or named.startswith("data:"):
             yield from _address(named, reading)
         else:
@@ -121,14 +123,14 @@ def _items(source: Any, reading: Reading) -> Iterator[Item]:
         yield Item.unreadable(named or "(picture)", _name_of(named), error)
 
 
-def _held(source: Any, reading: Reading) -> Iterator[Item]:
+def _held(source: Any, reading: Reading, named: str = "(picture)") -> Iterator[Item]:
     """What a program holds."""
     if isinstance(source, bytes | bytearray | memoryview):
         yield from _bytes("(bytes)", "picture", bytes(source), reading)
         return
     part = source if isinstance(source, MediaPart | TextPart) else MediaPart("image", source)
     _check_kind(part.kind if isinstance(part, MediaPart) else "text", reading.accepts)
-    yield Item("(picture)", lambda: part, name="picture")
+    yield Item(named, lambda: part, name="picture")
 
 
 def _path(named: str, reading: Reading) -> Iterator[Item]:

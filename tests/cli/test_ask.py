@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageGrab
 
 from qvl.cli.app import run
 from tests.client.misbehaving import STREAM, misbehaving, reply
@@ -74,6 +74,18 @@ def test_a_cut_answer_is_said_on_stderr(server: Live, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert out == "Hel\n"
     assert "--max-tokens" in err
+    assert run(["ask", "Hello", "--max-tokens", "3", "--base-url", server.url, "-q"]) == 0
+    assert capsys.readouterr() == ("Hel\n", "")
+
+
+def test_the_screen_is_a_picture_by_name(
+    server: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ImageGrab, "grab", lambda: Image.new("RGB", (300, 200)))
+    assert run(["ask", "What?", "screen:", "screen:0,0,50,60", "--base-url", server.url]) == 0
+    assert capsys.readouterr().out == "What? [2 images]\n"
+    assert run(["ask", "What?", "screen:0,0,500,60", "--base-url", server.url]) == 2
+    assert "no region" in capsys.readouterr().err
 
 
 def test_text_and_pictures_by_pipe(server: Live, picture: Path) -> None:

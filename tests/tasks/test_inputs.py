@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageGrab
 
 from qvl.errors import InvalidRequest
 from qvl.tasks.inputs import Item, Pages, Reading, items, one_part
@@ -205,3 +205,12 @@ def test_what_a_program_holds(scans: Path) -> None:
         one_part(scans / "two.pdf", PICTURES)
     with pytest.raises(InvalidRequest, match="is a video"):
         one_part(part, PICTURES)
+
+
+def test_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageGrab, "grab", lambda: Image.new("RGB", (300, 200)))
+    (item,) = items(["screen:10,20,50,60"], PICTURES)
+    part = item.load()
+    assert item.title == "screen:10,20,50,60" and isinstance(part, MediaPart) and part.source.size == (40, 40)
+    (wrong,) = items(["screen:1,2"], PICTURES)
+    assert wrong.error is not None and "names no region" in wrong.error.message

@@ -16,7 +16,8 @@ SERVER_PANEL = "Who answers"
 Inputs: TypeAlias = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FILE|FOLDER|URL]...", help="Pictures, PDFs, folders of them, addresses; - is standard input."
+        metavar="[FILE|FOLDER|URL]...",
+        help="Pictures, PDFs, folders of them, addresses; - is standard input, screen: the screen.",
     ),
 ]
 PageRange: TypeAlias = Annotated[
