@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from qvl.engine.garbage import settle
 from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Pixels, Received, refusal
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import (
@@ -216,6 +217,7 @@ def serve(setup: Setup, load: Loader, lifeline: int) -> int:
     except Exception as error:  # the border of the process: the parent must hear what a traceback says
         logger.exception("the engine cannot start")
         return _give_up(hub, f"the engine cannot start: {type(error).__name__}: {error}", EXIT_CRASHED)
+    settle(seldom=True)
     try:
         Loop(engine, hub, Ready(engine.info, config)).run()
     except Exception as error:  # the border of the process: a broken device ends it, the parent starts another

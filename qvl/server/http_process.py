@@ -17,6 +17,7 @@ import msgspec
 
 from qvl.backends.engines import SharedEngine
 from qvl.backends.local import LocalBackend
+from qvl.engine.garbage import settle
 from qvl.engine.options import EngineOptions
 from qvl.engine.worker import first_line
 from qvl.errors import ConfigError, QvlError
@@ -48,6 +49,7 @@ def serve(setup: Setup) -> int:
 
     def started(error: QvlError | None) -> None:
         if error is None:
+            settle()
             _tell(Report(info=backend.info))
         else:
             server.start_error = error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from qvl.backends.base import Backend
+from qvl.engine.garbage import settle
 from qvl.errors import QvlError
 from qvl.server.door import BACKLOG, CLOSE_SECONDS, bind, ready_line, url_of
 from qvl.server.http_protocol import http_protocol
@@ -74,6 +75,7 @@ def run(options: ServerOptions, backend: Backend) -> int:
 
     def started(error: QvlError | None) -> None:
         if error is None:
+            settle()
             print(ready_line(url + options.root_path, backend.info, options.served_model_names), flush=True)
         else:
             server.start_error = error
