@@ -17,6 +17,7 @@ import typer
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
 from qvl.cli.familiar import HINTS
+from qvl.cli.names import NamingCommand
 from qvl.cli.tasks import compare, describe, extract, ground, ocr, solve, table, translate, watch, webpage
 from qvl.engine.waiting import wait_asleep
 from qvl.errors import QvlError, suggest
@@ -55,7 +56,7 @@ def root(
     """Serve the Qwen-VL family from a checkpoint folder, on a GPU or just a CPU."""
 
 
-app.command("serve")(serve.serve)
+app.command("serve", cls=NamingCommand)(serve.serve)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("batch")(batch.batch)

@@ -36,7 +36,8 @@ def serve(
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name in requests and answers; repeat it for further names [default: as MODEL is written]",
+            help="Name in requests and answers; further names stand after it or after the flag again "
+            "[default: as MODEL is written]",
             rich_help_panel=SERVER_PANEL,
         ),
     ] = None,

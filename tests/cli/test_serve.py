@@ -125,6 +125,18 @@ def test_the_command_line_of_the_field(parse: Parse) -> None:
     assert server == ServerOptions(served_model_names=("a", "b"), max_body_bytes=1 << 20)
 
 
+def test_several_names_after_one_flag(parse: Parse) -> None:
+    for words in (
+        ["folder", "--served-model-name", "a", "b", "--port", "1"],
+        ["--port=1", "folder", "--served_model_name=a", "b"],
+        ["folder", "--served-model-name", "a", "--port", "1", "--served-model-name", "b"],
+    ):
+        engine, server = parse(*words)
+        assert (engine.model, server.served_model_names, server.port) == ("folder", ("a", "b"), 1)
+    engine, server = parse("--served-model-name", "a", "folder")  # the first word on its own is always MODEL
+    assert (engine.model, server.served_model_names) == ("folder", ("a",))
+
+
 @pytest.mark.parametrize(
     "spelling",
     [
