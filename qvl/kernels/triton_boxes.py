@@ -1,6 +1,6 @@
 """How TMA, the unit that fetches tiles by itself from compute capability 9.0 on, is told of memory.
 
-Knows boxes of two-dimensional tensors. Does not know what is in them. Importing this file imports Triton.
+Knows boxes of tensors. Does not know what is in them. Importing this file imports Triton.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ class Place:
 KINDS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
-def described(flat: Tensor, *boxes: tuple[int, int]) -> tuple[Described, ...]:
-    """How boxes (rows, columns) of a two-dimensional tensor are fetched."""
-    return _described(flat.data_ptr(), flat.dtype, flat.shape, flat.stride(), boxes)
+def described(x: Tensor, *boxes: tuple[int, ...]) -> tuple[Described, ...]:
+    """How boxes of a tensor are fetched; each has a size for every dimension."""
+    return _described(x.data_ptr(), x.dtype, x.shape, x.stride(), boxes)
 
 
 @functools.lru_cache(1024)
 def _described(
     address: int,
     dtype: torch.dtype,
-    shape: tuple[int, int],
-    strides: tuple[int, int],
-    boxes: tuple[tuple[int, int], ...],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    boxes: tuple[tuple[int, ...], ...],
 ) -> tuple[Described, ...]:
     """Kept by all that it says: the layers of a model come again and again with the same memory."""
     place = Place(address, dtype)
     return tuple(
         Described(
-            TensorDescriptor(place, list(shape), list(strides), list(box), layout_of(*box, dtype)), f"{dtype} {box}"
+            TensorDescriptor(place, list(shape), list(strides), list(box), layout_of(box, dtype)), f"{dtype} {box}"
         )
         for box in boxes
     )
 
 
-def layout_of(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def layout_of(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a box lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], KINDS[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(box), KINDS[dtype])
