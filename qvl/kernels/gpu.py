@@ -28,6 +28,7 @@ Capability = tuple[int, int]
 
 COST = "torch's own operations are used instead: several times slower per token"
 BF16_FROM: Capability = (8, 0)
+HOPPER: Capability = (9, 0)  # kernels in Gluon are written for this one's tensor cores
 OLDEST: Capability = (7, 5)  # before it torch's own wheels do not run either
 KIB = 1024
 

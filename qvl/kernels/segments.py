@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.fused import rotate
-from qvl.kernels.gpu import Capability, capability_of, gpu_problem, tried_out
+from qvl.kernels.gpu import HOPPER, Capability, capability_of, gpu_problem, tried_out
 
-OURS: Capability = (9, 0)  # it is written for this one's tensor cores
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
 WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
 SLOWER = "cuDNN's attention is used instead: a picture of a megapixel takes about a third longer"
@@ -94,7 +93,7 @@ def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 @functools.cache
 def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType | None:
     """`qvl.kernels.triton_segments` where it runs, tried out once; warns when it should run and does not."""
-    if capability_of(device) != OURS or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
+    if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
     if halves(head_dim) is None:
         return None

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.fused import rotate
-from qvl.kernels.gpu import KIB, shared_memory
+from qvl.kernels.gpu import HOPPER, KIB, shared_memory
 from qvl.kernels.segments import (
     MANY,
-    OURS,
     Segments,
     describe_segments,
     describe_torch,
@@ -72,7 +71,7 @@ def test_segments_of_many_lengths_on_a_gpu(lengths: list[int], dtype: torch.dtyp
     qkv, angles = torch.randn(sum(lengths), 3, 4, 80, device="cuda"), some_angles(sum(lengths), 80, CUDA)
     exact = each_alone(qkv.to(dtype).float(), angles, lengths)
     ours = Segments.of(lengths, CUDA, dtype, 80)
-    assert (ours.tiles is not None) == (torch.cuda.get_device_capability() == OURS)
+    assert (ours.tiles is not None) == (torch.cuda.get_device_capability() == HOPPER)
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
     ways = [ours, Segments(ours.groups, None, None, ours.longest)]
     if torch.cuda.get_device_capability() >= (8, 0):
@@ -156,7 +155,7 @@ def test_two_programs_share_a_multiprocessor_and_keep_their_numbers_in_registers
     from qvl.kernels.triton_segments import REGISTERS
 
     kernel = compiled_segments(dtype, name)
-    assert 2 * (kernel.metadata.shared + KIB) <= shared_memory(OURS) + KIB  # the driver takes 1 KiB for each
+    assert 2 * (kernel.metadata.shared + KIB) <= shared_memory(HOPPER) + KIB  # the driver takes 1 KiB for each
     assert 2 * 32 * kernel.metadata.num_warps * REGISTERS <= 64 * KIB
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async" in ptx
@@ -198,4 +197,4 @@ def compiled_segments(dtype: torch.dtype, name: str) -> Any:
         attrs=aligned,
     )
     options = {"num_warps": 4, "maxnreg": segments.REGISTERS}
-    return triton.compile(source, target=GPUTarget("cuda", OURS[0] * 10 + OURS[1], 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", HOPPER[0] * 10 + HOPPER[1], 32), options=options)
