@@ -16,13 +16,13 @@ from collections.abc import Sequence as Items
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import device_name
 from qvl.engine.grammar import Grammars
 from qvl.engine.graphs import describe
+from qvl.engine.pixels import Pixels
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput, TokenOutput
 from qvl.engine.runner import Flight, ModelRunner
 from qvl.engine.scheduler import Scheduler
@@ -32,8 +32,6 @@ from qvl.errors import InvalidRequest
 from qvl.specs import ModelSpec
 
 GRAMMAR_WAIT_SECONDS = 0.005  # nothing else to do; but new requests must be heard
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class Engine:

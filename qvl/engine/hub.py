@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import queue
 import selectors
@@ -20,16 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
+from qvl.engine.pixels import Pixels, map_pixels
 from qvl.engine.protocol import (
     AddRequest,
     EngineStats,
     FrameBuffer,
     FromEngine,
     Outputs,
-    PixelFile,
     ToEngine,
     TokenOutput,
     decode_to_engine,
@@ -42,8 +38,6 @@ logger = logging.getLogger("qvl.engine")
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 READ_BYTES = 256 * 1024
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Connection:
@@ -237,21 +231,3 @@ class Hub:
 def refusal(request_id: str, reason: str) -> Outputs:
     """The last word on a request that the engine does not take."""
     return Outputs([TokenOutput(request_id, [], finish_reason="error", error=reason)], EngineStats())
-
-
-def map_pixels(file: PixelFile | None) -> Pixels | None:
-    """uint8 [frames, h, w, 3] of a file, which is unlinked at once: the mapping lives as long as the array does.
-
-    The mapping is private (copy on write): nothing can change the file's pages, and torch takes the array uncopied.
-    Raises `OSError` when the file is not there, `ValueError` when it has not the size of its shape.
-    """
-    if file is None:
-        return None
-    with open(file.path, "rb") as opened:
-        os.unlink(file.path)
-        size = os.fstat(opened.fileno()).st_size
-        expected = file.shape[0] * file.shape[1] * file.shape[2] * file.shape[3]
-        if size != expected or size == 0:
-            raise ValueError(f"a pixel file has {size} bytes, its shape {file.shape} needs {expected}")
-        mapped = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
-    return np.frombuffer(mapped, dtype=np.uint8).reshape(file.shape)

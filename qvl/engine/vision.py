@@ -10,14 +10,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from qvl.engine.batch import ScheduledMedia
 from qvl.engine.device import is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
+from qvl.engine.pixels import Pixels, copy_pixels
 from qvl.models.preprocess import patchify
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.specs import ProcessorSpec
@@ -126,16 +125,16 @@ def size_of(item: ScheduledMedia) -> tuple[int, int]:
     return grid.h, grid.w
 
 
-def on_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
+def on_device(pixels: Pixels, device: torch.device) -> Tensor:
     """A copy on a GPU, made without waiting for what the GPU does: by way of page-locked memory."""
     if device.type != "cuda":
         return tensor_of(pixels)
     host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    np.copyto(host.numpy(), pixels)
+    copy_pixels(pixels, host.numpy())
     return host.to(device, non_blocking=True)
 
 
-def tensor_of(pixels: npt.NDArray[np.uint8]) -> Tensor:
+def tensor_of(pixels: Pixels) -> Tensor:
     """uint8 [frames, h, w, 3] without a copy where the array is writable (torch warns about others)."""
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 

@@ -25,8 +25,9 @@ from typing import Any, Protocol
 import msgspec
 
 from qvl.engine.garbage import settle
-from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Pixels, Received, refusal
+from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Received, refusal
 from qvl.engine.options import EngineOptions
+from qvl.engine.pixels import Pixels
 from qvl.engine.protocol import (
     AbortRequest,
     AddRequest,

@@ -14,7 +14,7 @@ import pytest
 
 from qvl.backends import scratch
 from qvl.backends.scratch import PixelStore, ScratchFolder, remove_stale
-from qvl.engine.hub import map_pixels
+from qvl.engine.pixels import map_pixels
 from qvl.errors import Overloaded
 
 PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qvl.engine.config import DeviceFacts, resolve
-from qvl.engine.hub import Pixels
 from qvl.engine.options import EngineOptions
+from qvl.engine.pixels import Pixels
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, TokenOutput
 from qvl.errors import ConfigError, InvalidRequest
 from qvl.types import TokenLogprob

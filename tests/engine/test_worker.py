@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -16,7 +15,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from qvl.engine.hub import map_pixels
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import (
     AbortRequest,
@@ -242,24 +240,6 @@ def test_pixels_come_through_files_that_are_gone_afterwards(worker: Worker) -> N
     (lost,) = client.outputs("b")
     assert lost.finish_reason == "error"
     assert str(path) not in (lost.error or ""), "paths are not for callers"
-
-
-def test_a_file_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p"
-    path.write_bytes(b"123")
-    with pytest.raises(ValueError, match="needs 12"):
-        map_pixels(PixelFile(str(path), (1, 2, 2, 3)))
-
-
-def test_mapped_pixels_can_be_written_without_touching_the_file(tmp_path: Path) -> None:
-    """torch wants writable memory; another name of the same bytes (n > 1) must not see a change."""
-    path, other = tmp_path / "p", tmp_path / "q"
-    path.write_bytes(bytes(12))
-    os.link(path, other)
-    array = map_pixels(PixelFile(str(path), (1, 2, 2, 3)))
-    assert array is not None
-    array[:] = 9
-    assert other.read_bytes() == bytes(12)
 
 
 def test_options_that_cannot_work_are_told_to_whoever_waits(folder: Path) -> None:
