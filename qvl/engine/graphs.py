@@ -46,28 +46,35 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share their memory: one is replayed at a time, and what it leaves is used before the next."""
+    """CUDA graphs that share their memory: one is replayed at a time, and what it leaves is used before the next.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    The current stream must not be the device's default one, on which nothing can be recorded. `room`: bytes that they
+    find there in one piece; without it torch makes pieces as it goes, which the next ones do not fill.
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._make_room: Replay = lambda: torch.zeros(room, dtype=torch.uint8, device=device)
+        self._room: Replay | None = None  # whose memory the others use
 
     def record(self, work: Replay) -> Replay:
+        if self._room is None:
+            self._room = self._record(self._make_room)
+        return self._record(work)
+
+    def _record(self, work: Replay) -> Replay:
         """Runs `work` once before it is recorded: compiling and loading kernels, as first use does, no graph may do."""
-        self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            work()
-            self._stream.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = work()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # the recording is invalid already: the first error counts
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        work()
+        torch.cuda.current_stream().synchronize()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            result = work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the recording is invalid already: the first error counts
+                graph.capture_end()
+            raise
+        graph.capture_end()
         lent = not_kept(result)
 
         def replay() -> Tensor:
@@ -125,7 +132,7 @@ def record_all(recorder: Recorder, kinds: Items[StaticSteps], device: torch.devi
         return
     finally:
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what was tried on the recorder's stream is of no use elsewhere
+            torch.cuda.empty_cache()  # what was tried lies in other pieces than steps will want
     count = sum(len(steps.replays) for steps in kinds)
     logger.info("recorded %d CUDA graphs in %.1f s", count, time.monotonic() - started)
 

@@ -24,7 +24,9 @@ SLACK = 1.05  # rounding of allocations, and what is small
 # Bytes for each score of those rows that are sampled at a time, in the dearest way, a full sort: scores twice, sorted
 # scores, ids in 64 and in 32 bits, filtered scores, probabilities, noise with its bits.
 SORTED_BYTES = 40
-LIBRARIES = 64 << 20  # work space of cuBLAS on the stream that graphs are recorded on, and what is loaded later
+# What is there after the cache has been sized, outside of torch's memory: CUDA graphs (50 MiB on an H200), kernels that
+# are loaded while they are recorded (70); and what torch's rounding and the sampler's passes take beside the tensors.
+LIBRARIES = 140 << 20
 
 
 def kv_cache_bytes(
@@ -95,18 +97,20 @@ def vision_bytes(config: EngineConfig, patches: int, in_place: bool = False) -> 
 
 
 def kept_bytes(config: EngineConfig) -> int:
-    """What is there for good: tables, counts of tokens, the memory of the graphs, libraries.
-
-    Graphs share their memory. Most of it are the logits of as many decodes as run together, which stay beside what
-    computes these; steps with prompts are computed where the logits will be, or take more than both.
-    """
+    """What is there for good: tables, counts of tokens, the memory of the graphs and what goes into them, libraries."""
     text, size, rows = config.spec.text, DTYPE_BYTES[config.dtype], config.max_num_seqs
     tables = rows * -(-config.max_model_len // config.block_size) * 4
     counts = rows * text.vocab_size * 2
-    widest = max(rows, min(MOST_TOKENS, config.max_num_batched_tokens))
-    logits = rows * text.vocab_size * size
-    graphs = max(decoder_bytes(config, widest), decoder_bytes(config, rows) + logits)
-    return 2 * tables + counts + graphs + widest * text.hidden_size * size + LIBRARIES
+    prompts = min(MOST_TOKENS, config.max_num_batched_tokens) * text.hidden_size * size
+    return 2 * tables + counts + prompts + graph_bytes(config) + LIBRARIES
+
+
+def graph_bytes(config: EngineConfig) -> int:
+    """What all graphs share: a step with as many decodes as run together and its logits, or the widest with prompts."""
+    rows = config.max_num_seqs
+    logits = rows * config.spec.text.vocab_size * DTYPE_BYTES[config.dtype]
+    widest = decoder_bytes(config, min(MOST_TOKENS, config.max_num_batched_tokens))
+    return max(widest, decoder_bytes(config, rows) + logits)
 
 
 def largest_patches(config: EngineConfig) -> int:

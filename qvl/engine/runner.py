@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,7 +25,7 @@ from qvl.engine.grammar import Words
 from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder, StaticSteps, record_all
 from qvl.engine.inputs import MediaRows, StepNumbers, build_inputs, decode_numbers, step_numbers
 from qvl.engine.masks import Masking, Masks
-from qvl.engine.memory import kv_cache_bytes, usable_bytes
+from qvl.engine.memory import graph_bytes, kv_cache_bytes, usable_bytes
 from qvl.engine.probe import measure_cost, warm_up
 from qvl.engine.prompt_graphs import PromptSteps
 from qvl.engine.rows import SequenceRows
@@ -82,39 +82,48 @@ class ModelRunner:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
-        self.model = load_model(config, self.device, clock)
-        self.config = config = size_kv_cache(config, self.model)
-        clock.passed("first steps")
-        assert config.num_blocks is not None
-        self.kv_cache: KVCache = make_kv_cache(
-            config.spec.text, config.num_blocks, config.block_size, self.model.dtype, self.device
-        )
-        width = -(-config.max_model_len // config.block_size)
-        self.tables = SequenceRows(config.max_num_seqs, width, self.device)
-        self.encoder_cache: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_bytes)
-        self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
-        ids, vocab_size = config.spec.ids, config.spec.text.vocab_size
-        self.sampler = make_sampler(
-            vocab_size, config.max_num_seqs, tuple(ids.never_sampled), self.device, self.model.compute_dtype
-        )
-        self.masks = Masks(vocab_size, ends=ids.eos, never=ids.never_sampled)
-        self.decodes: DecodeSteps | None = None
-        self.prompts: PromptSteps | None = None
-        if self.device.type == "cuda" and self.model.attention.graph_safe:
-            clock.passed("caches")
-            self.prepare_static(None if config.enforce_eager else CudaRecorder(self.device))
-            clock.passed("graphs")
+        # Recorded or not, all work goes to one stream: cuBLAS keeps 32 MiB for each.
+        self.stream = torch.cuda.Stream(self.device) if config.device == "cuda" else None  # type: ignore[no-untyped-call]
+        with self._on_stream():
+            self.model = load_model(config, self.device, clock)
+            self.config = config = size_kv_cache(config, self.model)
+            clock.passed("first steps")
+            assert config.num_blocks is not None
+            self.kv_cache: KVCache = make_kv_cache(
+                config.spec.text, config.num_blocks, config.block_size, self.model.dtype, self.device
+            )
+            width = -(-config.max_model_len // config.block_size)
+            self.tables = SequenceRows(config.max_num_seqs, width, self.device)
+            self.encoder_cache: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_bytes)
+            self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
+            ids, vocab_size = config.spec.ids, config.spec.text.vocab_size
+            self.sampler = make_sampler(
+                vocab_size, config.max_num_seqs, tuple(ids.never_sampled), self.device, self.model.compute_dtype
+            )
+            self.masks = Masks(vocab_size, ends=ids.eos, never=ids.never_sampled)
+            self.decodes: DecodeSteps | None = None
+            self.prompts: PromptSteps | None = None
+            if self.device.type == "cuda" and self.model.attention.graph_safe:
+                clock.passed("caches")
+                self.prepare_static(None if config.enforce_eager else CudaRecorder(graph_bytes(config), self.device))
+                clock.passed("graphs")
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     @torch.inference_mode()
     def prepare_static(self, recorder: Recorder | None) -> None:
         """Run steps of decodes alone, and of few tokens, over static memory from now on."""
-        self.decodes = DecodeSteps(self.config, self.model, self.kv_cache, self.tables, self.sampler)
-        kinds: list[StaticSteps] = [self.decodes]
-        if self.model.attention.tile_tokens:
-            self.prompts = PromptSteps(self.config, self.model, self.kv_cache, self.tables)
-            kinds.append(self.prompts)  # it fits into the memory of the logits of decodes
-        if recorder is not None:
-            record_all(recorder, kinds, self.device)
+        with self._on_stream():
+            self.decodes = DecodeSteps(self.config, self.model, self.kv_cache, self.tables, self.sampler)
+            kinds: list[StaticSteps] = [self.decodes]
+            if self.model.attention.tile_tokens:
+                self.prompts = PromptSteps(self.config, self.model, self.kv_cache, self.tables)
+                kinds.append(self.prompts)  # it fits into the memory of the logits of decodes
+            if recorder is not None:
+                record_all(recorder, kinds, self.device)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> Flight:
@@ -122,19 +131,20 @@ class ModelRunner:
 
         What goes wrong for one request is in `errors`.
         """
-        failed = self.encoder.encode(batch.encode)
-        flight = healthy_part(batch, failed)
-        with self._memory_may_run_out(flight):
-            if flight.entries:
-                self._compute(flight)
-                if not flight.waits:
-                    self._draw(flight)
+        with self._on_stream():
+            failed = self.encoder.encode(batch.encode)
+            flight = healthy_part(batch, failed)
+            with self._memory_may_run_out(flight):
+                if flight.entries:
+                    self._compute(flight)
+                    if not flight.waits:
+                        self._draw(flight)
         return flight
 
     @torch.inference_mode()
     def sample(self, flight: Flight) -> None:
         """The rest of `launch`, once the tokens of the step before are known to the sequences."""
-        with self._memory_may_run_out(flight):
+        with self._on_stream(), self._memory_may_run_out(flight):
             if flight.logits is not None:
                 self._draw(flight)
 

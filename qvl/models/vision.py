@@ -47,8 +47,9 @@ class VisionAttention(nn.Module):
         if each == self.num_heads:
             return segment_attention(self.qkv(normed).unflatten(1, (3, each, -1)), angles, segments)
         for first in range(0, self.num_heads, each):
-            qkv = self.some_heads(hidden_states, norm, first, each)
-            normed[:, first * self.head_dim : (first + each) * self.head_dim] = segment_attention(qkv, angles, segments)
+            columns = slice(first * self.head_dim, (first + each) * self.head_dim)
+            # In one expression: under a name, these heads would still be there while the next ones are computed.
+            normed[:, columns] = segment_attention(self.some_heads(hidden_states, norm, first, each), angles, segments)
         return normed
 
     def some_heads(self, hidden_states: Tensor, norm: LayerNorm, first: int, count: int) -> Tensor:

@@ -237,6 +237,7 @@ def test_not_a_number_stays_with_its_request(checkpoint: Path) -> None:
     for cache in engine.runner.kv_cache:
         for half in cache:
             half.fill_(torch.nan)
+    torch.cuda.synchronize()  # the engine works on a stream of its own
     engine.scheduler.blocks.forget_all()
     assert [outcome.token_ids for outcome in run(engine, good, stagger=1)] == want
 

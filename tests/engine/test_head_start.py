@@ -30,12 +30,26 @@ class Driver:
         self.calls.append("context")
         return 0
 
+    def cuCtxPushCurrent_v2(self, context: object) -> int:
+        self.calls.append("push")
+        return 0
+
+    def cuCtxSetLimit(self, limit: int, value: ctypes.c_size_t) -> int:
+        self.calls.append(f"limit {limit} {value.value}")
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: object) -> int:
+        self.calls.append("pop")
+        return 0
+
 
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("qvl-context")]
 
 
-@pytest.mark.parametrize(("code", "calls"), [(0, ["init", "device 0", "context"]), (100, ["init"])])
+@pytest.mark.parametrize(
+    ("code", "calls"), [(0, ["init", "device 0", "context", "push", "limit 0 256", "pop"]), (100, ["init"])]
+)
 def test_the_context_is_that_of_the_first_gpu(code: int, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(code)
     monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")

