@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,19 @@ def test_a_large_picture_in_parts_is_the_same(models: tuple[Any, Any], monkeypat
     monkeypatch.setattr(vision, "MLP_ROWS", 8)
     monkeypatch.setattr(qwen2_vl, "MLP_ROWS", 5)
     assert attention.heads_at_once(torch.empty(len(case.pixel_values), 1)) == 1
+    seen: list[weakref.ref[torch.Tensor]] = []
+    some_heads = vision.VisionAttention.some_heads
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        assert all(heads() is None for heads in seen), "the heads before these are still there"
+        heads = some_heads(*arguments)
+        seen.append(weakref.ref(heads))
+        return heads
+
+    monkeypatch.setattr(vision.VisionAttention, "some_heads", spy)
     parts = list(case.pixel_values.split(20))
     assert oracle.relative_error(ours.encode_media(parts, grids), whole) < 1e-5
-    assert not parts
+    assert not parts and len(seen) > 1
     assert oracle.relative_error(oracle.our_logits(ours, case, positions, reference.config), logits) < 1e-5
 
 
