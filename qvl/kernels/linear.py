@@ -15,7 +15,7 @@ from torch import Tensor
 from qvl.kernels.cpu_linear import choose_cpu_linear
 from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
-from qvl.kernels.gpu import capability_of, early_on, gpu_problem, tried_out
+from qvl.kernels.gpu import Capability, capability_of, early_on, gpu_problem, tried_out
 
 
 class OneRow(Protocol):
@@ -36,8 +36,17 @@ class OneRow(Protocol):
     ) -> Tensor: ...
 
 
+class ManyRows(Protocol):
+    """`qvl.kernels.triton_products`, as it is used; a test may put something else there."""
+
+    def silu_product(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+
 MULTIPLE = 16  # of the width of a matrix, so that 16 bytes are read at a time
 WRONG = 2e-2
+MANY = 512  # rows from which on gate and up are multiplied with SiLU inside
+FOR_MANY: Capability = (9, 0)  # the kernel for them is written for this one's tensor cores
+APART = "torch's product is used instead, and SiLU by itself: a prompt takes some 4 % longer"
 SLOWER = "torch's products are used instead: a token of a single request takes about 15 % longer"
 
 
@@ -67,6 +76,31 @@ def one_row(device: torch.device, dtype: torch.dtype) -> OneRow | None:
     return tried_out("triton_linear", "the kernel for products of one row", trial, SLOWER)
 
 
+def gated_many(x: Tensor, weight: Tensor) -> Tensor | None:  # [n, in], [2 * size, in] -> [n, size]
+    """silu(x times the first half) * (x times the second half), where one kernel for it is better than two."""
+    kernel = many_rows(x.device, x.dtype) if joins(weight, len(x)) else None
+    return None if kernel is None else kernel.silu_product(x, weight)
+
+
+def joins(weight: Tensor, rows: int) -> bool:
+    """Whether so many rows are multiplied with gate and up, `weight` [2 * size, in], by a kernel that joins both."""
+    if rows < MANY or weight.shape[0] % (2 * MULTIPLE) or weight.shape[1] % MULTIPLE:
+        return False
+    return many_rows(weight.device, weight.dtype) is not None
+
+
+@functools.cache
+def many_rows(device: torch.device, dtype: torch.dtype) -> ManyRows | None:
+    """`qvl.kernels.triton_products` where it runs, tried out once; warns when it should run and does not."""
+    if capability_of(device) != FOR_MANY or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
+        return None
+
+    def trial(kernel: Any) -> str | None:
+        return kernel.problem_of(device, dtype)
+
+    return tried_out("triton_products", "the kernel for products of many rows", trial, APART)
+
+
 def empty_matrix(form: str, rows: int, width: int, device: torch.device | str) -> QuantisedMatrix | Fp8Matrix:
     """A matrix whose numbers will be held as "int8", "int4" (on a CPU) or "fp8"."""
     if form == "fp8":
@@ -85,6 +119,8 @@ def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str 
         plain = choose_cpu_linear(dtype).reason
         return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"
     plain = f"torch {dtype}" if one_row(device, dtype) is None else f"triton for one row, torch {dtype} for more"
+    if quantization != "fp8" and many_rows(device, dtype) is not None:
+        plain += f", triton for gate and up of {MANY} rows or more"
     if quantization == "none":
         return plain
     return f"{require_fp8(device)}; {plain}"

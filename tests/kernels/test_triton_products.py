@@ -1,0 +1,181 @@
+"""Products with SiLU inside: which are computed so, that the kernel builds and fits, and its numbers on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl.kernels import linear
+from qvl.kernels.gpu import shared_memory
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != linear.FOR_MANY,
+    reason="no GPU of that compute capability",
+)
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact.double()).norm() / exact.double().norm())
+
+
+def written_out(x: Tensor, weight: Tensor) -> Tensor:
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# --- which products ---------------------------------------------------------------------------------------------------
+
+
+class Written:
+    """`qvl.kernels.linear.ManyRows` in torch."""
+
+    silu_product = staticmethod(written_out)
+
+
+def test_a_cpu_has_no_kernel_for_many_rows() -> None:
+    assert linear.many_rows(CPU, torch.float32) is None
+    assert linear.gated_many(torch.zeros(linear.MANY, 16), torch.zeros(32, 16)) is None
+
+
+def test_many_rows_of_matrices_that_can_be_fetched_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "many_rows", lambda *_: Written)
+    x, weight = torch.randn(linear.MANY, 16), torch.randn(64, 16)
+    out = linear.gated_many(x, weight)
+    assert out is not None
+    assert torch.equal(out, written_out(x, weight))
+    assert linear.gated_many(x[1:], weight) is None
+    assert linear.gated_many(x, weight[:48]) is None  # gate and up of 24 rows each: 16 bytes are no whole part of them
+    assert linear.gated_many(x[:, :8], weight[:, :8]) is None
+
+
+@pytest.mark.parametrize("problem", ["wrong numbers", "raises"])
+def test_a_kernel_that_fails_its_trial_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
+) -> None:
+    products = pytest.importorskip("qvl.kernels.triton_products", reason="Triton is not installed")
+
+    def fails(*_: object) -> str:
+        if problem == "raises":
+            raise OSError("no compiler")
+        return problem
+
+    monkeypatch.setattr(linear, "gpu_problem", lambda: None)
+    monkeypatch.setattr(linear, "capability_of", lambda _: linear.FOR_MANY)
+    monkeypatch.setattr(products, "problem_of", fails)
+    linear.many_rows.cache_clear()
+    from qvl.kernels import gpu
+
+    gpu.warn_of.cache_clear()
+    try:
+        assert linear.many_rows(CUDA, torch.bfloat16) is None
+        (warning,) = caplog.records
+        assert linear.APART in warning.getMessage()
+        assert ("OSError: no compiler" if problem == "raises" else problem) in warning.getMessage()
+    finally:
+        linear.many_rows.cache_clear()
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_it_fits_and_keeps_its_sums_in_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = compiled_products(torch.bfloat16, "bf16")
+    assert kernel.metadata.shared <= shared_memory(linear.FOR_MANY)
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in ptx
+    assert "cp.async.bulk.tensor.3d" in ptx  # gate and up at once
+    assert re.search(r"cp.async.bulk.tensor.2d.global", ptx)
+    assert "setmaxnreg" in ptx
+    assert re.search(r"\bSTL\b", kernel.asm["sass"]) is None
+
+
+def compiled_products(dtype: torch.dtype, name: str) -> Any:
+    """As `silu_product` launches it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from qvl.kernels import triton_products as products
+    from qvl.kernels.triton_boxes import layout_of
+
+    boxes = {
+        "x_box": (products.ROWS, products.DEPTH),
+        "w_box": (2, products.COLUMNS // 2, products.DEPTH),
+        "out_box": (products.ROWS, products.WRITTEN),
+    }
+    types: dict[str, str] = {
+        argument: f"tensordesc<{name}{list(box)},{layout_of(box, dtype)!r}>" for argument, box in boxes.items()
+    }
+    types |= {"bias_ptr": f"*{name}"} | dict.fromkeys(("rows", "size", "depth"), "i32")
+    constants = {"BIAS": False, "ACTIVATION": products.SILU, "STAGES": products.STAGES, "LAG": products.LAG}
+    names = products._product.arg_names
+    aligned = {(names.index(argument),): [["tt.divisibility", 16]] for argument in ("bias_ptr", "size", "depth")}
+    source = GluonASTSource(
+        fn=products._product,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs=aligned,
+    )
+    options = {"num_warps": 4, "maxnreg": products.REGISTERS}
+    major, minor = linear.FOR_MANY
+    return triton.compile(source, target=GPUTarget("cuda", major * 10 + minor, 32), options=options)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+    torch.manual_seed(0)
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "depth", "size"),
+    [(1, 64, 128), (64, 80, 16), (65, 3584, 144), (128, 16, 1024), (193, 208, 18_944), (1422, 1536, 8960)],
+)
+def test_as_exact_as_two_steps(rows: int, depth: int, size: int, dtype: torch.dtype) -> None:
+    """Parts of tiles in every direction, programs with no tile, with one and with many."""
+    from qvl.kernels.triton_products import silu_product
+
+    x, weight = numbers(rows, depth, dtype=dtype), numbers(2 * size, depth, dtype=dtype, scale=depth**-0.5)
+    exact = written_out(x.double(), weight.double())
+    out = silu_product(x, weight)
+    assert relative_error(out, exact) <= relative_error(written_out(x, weight), exact)
+    assert torch.equal(out, silu_product(x, weight))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_large_numbers_stay_numbers_and_rows_do_not_see_each_other() -> None:
+    from qvl.kernels.triton_products import silu_product
+
+    x, weight = numbers(200, 64, scale=100.0), numbers(256, 64)
+    exact = written_out(x.double(), weight.double())
+    assert relative_error(silu_product(x, weight), exact) < 1e-2
+    spoilt = x.clone()
+    spoilt[70] = float("nan")
+    out = silu_product(spoilt, weight)
+    assert out[70].isnan().all()
+    assert torch.equal(out[:70], silu_product(x, weight)[:70])
+    assert torch.equal(out[71:], silu_product(x, weight)[71:])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_the_kernel_is_taken_on_a_gpu() -> None:
+    assert linear.many_rows(CUDA, torch.bfloat16) is not None
+    x, weight = numbers(linear.MANY, 256), numbers(1024, 256, scale=1 / 16)
+    out = linear.gated_many(x, weight)
+    assert out is not None
+    assert relative_error(out, written_out(x.double(), weight.double())) < 1e-2
