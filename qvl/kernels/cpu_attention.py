@@ -38,6 +38,7 @@ class CpuAttention:
 
     name = "cpu"
     graph_safe = False
+    takes_sums = False
     tile_tokens = 0
 
     def __init__(self, library: Any) -> None:

@@ -1,11 +1,12 @@
 """Matrices and activations of 8-bit floating-point numbers (e4m3) on GPUs that multiply them.
 
 Weights have a scale per row, activations one per token, found while they are computed (W8A8); a few tokens are
-multiplied as they are, by a kernel that reads the 8-bit weights. Knows torch's scaled product. Does not know layers.
+multiplied as they are, by a kernel that reads the 8-bit weights. Knows torch's scaled products. Does not know layers.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from qvl.errors import ConfigError
 from qvl.kernels.gpu import gpu_kernels, problem_of_trial
+from qvl.kernels.sums import Sums, finished
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST = 1e-12
 MULTIPLE = 16  # of both sides of a matrix, which the scaled product asks for
+FACTOR = 2.0**-18  # of products of codes: of 29,696 of the largest, the sum still fits into fp16
 WRONG = 2e-2  # relative error of the scaled product that is no rounding any more
 
 
@@ -87,6 +90,21 @@ class Fp8Matrix:
             use_fast_accum=True,
         )  # fmt: skip
 
+    def sums(self, x: Tensor | Rounded, bias: Tensor | None) -> Sums:
+        """The same, but for the scales: the library multiplies up to twice as fast where it does not apply them."""
+        x = x if isinstance(x, Rounded) else round_rows(x)
+        one, factor = factors(x.codes.device)
+        out = torch._scaled_mm(
+            x.codes, self.codes.T, scale_a=one, scale_b=factor, bias=None, out_dtype=x.dtype, use_fast_accum=True
+        )
+        return Sums(out[None], x.dtype, 1 / FACTOR, x.scales, self.scales, bias)
+
+
+@functools.cache
+def factors(device: torch.device) -> tuple[Tensor, Tensor]:
+    """One and FACTOR there. (First asked for by the trial: a recorded graph would keep them for itself.)"""
+    return torch.ones((), device=device), torch.full((), FACTOR, device=device)
+
 
 def require_fp8(device: torch.device) -> str:
     """What multiplies in 8 bits there, tried out. ConfigError when nothing does."""
@@ -108,5 +126,8 @@ def wrong_products(device: torch.device) -> str | None:
     matrix.write(0, torch.randn(64, 256, generator=generator, device=device))
     rounded = round_rows(x)
     exact = (rounded.codes.float() * rounded.scales) @ matrix.read(torch.arange(64, device=device)).T
-    error = float((matrix.product(x, None).float() - exact).norm() / exact.norm())
-    return None if error < WRONG else f"its products are wrong (relative error {error:.1e})"
+    for out in (matrix.product(x, None), finished(matrix.sums(x, None))):
+        error = float((out.float() - exact).norm() / exact.norm())
+        if not error < WRONG:
+            return f"its products are wrong (relative error {error:.1e})"
+    return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from qvl.kernels.fp8 import Rounded, round_rows
 from qvl.kernels.gpu import gpu_kernels
 from qvl.kernels.native import NativeUnavailable, load_native
+from qvl.kernels.sums import Sums, finished, memory_of
 
 SOURCE = Path(__file__).with_name("cpu_layers.c")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -53,15 +54,17 @@ def kernels_for(x: Tensor) -> Any | None:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, eight_bits: bool = False
+    x: Tensor | Sums, residual: Tensor | None, weight: Tensor, eps: float, eight_bits: bool = False
 ) -> tuple[Tensor | Rounded, Tensor]:
     """(norm(x + residual) * weight, x + residual), all [n, size]; the mean square is taken in fp32.
 
     `residual` may be overwritten with the sum. Without it: (norm(x) * weight, x). The norm comes in fp8 if asked for.
     """
-    contiguous = x.is_contiguous() and (residual is None or residual.is_contiguous())
-    if x.is_cuda and contiguous and (gpu := gpu_kernels()) is not None:
+    numbers = memory_of(x)
+    contiguous = numbers.is_contiguous() and (residual is None or residual.is_contiguous())
+    if numbers.is_cuda and contiguous and (gpu := gpu_kernels()) is not None:
         return gpu.add_rms_norm(x, residual, weight, eps, eight_bits)
+    x = finished(x)
     library = kernels_for(x)
     if library is not None and contiguous:
         out = torch.empty_like(x)
@@ -77,10 +80,12 @@ def add_rms_norm(
     return round_rows(out) if eight_bits else out, total
 
 
-def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:  # [n, 2 * size] -> [n, size]
+def silu_and_mul(gate_up: Tensor | Sums, eight_bits: bool = False) -> Tensor | Rounded:  # [n, 2 * size] -> [n, size]
     """silu(first half) * second half, in fp8 if asked for."""
-    if gate_up.is_cuda and gate_up.is_contiguous() and (gpu := gpu_kernels()) is not None:
+    numbers = memory_of(gate_up)
+    if numbers.is_cuda and numbers.is_contiguous() and (gpu := gpu_kernels()) is not None:
         return gpu.silu_and_mul(gate_up, eight_bits)
+    gate_up = finished(gate_up)
     library = kernels_for(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     if library is not None and gate_up.is_contiguous():

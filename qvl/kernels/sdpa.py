@@ -53,6 +53,7 @@ class GatherAttention:
 
     name = "gather+sdpa"
     graph_safe = False  # shapes follow the lengths
+    takes_sums = False
     tile_tokens = 0
 
     def plan(self, metadata: AttentionMetadata) -> Plan:

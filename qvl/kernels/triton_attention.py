@@ -6,13 +6,15 @@ does so only where there is a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
+from qvl.kernels.sums import Sums
 from qvl.kernels.triton_decode import Cut, attend_decodes, cut_decodes, most_items
 from qvl.kernels.triton_ops import rope_and_store
 from qvl.kernels.triton_prefill import attend_prefills
@@ -29,16 +31,33 @@ class Plan:
     chunks: list[PrefillChunk]
 
 
+class PromptKernel(Protocol):
+    """`qvl.kernels.triton_prompts`, as it is used; a test may put something else there."""
+
+    TILE_ROWS: int
+
+    def takes(self, block_size: int) -> bool: ...
+
+    def attend_prompts(
+        self, q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, work: Tensor, out: Tensor, heads: Heads
+    ) -> None: ...
+
+
 class TritonAttention:
-    """head_dim a power of two from 16 to 256, queries and cache of one dtype."""
+    """head_dim a power of two from 16 to 256, queries and cache of one dtype.
+
+    `prompts` is a kernel of its own for them, where there is one; blocks that it does not take go the other way.
+    """
 
     name = "triton"
     graph_safe = True
+    takes_sums = True
 
-    def __init__(self, heads: Heads, tiles: Tiles, multiprocessors: int) -> None:
+    def __init__(self, heads: Heads, tiles: Tiles, multiprocessors: int, prompts: PromptKernel | None = None) -> None:
         self.heads = heads
-        self.tiles = tiles
-        self.tile_tokens = tiles.rows // heads.group if tiles.tensor_cores else 0
+        self.tiles = tiles if prompts is None else replace(tiles, rows=prompts.TILE_ROWS, warps=8, stages=2)
+        self.prompts = prompts
+        self.tile_tokens = self.tiles.rows // heads.group if tiles.tensor_cores else 0
         self.multiprocessors = multiprocessors
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
@@ -64,7 +83,7 @@ class TritonAttention:
         most = most_items(batch, self.multiprocessors, self.heads.num_kv_heads)
         return cut_decodes(seq_lens, batch, most, self.heads, self.tiles)
 
-    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+    def run(self, qkv: Tensor | Sums, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
         """As `qvl.layers.attention.PagedAttention.run`."""
         q = rope_and_store(qkv, *angles, plan.metadata.slot_mapping, kv, self.tiles.early)
         return self.attend(q, kv, plan)
@@ -76,7 +95,10 @@ class TritonAttention:
         if plan.decodes is not None:
             attend_decodes(q, kv, table, plan.decodes, out, self.heads, self.tiles)
         if plan.prefills is not None:
-            attend_prefills(q, kv, table, plan.prefills, out, self.heads, self.tiles)
+            if self.prompts is not None and self.prompts.takes(kv[0].shape[1]):
+                self.prompts.attend_prompts(q, kv, table, plan.prefills, out, self.heads)
+            else:
+                attend_prefills(q, kv, table, plan.prefills, out, self.heads, self.tiles)
         for chunk in plan.chunks:
             out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
         return out.flatten(1)

@@ -61,12 +61,13 @@ class PagedAttention(Protocol):
 
     name: str
     graph_safe: bool  # a step of decodes may be recorded once and replayed with other lengths
+    takes_sums: bool  # `run` takes a product that it finishes itself
     tile_tokens: int  # tokens of a prompt that are attended together; 0: a step with prompts cannot be recorded
 
     def plan(self, metadata: AttentionMetadata) -> Any:
         """Whatever `run` needs that is the same in every layer."""
 
-    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
+    def run(self, qkv: Any, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
         """Turn q and k by their angles (fp32 cos and sin [n, 1, head_dim]), store k and v, attend.
 
         qkv [n, (heads + 2 * kv_heads) * head_dim]: [n, heads * head_dim]. A slot of -1 stores nothing; the result of a

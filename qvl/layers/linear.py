@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvl.kernels.cpu_quantised import QuantisedMatrix
+from qvl.kernels.few_rows import sums_of_few
 from qvl.kernels.fp8 import Fp8Matrix, Rounded
 from qvl.kernels.linear import empty_matrix, linear
+from qvl.kernels.sums import Sums
 
 
 class Linear(nn.Module):
@@ -61,6 +63,15 @@ class Linear(nn.Module):
             return self.matrix.product(x, self.bias)
         assert self.weight is not None
         return linear(x, self.weight, self.bias)
+
+    def sums(self, x: Tensor | Rounded) -> Tensor | Sums:  # [n, in_features] -> [n, sum(parts)]
+        """The same for who finishes it, where that is faster."""
+        if isinstance(self.matrix, Fp8Matrix):
+            return self.matrix.sums(x, self.bias)
+        assert isinstance(x, Tensor)
+        if self.weight is not None and (few := sums_of_few(x, self.weight, self.bias)) is not None:
+            return few
+        return self(x)
 
     def part(self, x: Tensor, rows: slice) -> Tensor:  # [n, in_features] -> [n, rows of the slice]
         """The columns `rows` of the result alone; not for codes."""

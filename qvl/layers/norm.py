@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qvl.kernels.fp8 import Rounded
 from qvl.kernels.fused import add_layer_norm, add_rms_norm
+from qvl.kernels.sums import Sums
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
     def forward(
-        self, hidden_states: Tensor, residual: Tensor | None = None, eight_bits: bool = False
+        self, hidden_states: Tensor | Sums, residual: Tensor | None = None, eight_bits: bool = False
     ) -> tuple[Tensor | Rounded, Tensor]:
         """(norm(hidden_states + residual), hidden_states + residual), both [n, size]; may overwrite `residual`.
 

@@ -14,11 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from qvl.kernels.attention import choose_attention
+from qvl.kernels.few_rows import gated_few
 from qvl.kernels.fp8 import Rounded
 from qvl.kernels.fused import silu_and_mul
 from qvl.kernels.gpu import capability_of
-from qvl.kernels.linear import MULTIPLE, OneRow, compute_dtype_for, describe_linear, one_row, takes_one
+from qvl.kernels.linear import (
+    MULTIPLE,
+    OneRow,
+    compute_dtype_for,
+    describe_linear,
+    gated_many,
+    joins,
+    one_row,
+    takes_one,
+)
 from qvl.kernels.segments import describe_segments
+from qvl.kernels.sums import Sums
 from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
@@ -52,7 +63,8 @@ class Attention(nn.Module):
         kv: tuple[Tensor, Tensor],
         plan: Any,
     ) -> Tensor:  # [n, heads * head_dim], what `o_proj` takes
-        return attention.run(self.qkv_proj(hidden_states), angles, kv, plan)
+        qkv = self.qkv_proj.sums(hidden_states) if attention.takes_sums else self.qkv_proj(hidden_states)
+        return attention.run(qkv, angles, kv, plan)
 
 
 class MLP(nn.Module):
@@ -65,7 +77,25 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, spec.hidden_size, bias=False, dtype=dtype, compute_dtype=compute_dtype)
 
     def forward(self, hidden_states: Tensor | Rounded) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden_states), self.down_proj.eight_bits))
+        return self.down_proj(self.gated(hidden_states))
+
+    def sums(self, hidden_states: Tensor | Rounded) -> Tensor | Sums:
+        """The same for who finishes it."""
+        return self.down_proj.sums(self.gated(hidden_states))
+
+    def gated(self, hidden_states: Tensor | Rounded) -> Tensor | Rounded:  # [n, hidden] -> [n, intermediate]
+        weight = self.gate_up_proj.weight
+        if weight is not None and isinstance(hidden_states, Tensor):
+            joined = gated_few(hidden_states, weight)
+            joined = gated_many(hidden_states, weight) if joined is None else joined
+            if joined is not None:
+                return joined
+        return silu_and_mul(self.gate_up_proj.sums(hidden_states), self.down_proj.eight_bits)
+
+    def rows_at_once(self, rows: int) -> int:
+        """How many of them may go through it at a time: twice as many where gate and up take no memory."""
+        weight = self.gate_up_proj.weight
+        return 2 * MLP_ROWS if weight is not None and joins(weight, rows) else MLP_ROWS
 
 
 class DecoderLayer(nn.Module):
@@ -83,7 +113,7 @@ class DecoderLayer(nn.Module):
 
     def attend(
         self,
-        delta: Tensor,  # [n, hidden], what the layer before adds
+        delta: Tensor | Sums,  # [n, hidden], what the layer before adds
         residual: Tensor | None,  # [n, hidden]; None for the first layer
         angles: tuple[Tensor, Tensor],
         attention: PagedAttention,
@@ -94,23 +124,26 @@ class DecoderLayer(nn.Module):
         hidden_states, residual = self.input_layernorm(delta, residual, attn.qkv_proj.eight_bits)
         return attn(hidden_states, angles, attention, kv, plan), residual
 
-    def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor | Sums, Tensor]:
         """What this layer adds [n, hidden], and the stream it is added to; both arguments may be overwritten."""
-        if len(heads) <= MLP_ROWS:
-            return self.finish_part(heads, residual)
+        most = self.mlp.rows_at_once(len(heads))
+        if len(heads) <= most:
+            hidden_states, residual = self.behind_attention(heads, residual)
+            return self.mlp.sums(hidden_states), residual
         # Row by row nothing but `heads` is read, so what comes out may lie where it was.
         deltas = heads if heads.shape == residual.shape else torch.empty_like(residual)
-        for rows in chunks(len(heads), MLP_ROWS):
+        for rows in chunks(len(heads), most):
             before = residual[rows]
-            deltas[rows], after = self.finish_part(heads[rows], before)
+            hidden_states, after = self.behind_attention(heads[rows], before)
+            deltas[rows] = self.mlp(hidden_states)
             if after.data_ptr() != before.data_ptr():
                 residual[rows] = after
         return deltas, residual
 
-    def finish_part(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        delta = self.self_attn.o_proj(heads)
-        hidden_states, residual = self.post_attention_layernorm(delta, residual, self.mlp.gate_up_proj.eight_bits)
-        return self.mlp(hidden_states), residual
+    def behind_attention(self, heads: Tensor, residual: Tensor) -> tuple[Tensor | Rounded, Tensor]:
+        """What goes into the MLP, and the stream with what attention added."""
+        delta = self.self_attn.o_proj.sums(heads)
+        return self.post_attention_layernorm(delta, residual, self.mlp.gate_up_proj.eight_bits)
 
 
 class Decoder(nn.Module):
@@ -219,7 +252,8 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         if kernels is not None:
             out = decode_one(kernels, self.model, hidden_states, angles, self.attention, kv_cache, plan)
             return out if rows is None else out.index_select(0, rows)
-        delta, residual = hidden_states, None
+        delta: Tensor | Sums = hidden_states
+        residual = None
         layers = cast("list[DecoderLayer]", list(self.model.layers))
         *most, (last, kv_of_last) = zip(layers, kv_cache, strict=True)
         for layer, kv in most:

@@ -63,6 +63,7 @@ class StaticAttention(GatherAttention):
     """What may be recorded by tensor operations whose shapes do not follow the lengths; the rest as everywhere."""
 
     graph_safe = True
+    takes_sums = False
     tile_tokens = 3
 
     def plan(self, metadata: AttentionMetadata) -> Any:

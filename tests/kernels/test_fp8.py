@@ -12,6 +12,7 @@ from torch import Tensor
 from qvl.errors import ConfigError
 from qvl.kernels import fp8
 from qvl.kernels.fp8 import Fp8Matrix, round_rows
+from qvl.kernels.sums import finished
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.registry import build_model
 from qvl.models.weights import load_weights
@@ -32,11 +33,11 @@ def scaled_mm(
     out_dtype: torch.dtype,
     use_fast_accum: bool,
 ) -> Tensor:
-    """`torch._scaled_mm` with a scale per row and column, and its conditions."""
+    """`torch._scaled_mm` with a scale per row and column or with one for each matrix, and its conditions."""
     assert a.dtype == b.dtype == torch.float8_e4m3fn
     assert a.is_contiguous() and b.T.is_contiguous()
     assert not (a.shape[1] % 16 or b.shape[1] % 16)
-    assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+    assert (scale_a.shape, scale_b.shape) in (((a.shape[0], 1), (1, b.shape[1])), ((), ()))
     assert scale_a.is_contiguous() and scale_b.is_contiguous() and use_fast_accum
     out = (a.float() * scale_a) @ (b.float() * scale_b)
     return (out if bias is None else out + bias).to(out_dtype)
@@ -72,8 +73,19 @@ def test_products_are_as_close_as_eight_bits_are() -> None:
     exact = x @ values.T + bias
     assert relative(matrix.product(x, bias), exact) < 0.06
     assert torch.equal(matrix.product(round_rows(x), bias), matrix.product(x, bias))
+    assert relative(finished(matrix.sums(x, bias)), matrix.product(x, bias)) < 1e-6
     assert fp8.fp8_problem(CPU) is None
     assert "a scale per row" in fp8.require_fp8(CPU)
+
+
+@pytest.mark.usefixtures("multiplies")
+def test_products_of_codes_fit_into_sixteen_bits() -> None:
+    """All codes the largest, over the widest matrix of the family: far beyond fp16 without the factor."""
+    matrix = Fp8Matrix.empty(16, 29696, CPU)
+    matrix.write(0, torch.ones(16, 29696))
+    sums = matrix.sums(torch.ones(2, 29696, dtype=torch.float16), None)
+    assert sums.parts.dtype == torch.float16
+    assert torch.equal(finished(sums), torch.full((2, 16), 29696.0, dtype=torch.float16))
 
 
 def test_sides_that_the_product_cannot_take_are_refused() -> None:

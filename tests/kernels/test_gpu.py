@@ -28,14 +28,14 @@ def same(first: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
 
 
 def test_triton_gets_the_same_arguments_once_more(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    from qvl.kernels import triton_ops
+    from qvl.kernels import triton_tower
 
-    for kernel in (triton_ops._quick_gelu, triton_ops._rotate):
+    for kernel in (triton_tower._quick_gelu, triton_tower._rotate):
         fresh(monkeypatch, kernel)
     x, angles = torch.zeros(5, 3, 8, dtype=torch.bfloat16), torch.zeros(5, 1, 8)
     ways: list[Callable[[], object]] = [
-        lambda: triton_ops.quick_gelu(x),
-        lambda: triton_ops.rotate(x[:, :2], angles, angles),
+        lambda: triton_tower.quick_gelu(x),
+        lambda: triton_tower.rotate(x[:, :2], angles, angles),
     ]
     for launch in ways:
         for _ in range(3):
@@ -48,10 +48,10 @@ def test_triton_gets_the_same_arguments_once_more(monkeypatch: pytest.MonkeyPatc
 
 
 def test_so_it_is_with_descriptions_of_tensors(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    from qvl.kernels import triton_ops, triton_segments
+    from qvl.kernels import triton_segments, triton_tower
 
-    fresh(monkeypatch, triton_ops._quick_gelu)
-    compiled = triton_ops._quick_gelu[(1,)](torch.zeros(8), 8, BLOCK=8)
+    fresh(monkeypatch, triton_tower._quick_gelu)
+    compiled = triton_tower._quick_gelu[(1,)](torch.zeros(8), 8, BLOCK=8)
     # Compiling it takes long, and another stands for it: what the launcher gets is not what was compiled.
     kernel = fresh(monkeypatch, triton_segments._segments)
     monkeypatch.setattr(kernel, "_do_compile", lambda *_: compiled)
