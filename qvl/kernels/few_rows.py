@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qvl.kernels.gpu import capability_of, gpu_problem, tried_out
+from qvl.kernels.gpu import HOPPER, capability_of, gpu_problem, tried_out
 from qvl.kernels.sums import Sums
 
 MOST = 64
-CAPABILITY = (9, 0)  # whose tensor cores take weights as the long side, straight from shared memory
 SLOWER = "torch's products are used instead: a token of 2 to 64 requests at a time takes about 10 % longer"
 
 
@@ -52,7 +51,7 @@ def kernel_for(x: Tensor, weight: Tensor, gated: bool) -> FewRows | None:
 @functools.cache
 def few_rows(device: torch.device, dtype: torch.dtype) -> FewRows | None:
     """`qvl.kernels.triton_few` where it runs, tried out once; warns when it should and does not."""
-    if capability_of(device) != CAPABILITY or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
+    if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
 
     def trial(kernel: Any) -> str | None:

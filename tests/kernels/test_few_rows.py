@@ -102,7 +102,7 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
         return problem
 
     monkeypatch.setattr(few_rows, "gpu_problem", lambda: None)
-    monkeypatch.setattr(few_rows, "capability_of", lambda _: few_rows.CAPABILITY)
+    monkeypatch.setattr(few_rows, "capability_of", lambda _: gpu.HOPPER)
     monkeypatch.setattr(triton_few, "problem_of", fails)
     gpu.warn_of.cache_clear()
     few_rows.few_rows.cache_clear()
