@@ -17,6 +17,7 @@ from qvl.engine.batch import ScheduledMedia
 from qvl.engine.device import is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.pixels import Pixels, copy_pixels
+from qvl.kernels.pixels import pixel_kernels
 from qvl.models.preprocess import patchify
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.specs import ProcessorSpec
@@ -40,6 +41,8 @@ class MediaEncoder:
         self.processor = processor
         self.max_patches = max_patches
         self.clock = DeviceClock(model.device)
+        if model.device.type == "cuda":  # compiled now, not with the first picture
+            pixel_kernels(processor, model.compute_dtype)
 
     def encode(self, media: Sequence[ScheduledMedia]) -> dict[bytes, str]:
         """Put every picture's embeddings [tokens, hidden] into the cache; digests that failed, with the reason.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl.kernels.pixels import pixel_kernels
 from qvl.specs import ProcessorSpec
 
 AT_ONCE = 1 << 22  # pixels whose fp32 numbers are in memory at a time
@@ -25,7 +26,11 @@ def patchify(
     Frames whose size is not (height, width) are resized; the last frame is repeated until the count is a multiple of
     temporal_patch_size (a picture is one frame). Patches run over (slice, merge-block row, merge-block column, row in
     block, column in block), the numbers of a patch over (channel, frame, row, column), as the reference's.
+    A GPU does it in two launches where our kernels run.
     """
+    if pixels.is_cuda and (kernels := pixel_kernels(spec, dtype)) is not None:
+        made: Tensor = kernels.patches(pixels.contiguous(), height, width, spec, dtype)
+        return made
     frames = resize(pixels.permute(0, 3, 1, 2), height, width)
     missing = -frames.shape[0] % spec.temporal_patch_size
     if missing:

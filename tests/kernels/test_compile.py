@@ -77,6 +77,21 @@ def test_the_cut_and_the_join_build() -> None:
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_patches_build(capability: tuple[int, int]) -> None:
+    from qvl.kernels import triton_pixels
+
+    types = {"pixels_ptr": "*u8", "starts_ptr": "*i32", "weights_ptr": "*i32", "width": "i32", "taps": "i32"}
+    compiled(
+        triton_pixels._across, capability, types | {"out_ptr": "*u8", "wide": "i32"}, {"BLOCK": triton_pixels.BLOCK}, {}
+    )
+    types |= dict.fromkeys(("count", "tall", "height"), "i32")
+    types |= dict.fromkeys((f"{name}{i}" for name in ("mean", "std") for i in range(3)), "fp32")
+    constants = {"PATCH": 14, "FRAMES": 2, "MERGE": 2, "SIZE": 1176, "BLOCK": 2048}
+    kernel = compiled(triton_pixels._down, capability, types | {"out_ptr": "*fp16"}, constants, {"num_warps": 4})
+    assert "st.global" in kernel.asm["ptx"]
+
+
 # At the end: which instruction multiplies there. 10.3 has the tiles of 10.0.
 @pytest.mark.parametrize(
     ("capability", "head_dim", "decode", "instruction"),
