@@ -10,6 +10,8 @@ memory. docs/performance.md has the sum for the 7B. Knows shapes and torch's mem
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from qvl.engine.config import DTYPE_BYTES, EngineConfig
@@ -19,6 +21,8 @@ from qvl.engine.sampler import ROWS_AT_ONCE
 from qvl.engine.vision import MAX_BATCH_PATCHES
 from qvl.models.qwen2_vl import MLP_ROWS
 from qvl.models.vision import LARGE, attention_bytes, mlp_rows
+
+logger = logging.getLogger("qvl.engine")
 
 SLACK = 1.05  # rounding of allocations, and what is small
 # Bytes for each score of those rows that are sampled at a time, in the dearest way, a full sort: scores twice, sorted
@@ -36,22 +40,29 @@ def kv_cache_bytes(
 
     `cost` was measured where the memory of attention follows the lengths. `tower_in_place`: see `vision_bytes`.
     """
-    decoder = decoder_bytes(config)
-    per_context_token = 0.0
-    if cost is not None:
-        # Every token in the cache may be read by one decode step, which costs its share beside its own keys and values.
-        per_context_token = cost.decode_context
-        decoder = max(decoder, int(cost.prefill(config.max_num_batched_tokens, config.max_model_len)))
-    patches = largest_patches(config)
-    # One of LARGE patches goes in larger parts than a larger one.
-    pictures = max(vision_bytes(config, number, tower_in_place) for number in (patches, min(patches, LARGE)))
-    vision = pictures if cost is None else int(cost.patch * patches)
-    work = max(decoder, sampling_bytes(config), vision)
-    room = usable - int(work * SLACK) - kept_bytes(config) - config.encoder_cache_bytes
+    work, kept, encoded = work_bytes(config, cost, tower_in_place), kept_bytes(config), config.encoder_cache_bytes
     per_token = config.block_bytes / config.block_size
+    # Every token in the cache may be read by one decode step, which costs its share beside its own keys and values.
+    beside = 0.0 if cost is None else cost.decode_context * SLACK
     # A tiny model would get millions of blocks that all its requests together cannot fill.
     most = config.max_num_seqs * -(-config.max_model_len // config.block_size) * config.block_bytes
-    return min(most, max(0, int(room * per_token / (per_token + per_context_token * SLACK))))
+    found = min(most, max(0, int((usable - work - kept - encoded) * per_token / (per_token + beside))))
+    logger.info(
+        "of %d MiB that are left for it: keys and values %d, the largest step %d, kept %d, encoded pictures %d",
+        *(part >> 20 for part in (usable, found, work, kept, encoded)),
+    )
+    return found
+
+
+def work_bytes(config: EngineConfig, cost: StepCost | None, tower_in_place: bool) -> int:
+    """The largest of what the parts of a step hold at a time."""
+    decoder, patches = decoder_bytes(config), largest_patches(config)
+    # One of LARGE patches goes in larger parts than a larger one.
+    vision = max(vision_bytes(config, number, tower_in_place) for number in (patches, min(patches, LARGE)))
+    if cost is not None:
+        decoder = max(decoder, int(cost.prefill(config.max_num_batched_tokens, config.max_model_len)))
+        vision = int(cost.patch * patches)
+    return int(max(decoder, sampling_bytes(config), vision) * SLACK)
 
 
 def decoder_bytes(config: EngineConfig, num_tokens: int | None = None) -> int:
