@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -36,14 +37,18 @@ ABOUT = "OpenAI-compatible vision API. Errors are OpenAI error bodies; answers c
 
 
 def create_app(
-    backend: Backend, options: ServerOptions, on_started: Started | None = None, counts: Counts | None = None
+    backend: Backend,
+    options: ServerOptions,
+    on_started: Started | None = None,
+    counts: Counts | None = None,
+    summaries: Path | None = None,
 ) -> FastAPI:
     """The ASGI app. Its lifespan starts the backend beside the server, so that /health answers at once.
 
     `on_started` is called once, on the loop: with None when requests can be answered, with the error when that will
-    never be so. `counts` is given where this app is one process of several.
+    never be so. `counts`, and the file `summaries`, are given where this app is one process of several.
     """
-    service = Service(backend, options, counts or Counts())
+    service = Service(backend, options, counts or Counts(), summaries)
     app = FastAPI(
         title="qvl",
         version=__version__,

@@ -55,7 +55,8 @@ def serve(setup: Setup) -> int:
             server.start_error = error
             server.should_exit = True
 
-    server = make_server(create_app(backend, options, started, counts), options)
+    summaries = Path(setup.table).with_name("summaries")
+    server = make_server(create_app(backend, options, started, counts, summaries), options)
     server.run(sockets=[listener])
     if server.start_error is not None:
         raise server.start_error

@@ -18,7 +18,9 @@ from qvl.errors import PromptTooLong, TooManyMedia, Unavailable
 from qvl.media.load import Once
 from qvl.memory.fit import Fitted, fit
 from qvl.memory.growing import Growing, names_of
+from qvl.memory.shared import SharedSummaries
 from qvl.memory.steps import AsyncAskCall, Messages, adrive
+from qvl.memory.summary import Running
 from qvl.memory.window import LEAST_SUMMARY, Budget, count_media, take_apart
 from qvl.types import ChatRequest, Completion, MediaPart, Message, SamplingParams, Usage
 from qvl.wire import Overflowed
@@ -45,13 +47,17 @@ class Fitting:
 
 
 class Overflow:
-    """`summary_seconds` bounds all summary calls of one request together; above it the window has to do."""
+    """`summary_seconds` bounds all summary calls of one request together; above it the window has to do. `shared` are
+    the summaries that this process has in common with others."""
 
-    def __init__(self, backend: Backend, meter: Meter, summary_seconds: float) -> None:
+    def __init__(
+        self, backend: Backend, meter: Meter, summary_seconds: float, shared: SharedSummaries | None = None
+    ) -> None:
         self._backend = backend
         self._meter = meter
         self._seconds = summary_seconds
         self._growing = Growing()
+        self._shared = shared
 
     async def fit(self, request: ChatRequest, strategy: Strategy, request_id: str) -> Fitting:
         """Raises what is wrong with the newest turn (`PromptTooLong`, `BadMedia`, ...) or the backend."""
@@ -62,9 +68,10 @@ class Overflow:
         names = await asyncio.to_thread(names_of, request)
         newest = take_apart(once.messages).newest
         before = names.beginnings[: newest[0] + 1] if newest else ()
-        running, measured = self._growing.running(before), self._growing.measured(before)
+        measured = self._growing.measured(before)
         if not self._growing.is_long(before, budget.room) and await self._fits(once, budget):
             return Fitting(once)
+        running = await self._running(before, strategy)
         machine = fit(once.messages, budget, strategy=strategy, running=running, measured=measured, keys=names.messages)
         try:
             fitted = await adrive(machine, lambda ms: self._count(once, ms), self._summariser(once, request_id))
@@ -73,10 +80,21 @@ class Overflow:
             error.args = (error.message,)
             raise
         self._growing.remember(names.beginnings, fitted.running, measured.cut, budget.room)
+        if self._shared is not None and fitted.running is not None and fitted.running != running:
+            made = fitted.running
+            await asyncio.to_thread(self._shared.keep, names.beginnings[made.covers], made.text, made.tokens)
         told = _told(strategy, once.messages, fitted)
         if told is not None:
             self._meter.overflowed(strategy, told.dropped_messages, told.summarised_messages)
         return Fitting(replace(once, messages=fitted.messages), told)
+
+    async def _running(self, beginnings: Sequence[bytes], strategy: Strategy) -> Running | None:
+        """The summary of the most turns, made here or in another process."""
+        own = self._growing.running(beginnings)
+        if self._shared is None or strategy != "summary":
+            return own
+        found = await asyncio.to_thread(self._shared.find, beginnings)
+        return max((one for one in (own, found) if one is not None), key=lambda one: one.covers, default=None)
 
     async def _fits(self, request: ChatRequest, budget: Budget) -> bool:
         """Whether the conversation fits as it is."""

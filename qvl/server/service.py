@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from qvl.backends.base import Backend
 from qvl.errors import QvlError
+from qvl.memory.shared import SharedSummaries
 from qvl.server.counts import Counts
 from qvl.server.limits import Admission
 from qvl.server.metrics import Metrics
@@ -15,15 +17,16 @@ from qvl.server.overflow import Overflow
 
 
 class Service:
-    """One server, or one process of it: `backend` behind `options`."""
+    """One server, or one process of it: `backend` behind `options`. `summaries` is a file that its processes share."""
 
-    def __init__(self, backend: Backend, options: ServerOptions, counts: Counts) -> None:
+    def __init__(self, backend: Backend, options: ServerOptions, counts: Counts, summaries: Path | None = None) -> None:
         self.backend = backend
         self.options = options
         self.counts = counts
         self.admission = Admission(lambda: max(1, backend.info.max_num_seqs) + options.max_queue, counts)
         self.metrics = Metrics(self._gauges, backend.stats)
-        self.overflow = Overflow(backend, self.metrics, options.summary_seconds)
+        shared = None if summaries is None else SharedSummaries(summaries)
+        self.overflow = Overflow(backend, self.metrics, options.summary_seconds, shared)
         self.start_error: QvlError | None = None
         self.created = int(time.time())
         backend.observer = self.metrics

@@ -2,8 +2,8 @@
 
 A request is answered with its own prompt, one token a step, then one token per medium (97 + its pixels' sum modulo 26),
 then END, an end token. MOOD: "refuses" and "breaks" cannot start, "slow" takes 20 ms a step, "fast" none, "held:FILE"
-says one token of each answer and the rest once FILE is there. Tokens in a prompt: CRASH ends the process, BAD is
-refused when the request comes, POISON fails it later.
+says one token of each answer and the rest once FILE is there, "brief" says four tokens from the middle of the prompt.
+Tokens in a prompt: CRASH ends the process, BAD is refused when the request comes, POISON fails it later.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class FakeEngine:
     aborted: int = 0
     steps: int = 0
     info: EngineInfo = INFO
+    brief: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -53,7 +54,9 @@ class FakeEngine:
         if BAD in request.token_ids:
             raise InvalidRequest("a bad token")
         sums = [97 + int(array.sum()) % 26 if array is not None else 0 for array in pixels]
-        answer = [*request.token_ids, *sums, END]
+        middle = len(request.token_ids) // 2
+        said = request.token_ids[middle : middle + 4] if self.brief else request.token_ids
+        answer = [*said, *sums, END]
         limit = request.sampling.max_tokens or 10**6
         self.running[request.request_id] = Running(answer, limit, request.sampling.logprobs is not None)
 
@@ -101,7 +104,7 @@ def load(options: EngineOptions) -> tuple[FakeEngine, str]:
         return FakeEngine(seconds, held_until), '{"fake": true}'
     config = resolve(options, FACTS)
     info = EngineInfo("fake", "none", "none", "none", 64, 16, config.max_model_len, 0.0, max_num_seqs=8)
-    return FakeEngine(seconds, held_until, info=info), config.to_json()
+    return FakeEngine(seconds, held_until, info=info, brief=mood == "brief"), config.to_json()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ from PIL import Image
 from qvl.backends.echo import EchoBackend
 from qvl.errors import ConfigError, RequestFailed
 from qvl.media.load import Once
+from qvl.server.counts import Counts
 from qvl.server.options import ServerOptions
+from qvl.server.service import Service
 from qvl.types import ChatRequest, Delta, Message, Usage
+from qvl.wire import Overflowed, parse_chat
 from tests.backends.conftest import made
 from tests.memory.scripted import is_summary, media_of, text_of
 from tests.server.live import Live, live, wait_until
@@ -250,6 +253,25 @@ def test_a_growing_conversation_is_not_summarised_anew_each_turn(summing: Live, 
     assert len(wide.summaries) == calls, "another conversation that fits"
 
 
+def test_a_summary_made_in_one_process_is_found_in_another(tmp_path: Path) -> None:
+    """Two apps with nothing in common but the file, as two HTTP processes of one server."""
+
+    async def talk_to(teller: Teller, exchanges: int, salt: str = "") -> Overflowed:
+        overflow = Service(teller, ServerOptions(), Counts(), tmp_path / "summaries").overflow
+        request = parse_chat({"messages": talk(exchanges), "cache_salt": salt}).request
+        told = (await overflow.fit(request, "summary", "id")).told
+        assert told is not None
+        return told
+
+    one, other = Teller(WIDE), Teller(WIDE)
+    made = asyncio.run(talk_to(one, 60))
+    assert one.summaries and made.summary == "They counted."
+    assert asyncio.run(talk_to(other, 61)).summary == "They counted."
+    assert other.summaries == []
+    asyncio.run(talk_to(other, 61, salt="somebody else"))
+    assert other.summaries != []
+
+
 def test_a_clock_in_the_system_message_does_not_hide_the_summary(summing: Live, wide: Teller) -> None:
     for minute in range(3):
         messages = [turn("system", f"It is 12:{minute:02}."), *talk(60)[1:]]
@@ -444,3 +466,14 @@ def test_several_http_processes(checkpoint: Path, tmp_path: Path) -> None:
             assert reply.status_code == 200, reply.text
             assert reply.json()["qvl"]["dropped_messages"] >= 50
         assert server.metric('qvl_overflowed_requests_total{strategy="window"}') == 6
+
+
+def test_several_http_processes_share_summaries(checkpoint: Path, tmp_path: Path) -> None:
+    with running(checkpoint, tmp_path, "brief", '{"overflow": "summary"}') as server:
+        calls = []
+        for _ in range(8):  # each over a connection of its own, to whichever process takes it
+            reply = requests.post(server.url + CHAT, json={"messages": talk(18), "max_tokens": 8}, timeout=60)
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["qvl"]["summary"], reply.json()["qvl"]["summary_error"]
+            calls.append(server.metric('qvl_summary_seconds_count{outcome="ok"}'))
+        assert calls[0] > 0 and set(calls) == {calls[0]}
