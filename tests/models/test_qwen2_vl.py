@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from qvl.kernels import linear
 from qvl.models import qwen2_vl, vision
 from qvl.models.registry import build_model
 from qvl.models.weights import load_weights
@@ -95,6 +97,30 @@ def test_a_large_picture_in_parts_is_the_same(models: tuple[Any, Any], monkeypat
     assert oracle.relative_error(ours.encode_media(parts, grids), whole) < 1e-5
     assert not parts and len(seen) > 1
     assert oracle.relative_error(oracle.our_logits(ours, case, positions, reference.config), logits) < 1e-5
+
+
+def test_gate_and_up_joined_by_one_kernel_are_the_same_in_parts_twice_as_large(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, ours = models
+    case = oracle.make_case(reference.config, "picture")
+    positions = oracle.reference_positions(reference, case)
+    logits = oracle.our_logits(ours, case, positions, reference.config)
+    rows: list[int] = []
+
+    class Joined:
+        def silu_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            rows.append(len(x))
+            gate, up = F.linear(x, weight).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+    monkeypatch.setattr(linear, "MANY", 8)
+    monkeypatch.setattr(linear, "MULTIPLE", 1)
+    monkeypatch.setattr(linear, "many_rows", lambda *_: Joined())
+    monkeypatch.setattr(qwen2_vl, "MLP_ROWS", 5)
+    assert oracle.relative_error(oracle.our_logits(ours, case, positions, reference.config), logits) < 1e-5
+    assert len(logits) > 10
+    assert set(rows) <= {8, 9, 10} and rows.count(10) >= len(ours.model.layers)  # fewer than 8 are left to two steps
 
 
 def test_mixed_batches_equal_separate_prefills(models: tuple[Any, Any]) -> None:
