@@ -7,6 +7,8 @@ entry in `CANDIDATES`, before the universal one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,19 +16,25 @@ from qvl.errors import ConfigError
 from qvl.kernels import cpu_attention
 from qvl.kernels.gpu import (
     BF16_FROM,
+    HOPPER,
     OLDEST,
     Capability,
     gpu_problem,
     problem_of_trial,
     shared_memory,
     tiles_for,
+    tried_out,
     warn_of,
 )
 from qvl.kernels.sdpa import GatherAttention
 from qvl.kernels.trial import problem_of
 from qvl.layers.attention import Heads, PagedAttention
 
+if TYPE_CHECKING:  # importing it imports Triton
+    from qvl.kernels.triton_attention import TritonAttention
+
 HEAD_DIMS = (16, 32, 64, 128, 256)
+SLOWER_PROMPTS = "another kernel is used instead: attention in long prompts takes about a third longer"
 SLOWER = "attention takes several times longer, and decoding cannot be recorded in CUDA graphs"
 
 
@@ -67,17 +75,27 @@ def triton_gpu(
     from qvl.kernels.triton_attention import TritonAttention
 
     tiles = tiles_for(capability, dtype, heads.head_dim)
-    attention = TritonAttention(heads, tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    problem = problem_of_trial("the attention kernel", lambda: problem_of(attention, heads, device, dtype))
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def trial(prompts: ModuleType | None) -> str | None:
+        return problem_of(TritonAttention(heads, tiles, multiprocessors, prompts), heads, device, dtype)
+
+    prompts = None
+    if capability == HOPPER and heads.head_dim == 128:
+        prompts = tried_out("triton_prompts", "the attention kernel for prompts", trial, SLOWER_PROMPTS)
+    problem = problem_of_trial("the attention kernel", lambda: trial(None)) if prompts is None else None
     if problem is not None:
         raise Unavailable(warn_of(problem, SLOWER))
-    return attention, f"triton on compute capability {shown}: {words_for(capability, tiles.tensor_cores, tiles.rows)}"
+    attention = TritonAttention(heads, tiles, multiprocessors, prompts)
+    return attention, f"triton on compute capability {shown}: {words_for(capability, attention)}"
 
 
-def words_for(capability: Capability, tensor_cores: bool, rows: int) -> str:
+def words_for(capability: Capability, attention: TritonAttention) -> str:
     """What runs there, for the operator."""
-    kib = shared_memory(capability) // 1024
-    if tensor_cores:
+    kib, rows = shared_memory(capability) // 1024, attention.tiles.rows
+    if attention.prompts is not None:
+        return f"paged split-KV decoding and paged prefill ({rows}-row tiles, 128-row tiles by TMA for long prompts)"
+    if attention.tiles.tensor_cores:
         return f"paged split-KV decoding and paged prefill ({rows}-row tiles, {kib} KiB of shared memory)"
     return "paged split-KV decoding; torch SDPA for prefill (Triton has no tensor cores for this GPU and precision)"
 

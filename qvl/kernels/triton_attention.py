@@ -6,7 +6,7 @@ does so only where there is a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,6 +21,18 @@ from qvl.kernels.triton_prefill import attend_prefills
 from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts
 
 
+class PromptKernel(Protocol):
+    """`qvl.kernels.triton_prompts`, as it is used; a test may put something else there."""
+
+    ROWS: int
+
+    def takes(self, block_size: int, longest: int) -> bool: ...
+
+    def attend_prompts(
+        self, q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, work: Tensor, out: Tensor, heads: Heads
+    ) -> None: ...
+
+
 @dataclass(slots=True)
 class Plan:
     """A step: its decodes, and its prefills as tiles, or as chunks for torch where Triton has no tensor cores."""
@@ -29,24 +41,13 @@ class Plan:
     decodes: Cut | None
     prefills: Tensor | None  # int32 [tiles, TILE_FIELDS]
     chunks: list[PrefillChunk]
-
-
-class PromptKernel(Protocol):
-    """`qvl.kernels.triton_prompts`, as it is used; a test may put something else there."""
-
-    TILE_ROWS: int
-
-    def takes(self, block_size: int) -> bool: ...
-
-    def attend_prompts(
-        self, q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, work: Tensor, out: Tensor, heads: Heads
-    ) -> None: ...
+    long: PromptKernel | None = None  # what takes the tiles, if not the kernel for every GPU
 
 
 class TritonAttention:
     """head_dim a power of two from 16 to 256, queries and cache of one dtype.
 
-    `prompts` is a kernel of its own for them, where there is one; blocks that it does not take go the other way.
+    `prompts` is a kernel for long ones, where there is one. Recorded steps never take it: they are short.
     """
 
     name = "triton"
@@ -55,9 +56,9 @@ class TritonAttention:
 
     def __init__(self, heads: Heads, tiles: Tiles, multiprocessors: int, prompts: PromptKernel | None = None) -> None:
         self.heads = heads
-        self.tiles = tiles if prompts is None else replace(tiles, rows=prompts.TILE_ROWS, warps=8, stages=2)
+        self.tiles = tiles
         self.prompts = prompts
-        self.tile_tokens = self.tiles.rows // heads.group if tiles.tensor_cores else 0
+        self.tile_tokens = tiles.rows // heads.group if tiles.tensor_cores else 0
         self.multiprocessors = multiprocessors
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
@@ -70,13 +71,21 @@ class TritonAttention:
         elif len(metadata.query_lens) == metadata.num_decodes:
             return plan
         elif self.tile_tokens:
+            plan.long = self.takes_long(metadata)
+            tokens = self.tile_tokens if plan.long is None else plan.long.ROWS // self.heads.group
             lengths = metadata.query_lens, metadata.context_lens
-            work = torch.from_numpy(cut_prompts(*lengths, metadata.num_decodes, self.tile_tokens))
+            work = torch.from_numpy(cut_prompts(*lengths, metadata.num_decodes, tokens))
             device = metadata.block_table.device
             plan.prefills = work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work
         else:
             plan.chunks = prefill_chunks(metadata)
         return plan
+
+    def takes_long(self, metadata: AttentionMetadata) -> PromptKernel | None:
+        """The kernel for long prompts, if it takes those of this step."""
+        longest = max(metadata.context_lens[metadata.num_decodes :])
+        takes = self.prompts is not None and self.prompts.takes(metadata.block_size, longest)
+        return self.prompts if takes else None
 
     def cut(self, seq_lens: Tensor, batch: int) -> Cut:
         """The first `batch` contexts as items that fill this GPU."""
@@ -95,10 +104,10 @@ class TritonAttention:
         if plan.decodes is not None:
             attend_decodes(q, kv, table, plan.decodes, out, self.heads, self.tiles)
         if plan.prefills is not None:
-            if self.prompts is not None and self.prompts.takes(kv[0].shape[1]):
-                self.prompts.attend_prompts(q, kv, table, plan.prefills, out, self.heads)
-            else:
+            if plan.long is None:
                 attend_prefills(q, kv, table, plan.prefills, out, self.heads, self.tiles)
+            else:
+                plan.long.attend_prompts(q, kv, table, plan.prefills, out, self.heads)
         for chunk in plan.chunks:
             out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
         return out.flatten(1)

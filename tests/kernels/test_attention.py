@@ -38,7 +38,8 @@ def gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         ((8, 0), torch.bfloat16, 163, "paged prefill (128-row tiles"),
         ((8, 6), torch.bfloat16, 99, "paged prefill (64-row tiles"),
         ((8, 9), torch.float16, 99, "paged prefill (64-row tiles"),
-        ((9, 0), torch.bfloat16, 227, "paged prefill (64-row tiles"),
+        ((9, 0), torch.bfloat16, 227, "128-row tiles by TMA for long prompts"),
+        ((9, 0), torch.float16, 227, "128-row tiles by TMA for long prompts"),
         ((10, 0), torch.bfloat16, 227, "paged prefill (64-row tiles"),
         ((10, 3), torch.bfloat16, 227, "paged prefill (64-row tiles"),
         ((12, 0), torch.bfloat16, 99, "paged prefill (64-row tiles"),
@@ -86,11 +87,31 @@ def test_a_kernel_that_fails_its_trial_is_left_out_with_one_warning(
     monkeypatch.setattr(attention, "problem_of", fails)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            chosen, reason = choose_attention(CUDA, torch.bfloat16, HEADS, (9, 0))
+            chosen, reason = choose_attention(CUDA, torch.bfloat16, HEADS, (8, 0))
             assert chosen.name == "gather+sdpa"
             assert ("wrong numbers" if problem == "wrong" else "RuntimeError: ptxas died") in reason
     (warning,) = caplog.records
     assert "several times longer" in warning.getMessage()
+
+
+@pytest.mark.usefixtures("gpu_at_hand")
+def test_where_the_kernel_for_prompts_fails_the_one_for_every_gpu_takes_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.warn_of.cache_clear()
+    monkeypatch.setattr(attention, "problem_of", lambda way, *_: "wrong numbers" if way.prompts else None)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            reason = choose_attention(CUDA, torch.bfloat16, HEADS, (9, 0))[1]
+            assert "by TMA" not in reason
+    (warning,) = caplog.records
+    assert "wrong numbers" in warning.getMessage()
+    assert "longer" in warning.getMessage()
+
+
+@pytest.mark.usefixtures("gpu_at_hand")
+def test_heads_that_the_kernel_for_prompts_does_not_know_go_the_other_way() -> None:
+    assert "by TMA" not in choose_attention(CUDA, torch.bfloat16, Heads(16, 4, 64), (9, 0))[1]
 
 
 def test_without_triton_there_is_one_warning_with_reason_and_cost(

@@ -1,0 +1,154 @@
+"""The kernel for prompts: compiled anywhere, its numbers on a GPU, and what it does not take."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl.kernels import gpu
+from qvl.kernels.gpu import HOPPER, KIB, capability_of, shared_memory, tiles_for
+from qvl.kernels.sdpa import GatherAttention
+from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts
+from tests.kernels.driver import Driver, driver
+
+__all__ = ["driver"]
+
+triton_prompts = pytest.importorskip("qvl.kernels.triton_prompts", reason="Triton is not installed")
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SEVEN = Heads(28, 4, 128)
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or capability_of(CUDA) != HOPPER, reason="no GPU of compute capability 9.0"
+)
+
+
+def a_step(query: list[int], context: list[int], device: torch.device, page: int = 16) -> tuple[AttentionMetadata, int]:
+    """Prompts and chunks of prompts, their blocks scattered; and how many blocks there are."""
+    need = [-(-length // page) for length in context]
+    order = torch.randperm(sum(need)).split(need)
+    table = torch.zeros(len(need), max(need) + 3, dtype=torch.int32)
+    slots = []
+    for i, blocks in enumerate(order):
+        table[i, : need[i]] = blocks
+        at = torch.arange(context[i] - query[i], context[i])
+        slots.append(blocks[at // page] * page + at % page)
+    bounds, lengths = torch.tensor([0, *query]).cumsum(0).int(), torch.tensor(context, dtype=torch.int32)
+    tensors = (x.to(device) for x in (bounds, lengths, table, torch.cat(slots)))
+    return AttentionMetadata(*tensors, query, context, page, num_decodes=0), sum(need)
+
+
+class AlwaysTaken:
+    """The kernel, for prompts of every length."""
+
+    ROWS, attend_prompts = triton_prompts.ROWS, staticmethod(triton_prompts.attend_prompts)
+    takes = staticmethod(lambda block_size, longest: True)
+
+
+def attention_with(prompts: Any, heads: Heads = SEVEN) -> Any:
+    from qvl.kernels.triton_attention import TritonAttention
+
+    return TritonAttention(heads, tiles_for(HOPPER, torch.bfloat16, 128), 132, prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_fits_and_keeps_its_numbers_in_registers(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    compiled: list[Any] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        assert grid == (4 * 3,)
+        compiled.append(kernel.warmup(*gpu.as_triton_takes(arguments), grid=grid, **constants))
+
+    monkeypatch.setattr(triton_prompts, "launch", compile_only)
+    q, kv = torch.zeros(40, 28, 128, dtype=dtype), torch.zeros(2, 5, 16, 4, 128, dtype=dtype)
+    work = torch.zeros(3, 4, dtype=torch.int32)
+    triton_prompts.attend_prompts(q, (kv[0], kv[1]), torch.zeros(1, 5, dtype=torch.int32), work, q, SEVEN)
+    (kernel,) = compiled
+    assert kernel.metadata.shared + KIB <= shared_memory(HOPPER)
+    assert 32 * kernel.metadata.num_warps * triton_prompts.REGISTERS <= 64 * KIB
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert "setmaxnreg" in ptx
+    assert re.search(r"\bSTL\b", kernel.asm["sass"]) is None
+
+
+@pytest.mark.parametrize(
+    ("block_size", "taken"), [(16, True), (8, True), (128, True), (4, False), (24, False), (256, False)]
+)
+def test_which_blocks_it_takes(block_size: int, taken: bool) -> None:
+    assert triton_prompts.takes(block_size, triton_prompts.LONG) is taken
+    assert not triton_prompts.takes(block_size, triton_prompts.LONG - 1)
+
+
+def test_long_prompts_go_to_it_in_its_own_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvl.kernels import triton_attention
+
+    went: list[tuple[str, int]] = []
+
+    def ours(q: Tensor, kv: Any, table: Tensor, work: Tensor, out: Tensor, heads: Heads) -> None:
+        went.append(("prompts", int(work[:, 2].max())))
+
+    def other(q: Tensor, kv: Any, table: Tensor, work: Tensor, out: Tensor, heads: Heads, tiles: gpu.Tiles) -> None:
+        went.append(("other", int(work[:, 2].max())))
+
+    monkeypatch.setattr(triton_attention, "attend_prefills", other)
+    attention = attention_with(SimpleNamespace(ROWS=128, takes=triton_prompts.takes, attend_prompts=ours))
+    small, large = 64 // 7, 128 // 7
+    for context, page, recorded, wanted in (
+        ([100, 1024], 16, False, ("prompts", large)),
+        ([100, 1023], 16, False, ("other", small)),
+        ([100, 1024], 24, False, ("other", small)),  # blocks that it does not take
+        ([100, 1024], 16, True, ("other", small)),
+    ):
+        step, blocks = a_step([50, 60], context, CPU, page)
+        if recorded:
+            tiles = cut_prompts(step.query_lens, step.context_lens, 0, attention.tile_tokens)
+            step.prompt_tiles = torch.from_numpy(tiles)
+        q, cache = torch.zeros(110, 28, 128), torch.zeros(blocks, page, 4, 128)
+        attention.attend(q, (cache, cache), attention.plan(step))
+        assert went.pop() == wanted
+    assert not went
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [SEVEN, Heads(12, 2, 128), Heads(8, 8, 128)])
+@pytest.mark.parametrize(
+    ("query", "context"),
+    [
+        ([1], [1]),
+        ([5, 20, 147], [5, 50, 147]),  # of less than a turn of keys, behind a prefix, of two turns
+        ([300, 128, 64], [2000, 128, 129]),
+        ([1424], [1424]),
+    ],
+)
+def test_prompts(heads: Heads, query: list[int], context: list[int], dtype: torch.dtype) -> None:
+    """What lies behind a sequence's last key is not a number, and some tiles are none."""
+    torch.manual_seed(0)
+    step, blocks = a_step(query, context, CUDA)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=CUDA)
+
+    qkv = numbers(sum(query), (heads.num_heads + 2 * heads.num_kv_heads) * 128)
+    half = torch.rand(len(qkv), 1, 64, device=CUDA).repeat(1, 1, 2) * 6
+    angles = half.cos(), half.sin()
+    k, v = (numbers(blocks, 16, heads.num_kv_heads, 128) for _ in range(2))
+    gather = GatherAttention()
+    exact = gather.run(qkv.float(), angles, (k.float(), v.float()), gather.plan(step))
+    for seq, length in enumerate(context):
+        if length % 16:
+            block = step.block_table[seq, length // 16].long()
+            k[block, length % 16 :] = v[block, length % 16 :] = float("nan")
+    attention = attention_with(AlwaysTaken, heads)
+    plan = attention.plan(step)
+    plan.prefills = torch.cat((plan.prefills, torch.zeros(3, 4, dtype=torch.int32, device=CUDA)))
+    out = attention.run(qkv, angles, (k, v), plan)
+    assert float((out.float() - exact).norm() / exact.norm()) < 1e-2
