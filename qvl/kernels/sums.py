@@ -35,6 +35,8 @@ def finished(x: Tensor | Sums) -> Tensor:
     """What it stands for, by torch."""
     if isinstance(x, Tensor):
         return x
+    if len(x.parts) == 1 and x.parts.dtype == x.dtype and x.row_scales is x.column_scales is x.bias is None:
+        return x.parts[0]
     out = x.parts.float().sum(0)
     if x.row_scales is not None:
         out *= x.row_scales * x.factor

@@ -29,7 +29,7 @@ from qvl.kernels.linear import (
     takes_one,
 )
 from qvl.kernels.segments import describe_segments
-from qvl.kernels.sums import Sums
+from qvl.kernels.sums import Sums, finished
 from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
@@ -285,4 +285,4 @@ class Qwen2VLForConditionalGeneration(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:  # [m, hidden] -> [m, vocab]
         """Scores over the vocabulary; the caller passes the rows that need them."""
         head = self.model.embed_tokens if self.spec.text.tie_word_embeddings else self.lm_head
-        return head(hidden_states)
+        return finished(head.sums(hidden_states))

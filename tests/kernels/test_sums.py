@@ -67,6 +67,11 @@ def test_what_they_stand_for(dtype: torch.dtype, scaled: bool) -> None:
     assert finished(out) is out
 
 
+def test_what_is_finished_is_not_copied() -> None:
+    x = some(3, 20, torch.bfloat16, parts=1, scaled=False, bias=False)
+    assert finished(x).data_ptr() == x.parts.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("parts", "scaled"), [(1, False), (5, False), (1, True)])
 def test_norms_and_gates_finish_them(dtype: torch.dtype, parts: int, scaled: bool) -> None:
