@@ -1,15 +1,18 @@
-/* Many rows of x against 8-bit W on a processor with AVX2 alone. A part of cpu_quantised.c.
+/* Many rows of x against 8-bit W on a processor with AVX2 alone.
  *
  * Bytes are multiplied as |w| times w's sign times x. Moving the sign to x takes one of the two places that multiply.
  * Here x is taken as it is where w >= 0, and with all bits turned, -x - 1, where w < 0. That comes to w x less |w|: the
  * sum of those |w|, which no x changes, is added once. Where no four products can leave 16 bits together, as
  * Cauchy's inequality tells of their norms, two pairs are added before they are widened.
  *
- * Whole numbers, so the sums are those of `span8` to the last bit.
+ * Whole numbers, so the sums of a span are those of other ways.
  */
 #pragma once
+#include "cpu_bytes.h"
+#include <math.h>
 #define MASKED_COLUMNS 8
 #define MASKED_LEAST 24 /* rows of x that are worth preparing W for */
+#define MOST_READY 256  /* tiles times spans that a thread works on at a time */
 #define LARGEST 32760   /* 32767, and a little for the rounding of norms */
 
 /* What the rows of a tile need in one span: the sums of |w| where w < 0, and the largest norm of four codes that are
@@ -58,18 +61,6 @@ static void prepare(const int8_t *w, long length, ready *out) {
         out->less[r] = (vd)less;
         out->norms[r] = largest_root(most);
     }
-}
-
-/* `total` of four vectors: the same numbers added in the same order. */
-INLINE vf4 totals(const vs32 *v) {
-    __m256 low0 = _mm256_unpacklo_ps((__m256)v[0], (__m256)v[1]), high0 = _mm256_unpackhi_ps((__m256)v[0], (__m256)v[1]);
-    __m256 low1 = _mm256_unpacklo_ps((__m256)v[2], (__m256)v[3]), high1 = _mm256_unpackhi_ps((__m256)v[2], (__m256)v[3]);
-    __m256 lanes[4] = {_mm256_shuffle_ps(low0, low1, 0x44), _mm256_shuffle_ps(low0, low1, 0xee),
-                       _mm256_shuffle_ps(high0, high1, 0x44), _mm256_shuffle_ps(high0, high1, 0xee)};
-    vf4 sum = {0};
-    UNROLL for (int i = 0; i < 4; i++) sum += (vf4)_mm256_castps256_ps128(lanes[i]);
-    UNROLL for (int i = 0; i < 4; i++) sum += (vf4)_mm256_extractf128_ps(lanes[i], 1);
-    return sum;
 }
 
 /* A row of W over one span against MASKED_COLUMNS rows of x. `chained`: two pairs fit into 16 bits. */

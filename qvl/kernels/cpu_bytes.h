@@ -1,0 +1,145 @@
+/* Vectors of bytes, and products of them that sum into 32 bits.
+ *
+ * `BYTES` is the width of a vector. The portable way is also what tests run to check the logic of instructions that
+ * their machine lacks (-DQVL_PORTABLE=64). WIDE: bytes have no product of their own that sums into 32 bits (AVX2), so
+ * that codes of 16 bits are faster for several rows of x; see cpu_wide.h.
+ */
+#pragma once
+#include "cpu_vectors.h"
+
+#if defined(QVL_PORTABLE)
+#define BYTES QVL_PORTABLE
+#define PATH "portable"
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define BYTES 64
+#define VNNI 1
+#define PATH "AVX-512 VNNI"
+#elif defined(__AVXVNNI__)
+#define BYTES 32
+#define VNNI 1
+#define PATH "AVX-VNNI"
+#elif defined(__AVX2__)
+#define BYTES 32
+#define WIDE 1
+#define PATH "AVX2"
+#else
+#define BYTES 16
+#define PATH "portable"
+#endif
+
+#define ROWS 4
+#define BLOCK8 64
+#define BLOCK4 128
+#define SPAN 512
+#define PER_SPAN (SPAN / BLOCK4)
+
+typedef int8_t vb __attribute__((vector_size(BYTES)));
+typedef uint8_t vu __attribute__((vector_size(BYTES)));
+typedef uint16_t vh __attribute__((vector_size(BYTES)));
+typedef int16_t vw __attribute__((vector_size(BYTES)));
+typedef uint32_t vu32 __attribute__((vector_size(BYTES)));
+typedef int32_t vd __attribute__((vector_size(BYTES)));
+typedef float vf4 __attribute__((vector_size(4 * ROWS)));
+typedef int32_t vd4 __attribute__((vector_size(4 * ROWS)));
+typedef vb vb_u __attribute__((aligned(1)));
+typedef vf4 vf4_u __attribute__((aligned(4)));
+typedef vd4 vd4_u __attribute__((aligned(4)));
+#define LOAD(p) (*(const vb_u *)(p))
+#define UNROLL _Pragma("GCC unroll 8")
+
+/* sum + dot * scale, rounded once where the processor can. */
+INLINE vf4 scaled_add(vf4 sum, vf4 dot, vf4 scale) {
+#if defined(__FMA__)
+    return (vf4)_mm_fmadd_ps((__m128)dot, (__m128)scale, (__m128)sum);
+#else
+    return sum + dot * scale;
+#endif
+}
+
+/* sum + four products of unsigned u and signed x in every lane. Saturation: none in VNNI's form, nor in C. */
+#if defined(VNNI) && BYTES == 64
+INLINE vd dot_us(vd sum, vu u, vb x) { return (vd)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)x); }
+#elif defined(VNNI)
+INLINE vd dot_us(vd sum, vu u, vb x) { return (vd)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)x); }
+#elif defined(WIDE)
+/* AVX2 adds pairs in 16 bits that saturate: 2 * 127 * 127 fits, so u must not pass 127. */
+INLINE vd dot_us(vd sum, vu u, vb x) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)x);
+    return sum + (vd)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+INLINE vd dot_us(vd sum, vu u, vb x) { /* 255 * 127 fits into 16 bits; even and odd bytes apart */
+    vd even = (vd)((vw)((vh)u & 255) * ((vw)((vh)x << 8) >> 8)), odd = (vd)((vw)((vh)u >> 8) * ((vw)x >> 8));
+    return sum + ((vd)((vu32)even << 16) >> 16) + (even >> 16) + ((vd)((vu32)odd << 16) >> 16) + (odd >> 16);
+}
+#endif
+
+/* 8-bit weights as the unsigned factor: by their size, the sign moved to x (AVX2); or 128 more, taken off by adding
+ * START8 times the sum of x. 4-bit weights are 8 more than they stand for. */
+#if defined(WIDE)
+#define START8 0
+INLINE vu unsigned8(vb w) { return (vu)_mm256_abs_epi8((__m256i)w); }
+INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w)); }
+#else
+#define START8 (-128)
+INLINE vu unsigned8(vb w) { return (vu)w ^ 128; }
+INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, x); }
+#endif
+#define START4 (-8)
+
+/* A block of 4-bit weights as bytes, and against BLOCK4 numbers of x. */
+INLINE void unpack4(const int8_t *block, vu *u) {
+    UNROLL for (int j = 0; j < BLOCK4 / BYTES / 2; j++) {
+        vu both = (vu)LOAD(block + j * BYTES);
+        u[j] = both & 15;
+        u[BLOCK4 / BYTES / 2 + j] = (vu)((vh)both >> 4) & 15;
+    }
+}
+
+INLINE vd dot4(const vu *u, const int8_t *x) {
+#if defined(WIDE) /* eight products of at most 15 * 127 fit into 16 bits */
+    vw sum = (vw)_mm256_maddubs_epi16((__m256i)u[0], (__m256i)LOAD(x));
+    UNROLL for (int j = 1; j < BLOCK4 / BYTES; j++)
+        sum += (vw)_mm256_maddubs_epi16((__m256i)u[j], (__m256i)LOAD(x + j * BYTES));
+    return (vd)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
+#else
+    vd sum = {0};
+    UNROLL for (int j = 0; j < BLOCK4 / BYTES; j++) sum = dot_us(sum, u[j], LOAD(x + j * BYTES));
+    return sum;
+#endif
+}
+
+/* The sums of the lanes of four vectors. */
+INLINE vd4 totals(const vd *v) {
+#if !defined(QVL_PORTABLE) && BYTES >= 32
+    __m256i half[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+#if BYTES == 64
+        half[i] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v[i]), _mm512_extracti64x4_epi64((__m512i)v[i], 1));
+#else
+        half[i] = (__m256i)v[i];
+#endif
+    }
+    __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+    return (vd4)_mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+#else
+    vd4 sum = {0};
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < BYTES / 4; j++) sum[i] += v[i][j];
+    return sum;
+#endif
+}
+
+INLINE vf4 steps_of(const uint16_t *from) { /* of ROWS rows */
+#if defined(__F16C__)
+    return (vf4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)from));
+#else
+    vf4 out;
+    for (int i = 0; i < ROWS; i++) {
+        _Float16 h;
+        memcpy(&h, from + i, 2);
+        out[i] = (float)h;
+    }
+    return out;
+#endif
+}
