@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qvl.kernels.cpu_linear import choose_cpu_linear
 from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
+from qvl.kernels.few_rows import MOST, few_rows
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
 from qvl.kernels.gpu import Capability, capability_of, early_on, gpu_problem, tried_out
 
@@ -119,6 +120,8 @@ def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str 
         plain = choose_cpu_linear(dtype).reason
         return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"
     plain = f"torch {dtype}" if one_row(device, dtype) is None else f"triton for one row, torch {dtype} for more"
+    if few_rows(device, dtype) is not None:
+        plain += f", triton for 2 to {MOST} rows"
     if quantization != "fp8" and many_rows(device, dtype) is not None:
         plain += f", triton for gate and up of {MANY} rows or more"
     if quantization == "none":
