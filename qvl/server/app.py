@@ -28,7 +28,7 @@ from qvl.server.hosts import HostMiddleware, needs_guard
 from qvl.server.limits import AdmissionMiddleware, BodyLimitMiddleware
 from qvl.server.openapi import describe
 from qvl.server.options import ServerOptions
-from qvl.server.routes import make_router
+from qvl.server.routes import add_routes
 from qvl.server.service import Service
 
 Started = Callable[[QvlError | None], None]
@@ -61,7 +61,7 @@ def create_app(
     )
     app.state.service = service
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
-    app.include_router(make_router(service))
+    add_routes(app.router, service)
     return app
 
 
