@@ -124,15 +124,31 @@ def block_keys(token_ids: Sequence[int], spans: Sequence[Span], block_size: int,
     keys: list[bytes] = []
     parent = root_key(salt)
     ids = _bytes_of(token_ids)
+    num_blocks = len(token_ids) // block_size
     first = 0  # spans before this one end before the block
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
+    while len(keys) < num_blocks:
+        start = len(keys) * block_size
         end = start + block_size
         while first < len(spans) and spans[first].end <= start:
             first += 1
-        touches = first < len(spans) and spans[first].offset < end
-        parent = _next_key(parent, ids[start * ID_BYTES : end * ID_BYTES], spans[first:] if touches else (), start, end)
-        keys.append(parent)
+        touched = spans[first:] if first < len(spans) and spans[first].offset < end else ()
+        if touched and touched[0].offset <= start and touched[0].end >= end:
+            whole = min(num_blocks, touched[0].end // block_size) - len(keys)
+            keys += _keys_inside(parent, touched[0], start, whole)
+        else:
+            keys.append(_next_key(parent, ids[start * ID_BYTES : end * ID_BYTES], touched, start, end))
+        parent = keys[-1]
     return keys
+
+
+def _keys_inside(parent: bytes, span: Span, start: int, count: int) -> list[bytes]:
+    """Of `count` blocks from `start` on that hold nothing but pads of one picture: at once, as it may have hundreds.
+
+    The output of the hash begins alike however long it is, so a prompt that ends sooner finds the same keys.
+    """
+    state = hashlib.shake_128(b"qvl picture" + parent + span.digest + (start - span.offset).to_bytes(8, "little"))
+    together = state.digest(KEY_BYTES * count)
+    return [together[at : at + KEY_BYTES] for at in range(0, len(together), KEY_BYTES)]
 
 
 def root_key(salt: bytes = b"") -> bytes:
@@ -141,7 +157,7 @@ def root_key(salt: bytes = b"") -> bytes:
 
 
 def extend_key(parent: bytes, token_ids: Sequence[int], spans: Iterable[Span] = (), start: int = 0) -> bytes:
-    """Key of the full block `token_ids` that follows the block `parent`.
+    """Key of the full block `token_ids` that follows the block `parent` and is not inside of one picture.
 
     A block that begins in the prompt and ends in generated text may hold the end of a picture: give the prompt's
     `spans` (ascending) and `start`, the index of the block's first token. Blocks of generated text alone need
