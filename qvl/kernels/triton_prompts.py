@@ -1,11 +1,12 @@
 """Attention of prompts over the paged cache for compute capability 9.0, in Gluon: which warps do what is said here.
 
 One program takes a tile of 128 query rows against one KV head. One warp fetches keys and values by TMA, a block of the
-cache at a time; twice four warps take 64 rows each, and what was fetched is read by both. Where four of them take
-exponentials, the others multiply. head_dim is 128, fetched as two halves of 64: what TMA and the tensor cores take.
+cache at a time; two teams of four warps take 64 rows each, and both read what was fetched. They multiply in turn: left
+alone, both would multiply at the same time and take exponentials at the same time. head_dim is 128, fetched as two
+halves of 64: what TMA and the tensor cores take.
 
 Knows the block layout. Does not know how a step is planned. Importing this file imports Triton;
-`qvl.kernels.triton_attention` does so only where such a GPU is.
+`qvl.kernels.attention` does so only where such a GPU is.
 """
 
 from __future__ import annotations
@@ -127,19 +128,28 @@ def _rows_at(first_row, team: gl.constexpr, kv_head, KH: gl.constexpr, GROUP: gl
 
 
 @gluon.jit
+def _wait_for_turn(turn, team: gl.constexpr, i):
+    """Until the other team has begun its products: those of turn i - 1 for the first team, of turn i for the second."""
+    mbarrier.wait(turn.index(team), (i & 1) ^ (1 - team))
+
+
+@gluon.jit
 def _turn(
-    i, turns, last_key, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, weights, acc0, acc1, best, total,
-    scale, masked, KEYS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, A: gl.constexpr,
+    i, turns, team: gl.constexpr, last_key, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn, weights,
+    acc0, acc1, best, total, scale, masked,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """The scores of these keys and the weights of those before times their values, at the same time."""
     at = i % STAGES
     last = (i - 1) % STAGES
     mbarrier.wait(k_full.index(at), (i // STAGES) & 1)
-    under_way = _scores(q0, q1, k0.index(at), k1.index(at), TEAM_ROWS, KEYS, S)
     mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
+    _wait_for_turn(turn, team, i)
+    under_way = _scores(q0, q1, k0.index(at), k1.index(at), TEAM_ROWS, KEYS, S)
     w = gl.convert_layout(weights, gl.DotOperandLayout(0, A, 2))
     next0 = warpgroup_mma(w, v0.index(last), acc0, is_async=True)
     next1 = warpgroup_mma(w, v1.index(last), acc1, is_async=True)
+    mbarrier.arrive(turn.index(1 - team))
     s = warpgroup_mma_wait(2, deps=(under_way,))
     mbarrier.arrive(k_empty.index(at))
     if masked:
@@ -149,16 +159,16 @@ def _turn(
     e = gl.exp2(s * scale - new[:, None])
     fade = gl.exp2(best - new)
     total = total * fade + gl.sum(e, 1)
-    faded = e.to(weights.dtype)
+    weights = e.to(weights.dtype)
     acc0, acc1, w = warpgroup_mma_wait(0, deps=(next0, next1, w))
     mbarrier.arrive(v_empty.index(last))
     f = gl.convert_layout(fade, gl.SliceLayout(1, A))[:, None]
-    return faded, acc0 * f, acc1 * f, new, total
+    return weights, acc0 * f, acc1 * f, new, total
 
 
 @gluon.jit
 def _attend(
-    team: gl.constexpr, q_ptr, work_ptr, out_ptr, scale, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+    team: gl.constexpr, q_ptr, work_ptr, out_ptr, scale, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
     KH: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 rows of the tile against all keys that they may see."""
@@ -183,7 +193,9 @@ def _attend(
         last_key = context + gl.minimum(seen, tokens - 1)
         first = (turns - 1) * KEYS
         mbarrier.wait(k_full.index(0), 0)
+        _wait_for_turn(turn, team, 0)
         under_way = _scores(q0, q1, k0.index(0), k1.index(0), TEAM_ROWS, KEYS, S)
+        mbarrier.arrive(turn.index(1 - team))
         s = warpgroup_mma_wait(0, deps=(under_way,))
         mbarrier.arrive(k_empty.index(0))
         s = gl.where((first + gl.arange(0, KEYS, gl.SliceLayout(0, S)))[None, :] <= last_key[:, None], s, -1e30)
@@ -204,8 +216,8 @@ def _attend(
         masked = turns - gl.minimum((context + 1) // KEYS, turns - 1)
         for i in range(1, turns):
             weights, acc0, acc1, best, total = _turn(
-                i, turns, last_key, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, weights, acc0, acc1, best,
-                total, scale, i < masked, KEYS, STAGES, S, A,
+                i, turns, team, last_key, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn, weights,
+                acc0, acc1, best, total, scale, i < masked, KEYS, STAGES, S, A,
             )  # fmt: skip
 
         last = (turns - 1) % STAGES
@@ -249,6 +261,9 @@ def _prompts(
     k_empty = _barriers(STAGES)
     v_full = _barriers(STAGES)
     v_empty = _barriers(STAGES)
+    turn = _barriers(TEAMS)
+    for i in gl.static_range(TEAMS):
+        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=TEAMS)
@@ -258,9 +273,9 @@ def _prompts(
     gl.warp_specialize(
         [
             (_attend, (0, q_ptr, work_ptr, out_ptr, scale, q0.index(0), q1.index(0), k0, k1, v0, v1,
-                       k_full, k_empty, v_full, v_empty, KH, GROUP, KEYS, STAGES, FIELDS)),
+                       k_full, k_empty, v_full, v_empty, turn, KH, GROUP, KEYS, STAGES, FIELDS)),
             (_attend, (1, q_ptr, work_ptr, out_ptr, scale, q0.index(1), q1.index(1), k0, k1, v0, v1,
-                       k_full, k_empty, v_full, v_empty, KH, GROUP, KEYS, STAGES, FIELDS)),
+                       k_full, k_empty, v_full, v_empty, turn, KH, GROUP, KEYS, STAGES, FIELDS)),
             (_fetch, (k_box, v_box, table_ptr, work_ptr, table_stride, k0, k1, v0, v1,
                       k_full, k_empty, v_full, v_empty, KH, PAGE, KEYS, STAGES, FIELDS)),
         ],
