@@ -5,6 +5,8 @@ Knows torch's device interfaces. Does not know models or requests.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from qvl.errors import ConfigError
 from qvl.kernels.cpu_linear import preferred_cpu_dtype
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # `docker run --cpus`: microseconds of processor in each period
+NON_BLOCKING = 1  # the default stream does not wait for it, nor it for that
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +48,24 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
         return cores
+
+
+@functools.cache
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for all work of an engine on this GPU.
+
+    Recorded or not, it all goes there: cuBLAS keeps 32 MiB for each stream, and CUDA records none of its default one.
+    Torch makes 32 streams when it is asked for one, which take 66 MiB; so the driver is asked.
+    """
+    torch.cuda.synchronize(device)  # now there is a context
+    handle = ctypes.c_void_p()
+    try:
+        made = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(handle), NON_BLOCKING) == 0
+    except (OSError, AttributeError):  # it has another name there
+        made = False
+    if not made:
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.ExternalStream(handle.value, device=device)  # type: ignore[no-untyped-call]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -28,9 +28,9 @@ SLACK = 1.05  # rounding of allocations, and what is small
 # Bytes for each score of those rows that are sampled at a time, in the dearest way, a full sort: scores twice, sorted
 # scores, ids in 64 and in 32 bits, filtered scores, probabilities, noise with its bits.
 SORTED_BYTES = 40
-# What is there after the cache has been sized, outside of torch's memory: CUDA graphs (50 MiB on an H200), kernels that
-# are loaded while they are recorded (70); and what torch's rounding and the sampler's passes take beside the tensors.
-LIBRARIES = 140 << 20
+# What is there after the cache has been sized: outside of torch's memory 47 CUDA graphs (50 MiB on an H200), inside
+# what the sampler's passes leave for each other (9), and what rounding takes.
+LIBRARIES = 70 << 20
 
 
 def kv_cache_bytes(

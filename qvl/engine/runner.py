@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qvl.engine.batch import ScheduledBatch, ScheduledSeq, StepResult
 from qvl.engine.config import EngineConfig
-from qvl.engine.device import DTYPES, is_out_of_memory, release_cached_memory
+from qvl.engine.device import DTYPES, is_out_of_memory, own_stream, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.gpu_sampler import make_sampler
 from qvl.engine.grammar import Words
@@ -82,8 +82,7 @@ class ModelRunner:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
-        # Recorded or not, all work goes to one stream: cuBLAS keeps 32 MiB for each.
-        self.stream = torch.cuda.Stream(self.device) if config.device == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = own_stream(self.device) if config.device == "cuda" else None
         with self._on_stream():
             self.model = load_model(config, self.device, clock)
             self.config = config = size_kv_cache(config, self.model)
