@@ -12,6 +12,7 @@ import torch
 
 from qvl.engine.config import EngineConfig
 from qvl.kernels.gpu import compiling_together
+from qvl.kernels.pixels import pixel_kernels
 from qvl.layers.attention import AttentionMetadata, KVCache, make_kv_cache
 from qvl.models.preprocess import patchify
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -75,6 +76,8 @@ def warm_up(model: Qwen2VLForConditionalGeneration, block_size: int) -> None:
         run_decoder(model, kv, [1] * DECODES, CONTEXT, block_size)
         run_vision(model)
 
+    if model.device.type == "cuda":
+        pixel_kernels(model.spec.processor, model.compute_dtype)  # tried out first: in there nothing is computed
     with compiling_together():
         steps()
     steps()
