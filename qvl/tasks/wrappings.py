@@ -13,15 +13,15 @@ import re
 from qvl.tasks.language import NAMES
 
 _OPENING = re.compile(r"\s*(?:```|~~~)[^\n]*")
-_FENCED = re.compile(r"\A\s*(`{3,}|~{3,})[^\n]*\n(.*?)(?:\n?[ \t]*\1[`~]*\s*)?\Z", re.S)
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})[^\n]*\n")
 _INNER = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)\n?^[ \t]*\1[`~]*[ \t]*$", re.S | re.M)
 
 _SURE = re.compile(
-    r"\s*(?:sure(?: thing)?|certainly|of course|absolutely|ok(?:ay)?|好的|当然(?:可以)?|没问题)"
+    r"(?:sure(?: thing)?|certainly|of course|absolutely|ok(?:ay)?|好的|当然(?:可以)?|没问题)"
     r"(?:[!.,，！。]\s*|(?=\s*[:：]))",
     re.I,
 )
-_PHRASE = re.compile(r"\s*[*_]*([^\n:：]{1,160}?)[*_]*\s*[:：][*_]*\s*")
+_PHRASE = re.compile(r"[*_]*([^\n:：]{1,160}?)[*_]*\s*[:：][*_]*\s*")
 _THE = frozenset("the this your provided given".split())
 _PICTURE = frozenset("image picture photo photograph screenshot".split())
 _TEXT = frozenset("text words content contents line lines transcription".split())
@@ -47,17 +47,21 @@ _ANNOUNCES_CHINESE = re.compile(
     "图(?:片|像)?[中里上的].*(?:文字|文本|内容|翻译|译文)|(?:以下|下面).*(?:翻译|译文)|(?:翻译|译文).*如下"
 )
 _OFFER = re.compile(
-    r"\n\s*\n[^\n]*(?:let me know|feel free to|hope (?:this|that|it) helps|告诉我|告知我|随时问我|希望[^\n]*帮助)"
-    r"[^\n]*\s*\Z",
-    re.I,
-)
+    "let me know|feel free to|hope (?:this|that|it) helps|告诉我|告知我|随时问我|希望.*帮助", re.I
+)  # somewhere in the last paragraph
 _QUOTES = {'"': '"', "“": "”", "「": "」"}
 
 
 def unfenced(answer: str) -> str:
     """The answer without a code fence that stands around all of it; an end that was cut off is not missed."""
-    match = _FENCED.match(answer)
-    return match[2] if match and not re.search(rf"^[ \t]*{match[1]}", match[2], re.M) else answer
+    fence = _FENCE.match(answer)
+    if fence is None:
+        return answer
+    inside = answer[fence.end() :]
+    closed = inside.rstrip()
+    if fence[1] in closed[len(closed.rstrip("`~")) :]:
+        inside = closed.rstrip("`~").rstrip(" \t").removesuffix("\n")
+    return answer if re.search(rf"^[ \t]*{fence[1]}", inside, re.M) else inside
 
 
 def fenced(answer: str) -> str:
@@ -77,7 +81,8 @@ def bare(answer: str, *labels: str) -> str:
     start = _introduction(answer, labels)
     if not start and not _OPENING.match(answer):
         return answer
-    text = unfenced(_OFFER.sub("", answer[start:]))
+    before, last = _last_paragraph(answer[start:])
+    text = unfenced(before if _OFFER.search(last) else answer[start:])
     return _unquoted(text) if start else text
 
 
@@ -94,14 +99,15 @@ def grown(answer: str, *labels: str) -> str:
     start = _introduction(answer, labels)
     if not start and not _OPENING.match(answer):
         return answer
-    whole = re.sub(r"\n\s*\n[^\n]*\Z", "", answer[start:])  # its last paragraph may become an offer
+    whole, _ = _last_paragraph(answer[start:])  # which may become an offer
     return "" if start and whole[:1] in _QUOTES else certain(unfenced(whole))
 
 
 def _introduction(answer: str, labels: tuple[str, ...]) -> int:
     """Where the answer begins behind its introduction; 0 where there is none, or nothing else."""
-    sure = _SURE.match(answer)
-    start = sure.end() if sure else 0
+    begin = len(answer) - len(answer.lstrip())
+    sure = _SURE.match(answer, begin)
+    start = sure.end() if sure else begin
     phrase = _PHRASE.match(answer, start)
     if phrase and _introduces(phrase[1], sure is not None, labels):
         start = phrase.end()
@@ -123,6 +129,7 @@ def _introduces(phrase: str, sure: bool, labels: tuple[str, ...]) -> bool:
 
 def _may_introduce(answer: str, labels: tuple[str, ...]) -> bool:
     """Whether an answer that is still coming may yet turn out to be an introduction."""
+    answer = answer.lstrip()
     sure = _SURE.match(answer)
     rest = answer[sure.end() :] if sure else answer
     phrase = _PHRASE.fullmatch(rest)
@@ -139,6 +146,13 @@ def _may_introduce(answer: str, labels: tuple[str, ...]) -> bool:
 
 def _plain(phrase: str) -> list[str]:
     return phrase.lower().replace("’", "'").strip("*_ ").replace(",", "").split()
+
+
+def _last_paragraph(text: str) -> tuple[str, str]:
+    """The text before its last paragraph, and that one where it is a single line; all of it and nothing elsewhere."""
+    before, _, last = text.rstrip().rpartition("\n")
+    is_apart = before.rpartition("\n")[2].strip() == "" and before.strip() != ""
+    return (before.rstrip(), last) if is_apart else (text, "")
 
 
 def _unquoted(text: str) -> str:

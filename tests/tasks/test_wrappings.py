@@ -134,6 +134,15 @@ def test_what_is_shown_while_it_comes_is_how_it_begins(answer: str) -> None:
         assert whole.lstrip().startswith(grown(answer[:end], *LABELS).strip()), answer[:end]
 
 
+@pytest.mark.parametrize("piece", [" ", "\n", "\n ", "* ", "```\n", "Sure! ", "图", ": ", '"'])
+@pytest.mark.parametrize("begin", ["", "Sure!\n", "Here is the translation:", "```\n"])
+def test_an_answer_that_repeats_itself_without_end_is_read_all_the_same(begin: str, piece: str) -> None:
+    """As small models do. What takes more time than there are characters would never end here."""
+    answer = begin + piece * 50_000
+    assert len(bare(answer)) <= len(answer)
+    assert len(grown(answer)) <= len(answer)
+
+
 def test_most_answers_are_shown_from_their_first_words_on() -> None:
     assert grown("OPEN") == "OPEN"
     assert grown("The cat") == "The cat"
