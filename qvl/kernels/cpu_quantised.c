@@ -159,10 +159,11 @@ INLINE void strip(const int bits, const int tiles, const int columns, const prod
 #ifdef WIDE
 /* As `strip` with 8 bits, for MASKED_COLUMNS rows of x; `known` [span] of tile t. */
 static void masked_strip(const product *p, long column, long t, long from, long stop, const ready *known) {
-    vf4 sum[ROWS][MASKED_COLUMNS / 4], turned[MASKED_COLUMNS];
-    for (int c = 0; c < MASKED_COLUMNS; c++) turned[c] = begun(p, column + c, t, from);
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < MASKED_COLUMNS; c++) sum[r][c / 4][c % 4] = turned[c][r];
+    vf4 sum[ROWS][MASKED_COLUMNS / 4] = {0};
+    for (int c = 0; from && c < MASKED_COLUMNS; c++) {
+        vf4 before = begun(p, column + c, t, from);
+        for (int r = 0; r < ROWS; r++) sum[r][c / 4][c % 4] = before[r];
+    }
     for (long i = from; i < stop; i += SPAN, known++) {
         const int8_t *w = p->w + (t * p->k + i) * ROWS, *x = p->codes + column * p->k + i;
         long length = stop - i < SPAN ? stop - i : SPAN;
@@ -182,9 +183,9 @@ static void masked_strip(const product *p, long column, long t, long from, long 
                                        *(const vf4_u *)scales_of(p, column + 4 * c, i / SPAN));
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < MASKED_COLUMNS; c++) turned[c][r] = sum[r][c / 4][c % 4];
-    for (int c = 0; c < MASKED_COLUMNS; c++) keep(p, column + c, t, turned[c], stop);
+    for (int c = 0; c < MASKED_COLUMNS; c++)
+        keep(p, column + c, t, (vf4){sum[0][c / 4][c % 4], sum[1][c / 4][c % 4], sum[2][c / 4][c % 4], sum[3][c / 4][c % 4]},
+             stop);
 }
 
 /* As many rows of x as MASKED_COLUMNS divides; how many that is. */

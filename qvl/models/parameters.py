@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qvl.kernels.cpu_memory import in_large_pages
 from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.fp8 import Fp8Matrix
 from qvl.layers.linear import Linear
@@ -35,7 +36,7 @@ def allocate(shapes: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Memory for tensors of these shapes and dtypes. On a GPU in one piece: torch rounds each of its pieces up, which
     takes 234 MiB more for the 7B."""
     if device.type != "cuda":
-        return [torch.empty(shape.shape, dtype=shape.dtype, device=device) for shape in shapes]
+        return [in_large_pages(torch.empty(shape.shape, dtype=shape.dtype, device=device)) for shape in shapes]
     return carve(shapes, device)
 
 
