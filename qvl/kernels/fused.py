@@ -80,12 +80,10 @@ def add_rms_norm(
     return round_rows(out) if eight_bits else out, total
 
 
-def silu_and_mul(gate_up: Tensor | Sums, eight_bits: bool = False) -> Tensor | Rounded:  # [n, 2 * size] -> [n, size]
+def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:  # [n, 2 * size] -> [n, size]
     """silu(first half) * second half, in fp8 if asked for."""
-    numbers = memory_of(gate_up)
-    if numbers.is_cuda and numbers.is_contiguous() and (gpu := gpu_kernels()) is not None:
+    if gate_up.is_cuda and gate_up.is_contiguous() and (gpu := gpu_kernels()) is not None:
         return gpu.silu_and_mul(gate_up, eight_bits)
-    gate_up = finished(gate_up)
     library = kernels_for(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     if library is not None and gate_up.is_contiguous():

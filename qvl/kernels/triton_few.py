@@ -32,6 +32,8 @@ meet = getattr(gl, "thread_barrier", None) or gl.barrier  # of all warps; it has
 
 BOX = 64  # rows of the weights that four warps multiply at a time
 PROGRAMS = 132  # at most, where one matrix does not make more: they all run at a time
+MANY = 4 * PROGRAMS  # from which on they take turns anyway
+FEW_TOKENS = 16  # that leave room for more of the weights
 MOST_SPLITS = 8
 WRONG = 2e-2
 
@@ -47,12 +49,16 @@ class Cut:
     stages: int
 
 
-def cut_for(n: int, k: int, gated: bool) -> Cut:
-    """For weights [n, k] (n of gate and n of up when gated)."""
+def cut_for(n: int, k: int, tokens: int, gated: bool) -> Cut:
+    """For weights [n, k] (n of gate and n of up when gated). Measured: 256 numbers of a row at a time come faster than
+    128, but what is not under way does not come at all."""
+    deep = k % 256 == 0
     if gated:
+        return Cut(2, 1, 256, 2) if deep and tokens > FEW_TOKENS else Cut(2, 1, 128, 3)
+    if n // BOX > MANY and n % (2 * BOX) == 0:
         return Cut(2, 1, 128, 3)
-    splits = PROGRAMS // (n // BOX)
-    return Cut(1, max(1, min(splits, k // 256, MOST_SPLITS)), 128, 6)
+    splits = max(1, min(PROGRAMS // (n // BOX), k // 256, MOST_SPLITS))
+    return Cut(1, splits, 256, 5) if deep and tokens <= FEW_TOKENS else Cut(1, splits, 128, 6)
 
 
 def takes(weight: Tensor, gated: bool) -> bool:
@@ -64,7 +70,7 @@ def takes(weight: Tensor, gated: bool) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, cut: Cut | None = None) -> Sums:
     """x [m, k] times the transpose of `weight` [n, k], plus bias [n], in fp32: [splits, m, n]."""
     (m, k), n = x.shape, len(weight)
-    cut = cut or cut_for(n, k, False)
+    cut = cut or cut_for(n, k, tokens_for(m), False)
     out = torch.empty((cut.splits, m, n), dtype=x.dtype if cut.splits == 1 else torch.float32, device=x.device)
     _launch(x, weight, bias, out, cut, n, False)
     return Sums(out, x.dtype)
@@ -74,18 +80,22 @@ def gated_product(x: Tensor, weight: Tensor, cut: Cut | None = None) -> Tensor:
     """SiLU of x [m, k] times the first half of the rows of `weight` [2 n, k], times x times the others: [m, n]."""
     (m, k), n = x.shape, len(weight) // 2
     out = x.new_empty(m, n)
-    _launch(x, weight, None, out, cut or cut_for(n, k, True), n, True)
+    _launch(x, weight, None, out, cut or cut_for(n, k, tokens_for(m), True), n, True)
     return out
+
+
+def tokens_for(rows: int) -> int:
+    """Rows of x in a box."""
+    return max(8, next_power_of_2(rows))
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, cut: Cut, n: int, gated: bool) -> None:
     m, k = x.shape
     tiles = n // (BOX if gated else BOX * cut.boxes)
-    tokens = max(8, next_power_of_2(m))
     launch(
         _product, (tiles * cut.splits,),
-        *described(weight, (BOX, cut.depth)), *described(x, (tokens, cut.depth)), x if bias is None else bias, out,
-        m, n, tiles, k // cut.depth, BOXES=cut.boxes, SPLITS=cut.splits, STAGES=cut.stages, BIAS=bias is not None,
+        *described(weight, (BOX, cut.depth)), *described(x, (tokens_for(m), cut.depth)), x if bias is None else bias,
+        out, m, n, tiles, k // cut.depth, BOXES=cut.boxes, SPLITS=cut.splits, STAGES=cut.stages, BIAS=bias is not None,
         GATED=gated, EARLY=True, num_warps=4,
     )  # fmt: skip
 

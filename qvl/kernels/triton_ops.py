@@ -21,7 +21,8 @@ from qvl.kernels.triton_tower import BLOCK, add_layer_norm, quick_gelu, rotate, 
 __all__ = ["add_layer_norm", "add_rms_norm", "quick_gelu", "rope_and_store", "rotate", "round_rows", "silu_and_mul"]
 
 MANY = 128  # tokens from which on there are programs enough to make each larger
-ROUND_BLOCK, ROUND_WARPS = 2048, 4  # of a program of `silu_and_mul` in fp8 where tokens are many
+MANY_ROUNDED = 256  # tokens from which on `silu_and_mul` in fp8 does not hold rows in registers, and its programs then
+ROUND_BLOCK, ROUND_WARPS = 2048, 8
 TURN_FEW, TURN_MANY = 4, 16  # heads that one program of `rope_and_store` turns
 
 
@@ -42,20 +43,23 @@ def add_rms_norm(
     return out, total
 
 
-def silu_and_mul(gate_up: Tensor | Sums, eight_bits: bool = False) -> Tensor | Rounded:
+def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
     """silu(first half) * second half of contiguous [n, 2 * size]: [n, size]."""
-    parts, numbers, constants = unfinished(gate_up)
-    rows, size = parts.shape[-2], parts.shape[-1] // 2
-    out, codes, scales = outputs(parts, (rows, size), eight_bits)
-    constants |= {"EARLY": early_on(capability_of(parts.device))}
-    if eight_bits:  # a row must be whole to know its largest number
-        block, warps = (next_power_of_2(size), 16) if rows < MANY else (ROUND_BLOCK, ROUND_WARPS)
-        launch(
-            _silu_and_round, (rows,), parts, *numbers, codes, scales, size, **constants, BLOCK=block, num_warps=warps
-        )
-    else:
-        grid = (rows, cdiv(size, BLOCK))
-        launch(_silu_and_mul, grid, parts, *numbers, codes, size, **constants, BLOCK=BLOCK, num_warps=warps_for(BLOCK))
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out, codes, scales = outputs(gate_up, (rows, size), eight_bits)
+    early = early_on(capability_of(gate_up.device))
+    if not eight_bits:
+        grid, warps = (rows, cdiv(size, BLOCK)), warps_for(BLOCK)
+        launch(_silu_and_mul, grid, gate_up, codes, size, EARLY=early, BLOCK=BLOCK, num_warps=warps)
+        return out
+    # A row must be whole to know its largest number: held in registers, or computed twice.
+    whole = rows < MANY_ROUNDED
+    block = next_power_of_2(size) if whole else ROUND_BLOCK
+    launch(
+        _silu_and_round, (rows,),
+        gate_up, codes, scales, size, WHOLE=whole, EARLY=early, BLOCK=block,
+        num_warps=warps_for(block) if whole else ROUND_WARPS,
+    )  # fmt: skip
     return out
 
 
@@ -228,71 +232,49 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _silu_and_mul(
-    x_ptr,  # [PARTS, n, 2 * size]
-    part_size,
-    factor,
-    rows_ptr,
-    columns_ptr,
-    out_ptr,
-    size,
-    PARTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _silu_and_mul(x_ptr, out_ptr, size, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK outputs of one row."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    out = _gated(x_ptr, token, at, size, part_size, factor, rows_ptr, columns_ptr, PARTS, SCALED)
-    tl.store(out_ptr + token * size + at, out.to(out_ptr.dtype.element_ty), mask=at < size)
+    out = _gated(x_ptr + row * 2 * size, at, size)
+    tl.store(out_ptr + row * size + at, out.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
-def _gated(x_ptr, token, at, size, part_size, factor, rows_ptr, columns_ptr, PARTS: tl.constexpr, SCALED: tl.constexpr):
-    """silu(gate) * up at the columns `at` of one row, rounded as two separate operations would."""
-    dtype = x_ptr.dtype.element_ty
-    row = token * 2 * size
+def _gated(row_ptr, at, size):
+    """silu(gate) * up at the columns `at` of a row, rounded as two separate operations would."""
     live = at < size
-    gate = _read(x_ptr, row + at, token, at, live, part_size, factor, rows_ptr, columns_ptr, PARTS, SCALED)
-    up = _read(x_ptr, row + size + at, token, size + at, live, part_size, factor, rows_ptr, columns_ptr, PARTS, SCALED)
-    return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+    gate = tl.load(row_ptr + at, mask=live, other=0.0)
+    up = tl.load(row_ptr + size + at, mask=live, other=0.0)
+    wide = gate.to(tl.float32)
+    return (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32) * up.to(tl.float32)
 
 
 @triton.jit
-def _silu_and_round(
-    x_ptr,  # [PARTS, n, 2 * size]
-    part_size,
-    factor,
-    rows_ptr,
-    columns_ptr,
-    out_ptr,  # fp8 [n, size]
-    scales_ptr,
-    size,
-    PARTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: one row, twice: for its largest number, and for what is stored."""
+def _silu_and_round(x_ptr, out_ptr, scales_ptr, size, WHOLE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one row, which is BLOCK numbers at most if WHOLE; others are computed twice, for the largest of
+    them and for what is stored."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + token * 2 * size
+    to = out_ptr + token * size
     at = tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, size, BLOCK):
-        out = _gated(x_ptr, token, start + at, size, part_size, factor, rows_ptr, columns_ptr, PARTS, SCALED)
-        largest = tl.maximum(largest, tl.abs(out))
-    scale = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
-    tl.store(scales_ptr + token, scale)
-    for start in range(0, size, BLOCK):
-        out = _gated(x_ptr, token, start + at, size, part_size, factor, rows_ptr, columns_ptr, PARTS, SCALED)
-        to = out_ptr + token * size + start + at
-        tl.store(to, (out / scale).to(out_ptr.dtype.element_ty), mask=start + at < size)
+    if WHOLE:
+        _store(to + at, scales_ptr + token, _gated(row_ptr, at, size), at < size, True)
+    else:
+        largest = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, size, BLOCK):
+            largest = tl.maximum(largest, tl.abs(_gated(row_ptr, start + at, size)))
+        scale = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
+        tl.store(scales_ptr + token, scale)
+        for start in range(0, size, BLOCK):
+            out = _gated(row_ptr, start + at, size) / scale
+            tl.store(to + start + at, out.to(out_ptr.dtype.element_ty), mask=start + at < size)
 
 
 @triton.jit

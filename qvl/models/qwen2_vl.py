@@ -90,7 +90,7 @@ class MLP(nn.Module):
             joined = gated_many(hidden_states, weight) if joined is None else joined
             if joined is not None:
                 return joined
-        return silu_and_mul(self.gate_up_proj.sums(hidden_states), self.down_proj.eight_bits)
+        return silu_and_mul(self.gate_up_proj(hidden_states), self.down_proj.eight_bits)
 
     def rows_at_once(self, rows: int) -> int:
         """How many of them may go through it at a time: twice as many where gate and up take no memory."""

@@ -162,9 +162,8 @@ def test_a_row_that_fits_into_registers_is_shared_by_as_many_programs_as_run_at_
 def test_a_row_in_fp8_builds_where_fp8_is() -> None:
     from qvl.kernels.triton_ops import ROUND_BLOCK, ROUND_WARPS, _silu_and_round
 
-    types = dict.fromkeys(("rows_ptr", "columns_ptr", "scales_ptr"), "*fp32")
-    types |= {"x_ptr": "*bf16", "part_size": "i32", "factor": "fp32", "out_ptr": "*fp8e4nv", "size": "i32"}
-    for block, warps in ((32768, 16), (ROUND_BLOCK, ROUND_WARPS)):
-        constants = {"PARTS": 1, "SCALED": True, "EARLY": False, "BLOCK": block}
+    types = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "size": "i32"}
+    for whole, block, warps in ((True, 32768, 16), (False, ROUND_BLOCK, ROUND_WARPS)):
+        constants = {"WHOLE": whole, "EARLY": False, "BLOCK": block}
         kernel = compiled(_silu_and_round, (8, 9), types, constants, {"num_warps": warps})
         assert kernel.metadata.shared <= shared_memory((8, 9))

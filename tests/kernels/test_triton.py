@@ -262,9 +262,25 @@ def test_fp8_rows_are_those_of_torch() -> None:
     exact = F.rms_norm(x, (96,), weight, 1e-5)
     assert isinstance(norm, Rounded)
     assert (wide(norm) - exact).norm() < (0.2 if INTERPRETED else 0.04) * exact.norm()
-    gated = triton_ops.silu_and_mul(numbers(2, 80), eight_bits=True)
+
+
+@here
+@pytest.mark.parametrize("many", [False, True], ids=["rows in registers", "rows twice"])
+def test_a_gate_in_fp8(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    from qvl.kernels import triton_ops
+
+    if ON_GPU and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    monkeypatch.setattr(triton_ops, "MANY_ROUNDED", 0 if many else 4)
+    gate_up = numbers(3, 2 * (triton_ops.ROUND_BLOCK + 40), dtype=torch.bfloat16)
+    gate_up[1] = 0
+    gated = triton_ops.silu_and_mul(gate_up, eight_bits=True)
     assert isinstance(gated, Rounded)
-    assert gated.codes.shape == (2, 40)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    exact = F.silu(gate) * up
+    largest = exact.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    assert torch.allclose(gated.scales * 448, largest, rtol=1e-2)
+    assert (wide(gated) - exact).norm() < (0.2 if INTERPRETED else 0.05) * exact.norm()
 
 
 # --- products of one row ----------------------------------------------------------------------------------------------

@@ -33,16 +33,18 @@ on_hopper = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("tokens", [8, 16, 32, MOST])
 @pytest.mark.parametrize(("n", "k", "gated"), SHAPES)
-def test_cuts_cover_the_matrices_of_the_family(n: int, k: int, gated: bool) -> None:
+def test_cuts_cover_the_matrices_of_the_family(n: int, k: int, gated: bool, tokens: int) -> None:
     assert triton_few.takes(torch.empty(n, k, device="meta"), gated)
-    cut = triton_few.cut_for(n // 2 if gated else n, k, gated)
+    cut = triton_few.cut_for(n // 2 if gated else n, k, tokens, gated)
     assert k % cut.depth == 0
     assert k // cut.depth >= cut.splits
     assert not gated or (cut.boxes, cut.splits) == (2, 1)
     programs = n // (triton_few.BOX * cut.boxes) * cut.splits
     assert cut.splits == 1 or programs <= triton_few.PROGRAMS
-    bytes_of_a_stage = (cut.boxes * triton_few.BOX + MOST) * cut.depth * 2
+    assert n % (triton_few.BOX * cut.boxes) == 0
+    bytes_of_a_stage = (cut.boxes * triton_few.BOX + tokens) * cut.depth * 2
     assert cut.stages * bytes_of_a_stage + KIB <= shared_memory(HOPPER)
 
 
@@ -53,7 +55,7 @@ def test_matrices_that_boxes_do_not_cover_are_not_taken(n: int, k: int, gated: b
 
 @pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("rows", [2, 16, 32, 64])
 def test_it_builds_for_the_gpu_it_is_written_for(
     monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
 ) -> None:
