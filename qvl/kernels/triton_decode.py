@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl.kernels.gpu import Tiles, launch
+from qvl.kernels.gpu import Tiles, cdiv, launch, next_power_of_2
 from qvl.kernels.triton_prefill import LOG2E, attend_keys, blocks_of
 from qvl.layers.attention import Heads
 
@@ -57,9 +57,9 @@ def cut_decodes(seq_lens: Tensor, batch: int, most: int, heads: Heads, tiles: Ti
         torch.empty((count, heads.num_heads), dtype=torch.float32, device=device),
     )
     launch(
-        _cut, (triton.cdiv(count, ITEMS_EACH),),
+        _cut, (cdiv(count, ITEMS_EACH),),
         seq_lens, cut.items, cut.joins, batch, count, most,
-        BATCH=max(COMMON_BATCH, triton.next_power_of_2(batch)), EACH=ITEMS_EACH, BLOCK=tiles.decode_block,
+        BATCH=max(COMMON_BATCH, next_power_of_2(batch)), EACH=ITEMS_EACH, BLOCK=tiles.decode_block,
         LEAST=max(LEAST, tiles.decode_block), FIELDS=FIELDS, EARLY=tiles.early, num_warps=4,
     )  # fmt: skip
     return cut

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels import rules as layout
-from qvl.kernels.gpu import launch
+from qvl.kernels.gpu import cdiv, launch, next_power_of_2
 from qvl.kernels.rules import Rules
 from qvl.kernels.triton_scores import (
     BLOCK,
@@ -61,14 +61,14 @@ def choose(logits: Tensor, allowed: Tensor, rules: Rules, scratch: Scratch, heal
     Rows that are -1 in `healthy` int64 [m] stay so.
     """
     rows, vocab = rules.rows, logits.shape[1]
-    parts = triton.cdiv(vocab, BLOCK)
+    parts = cdiv(vocab, BLOCK)
     source = (logits, allowed, rules.words, rules.counts)
     ends = (scratch.keys, scratch.listed, scratch.candidates)
-    sizes = {"PARTS": triton.next_power_of_2(parts), "ID_BITS": id_bits(vocab)}
+    sizes = {"PARTS": next_power_of_2(parts), "ID_BITS": id_bits(vocab)}
     launch(_scan, (rows, parts), *source, scratch.stats, scratch.keys, scratch.listed, vocab, parts,
            ID_BITS=sizes["ID_BITS"], BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
     found = (scratch.stats, scratch.pivots, scratch.weights)
-    few = (rows, min(parts, triton.cdiv(PROGRAMS, rows)))
+    few = (rows, min(parts, cdiv(PROGRAMS, rows)))
     for number in range(ROUNDS.value if rules.narrows else 0):
         launch(_narrow, few, *source, *found, vocab, parts, ROUND=number, PARTS=sizes["PARTS"], BLOCK=BLOCK,
                num_warps=WARPS)  # fmt: skip
@@ -95,7 +95,7 @@ class Scratch:
     @classmethod
     def create(cls, rows: int, vocab: int, device: torch.device) -> Scratch:
         """For up to so many rows with rules."""
-        parts = triton.cdiv(vocab, BLOCK)
+        parts = cdiv(vocab, BLOCK)
         return cls(
             rows,
             keys=torch.empty((rows, parts), dtype=torch.int64, device=device),

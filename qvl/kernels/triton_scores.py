@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl.kernels import rules as layout
-from qvl.kernels.gpu import launch
+from qvl.kernels.gpu import cdiv, launch, next_power_of_2
 
 INDEX, LINE, MASK, ITEMS, NUM_ITEMS, KEY = (
     tl.constexpr(field)
@@ -34,12 +34,12 @@ def best(logits: Tensor, allowed: Tensor) -> Tensor:
     `allowed` int32 [vocab / 32] has a bit per token that may be chosen.
     """
     rows, vocab = logits.shape
-    parts = triton.cdiv(vocab, BLOCK)
+    parts = cdiv(vocab, BLOCK)
     keys = torch.empty((rows, parts), dtype=torch.int64, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     bits = id_bits(vocab)
     launch(_best, (rows, parts), logits, allowed, keys, vocab, ID_BITS=bits, BLOCK=BLOCK, num_warps=WARPS)
-    launch(_merge, (rows,), keys, tokens, parts, ID_BITS=bits, PARTS=triton.next_power_of_2(parts), num_warps=1)
+    launch(_merge, (rows,), keys, tokens, parts, ID_BITS=bits, PARTS=next_power_of_2(parts), num_warps=1)
     return tokens
 
 
