@@ -72,10 +72,10 @@ def pixel_kernels(spec: ProcessorSpec, dtype: torch.dtype) -> Any | None:
     return tried_out("triton_pixels", "the kernel that makes patches", lambda k: problem_of(k, spec, dtype), SLOWER)
 
 
-def problem_of(kernels: Any, spec: ProcessorSpec, dtype: torch.dtype) -> str | None:
+def problem_of(kernels: Any, spec: ProcessorSpec, dtype: torch.dtype, device: str = "cuda") -> str | None:
     """A picture of one grey becomes patches of one number for each colour, when it is made smaller and larger."""
     side = spec.factor
-    grey = torch.full((1, side + 5, side - 5, 3), 200, dtype=torch.uint8, device="cuda")
+    grey = torch.full((1, side + 5, side - 5, 3), 200, dtype=torch.uint8, device=device)
     mean, std = torch.tensor(spec.image_mean), torch.tensor(spec.image_std)
     expected = ((200 / 255 - mean) / std)[:, None]
     found = kernels.patches(grey, side, side, spec, dtype).cpu().float().unflatten(1, (3, -1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qvl.kernels.pixels import BITS, taps_of
+from qvl.kernels.pixels import BITS, problem_of, taps_of
 from qvl.models.preprocess import arrange
 from qvl.specs import ProcessorSpec
 from tests.kernels.interpreted import DEVICE, INTERPRETED, ON_GPU, here, run_in_the_interpreter
@@ -75,3 +75,19 @@ def test_another_geometry() -> None:
     frames = torch.from_numpy(np.concatenate((pixels, pixels[-1:], pixels[-1:]))).permute(0, 3, 1, 2)
     expected = arrange(frames.unflatten(0, (-1, 3)), spec, torch.float32)
     assert (made(pixels, 16, 8, spec, torch.float32) - expected).abs().max() < 1e-5
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_trial_takes_what_is_right_and_tells_what_is_not(dtype: torch.dtype) -> None:
+    from qvl.kernels import triton_pixels
+
+    class Zeros:
+        @staticmethod
+        def patches(pixels: torch.Tensor, height: int, width: int, spec: ProcessorSpec, dtype: torch.dtype) -> Any:
+            return torch.zeros(4, 1176, dtype=dtype)
+
+    assert problem_of(triton_pixels, ProcessorSpec(), dtype, DEVICE.type) is None
+    problem = problem_of(Zeros, ProcessorSpec(), dtype, DEVICE.type)
+    assert problem is not None
+    assert "wrong numbers" in problem
