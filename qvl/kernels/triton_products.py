@@ -11,7 +11,11 @@ GPU is.
 from __future__ import annotations
 
 import functools
+import heapq
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qvl.kernels.gpu import launch
+from qvl.kernels.gpu import cdiv, launch
+from qvl.kernels.segments import uploaded
 from qvl.kernels.triton_boxes import described
 
 ROWS = 64  # of a team
@@ -32,10 +37,12 @@ TEAMS = gl.constexpr(2)
 COLUMNS = 256  # of a tile, which are rows of the weight
 WRITTEN = 128  # columns of the result that a team writes at a time
 DEPTH = 64  # numbers of a row that are fetched at a time
-STAGES = 4  # places for what is fetched
-LAG = 1  # turns by which a team is behind the one before: one multiplies while the other applies the activation
+STAGES = 3  # places for what is fetched
 REGISTERS = 168  # of a thread at the start; then those that multiply take those of the one that fetches
 NONE, SILU, QUICK_GELU = 0, 1, 2
+ALONE = 0.6  # how long a team takes for its rows of a tile where the other has none
+MOST_COLUMNS = gl.constexpr(4096)  # tiles' columns of a weight
+NO_TILE = -1
 WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
 
 
@@ -49,38 +56,65 @@ def quick_gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product(x, weight, bias, QUICK_GELU)
 
 
-def product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: int,
-    *,
-    stages: int = STAGES,
-    lag: int = LAG,
-) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, stages: int = STAGES) -> Tensor:
     halves = 2 if activation == SILU else 1
     size = len(weight) // halves
     out = x.new_empty(len(x), size)
+    columns = COLUMNS // halves
+    dealt = dealt_on(cdiv(len(x), ROWS), cdiv(size, columns), x.device)
     launch(
-        _product, (multiprocessors(x.device),),
+        _product, (dealt.shape[1],),
         *described(x, (ROWS, DEPTH)),
-        *described(weight.view(halves, size, -1), (halves, COLUMNS // halves, DEPTH)),
+        *described(weight.view(halves, size, -1), (halves, columns, DEPTH)),
         *described(out, (ROWS, WRITTEN)),
-        out if bias is None else bias, len(x), size, x.shape[1],
-        BIAS=bias is not None, ACTIVATION=activation, STAGES=stages, LAG=lag, num_warps=4, maxnreg=REGISTERS,
+        dealt, out if bias is None else bias, len(dealt), size, x.shape[1],
+        BIAS=bias is not None, ACTIVATION=activation, STAGES=stages, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@functools.lru_cache(1024)
+def dealt_on(height: int, columns: int, device: torch.device) -> Tensor:
+    """`deal` for the programs that run there at a time, on the device."""
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return uploaded(deal(height, columns, programs), device)
+
+
+def deal(height: int, columns: int, programs: int) -> npt.NDArray[np.int32]:
+    """Which tiles each program computes, one after the other: int32 [turns, programs].
+
+    `height` and `columns` are those of the result, in rows of a team and columns of a tile. Those of a column are
+    neighbours, as they read the same weights; who is free first takes the next. When few are left for the last turn,
+    two programs share each.
+    """
+    first = np.arange(0, height, 2)
+    tiles = told_of(first[None, :], np.arange(columns)[:, None], first[None, :] + 1 < height).ravel()
+    left = len(tiles) % programs
+    if height % 2 == 0 and 2 * left <= programs:
+        whole, last = np.split(tiles, [len(tiles) - left])
+        lower = last - 1  # of the two teams' rows those of the first alone
+        tiles = np.concatenate((whole, np.stack((lower, lower + told_of(1, 0, 0)), axis=1).ravel()))
+    free = [(0.0, program) for program in range(programs)]
+    hands: list[list[int]] = [[] for _ in free]
+    for tile in tiles.tolist():
+        at, program = free[0]
+        heapq.heapreplace(free, (at + (1.0 if tile % 2 else ALONE), program))
+        hands[program].append(tile)
+    dealt = np.full((max(map(len, hands)), programs), NO_TILE, dtype=np.int32)
+    for program, hand in enumerate(hands):
+        dealt[: len(hand), program] = hand
+    return dealt
+
+
+def told_of(row: Any, column: Any, both: Any) -> Any:
+    """A tile as one number: its first row, its column, and whether both teams have rows of it."""
+    return (row * MOST_COLUMNS.value + column) * 2 + both
 
 
 def problem_of(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with it, or None: two tiles of rows, of which one is not full, and two of columns."""
+    """What is wrong with it, or None: two tiles of rows, one of them for one team, and two of columns, none full."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((193, 208), (288, 208)))
+    x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((150, 208), (288, 208)))
     # Computed on the CPU: a GPU would load dozens of torch's kernels for it, which takes seconds.
     gate, up = (x.float() @ weight.float().T).chunk(2, 1)
     exact = torch.nn.functional.silu(gate) * up
@@ -90,58 +124,44 @@ def problem_of(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @gluon.jit
-def _turns(rows, size, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """How many places this program looks at, and how many teams' rows there are.
-
-    Places are counted in teams' rows, column after column, and dealt out as many at a time as there are teams: so much
-    a multiprocessor does at a time. A tile begins at every such step of a column; its last one may be smaller, and
-    costs less.
-    """
-    height = gl.cdiv(rows, ROWS)
-    steps = gl.cdiv(height * gl.cdiv(size, COLUMNS), TEAMS)
-    return TEAMS * gl.cdiv(steps - gl.program_id(0), gl.num_programs(0)), height
+def _tile(dealt_ptr, i, turns):
+    """The tile of this program's turn i; none behind the last turn."""
+    told = gl.load(dealt_ptr + i * gl.num_programs(0) + gl.program_id(0), mask=i < turns, other=-1)
+    return told // 2 // MOST_COLUMNS, told // 2 % MOST_COLUMNS, gl.where(told < 0, 0, told % 2 + 1)
 
 
 @gluon.jit
-def _place(i):
-    """The place that this program looks at in its turn i."""
-    return TEAMS * (gl.program_id(0) + i // TEAMS * gl.num_programs(0)) + i % TEAMS
-
-
-@gluon.jit
-def _fetch(x_box, w_box, rows, size, depth, x, w, full, empty, STAGES: gl.constexpr):
+def _fetch(x_box, w_box, dealt_ptr, turns, depth, x, w, full, empty, STAGES: gl.constexpr):
     """The parts of both that a tile needs, as their places become free."""
     ROWS: gl.constexpr = x.shape[1]
     DEPTH: gl.constexpr = x.shape[2]
     COLUMNS: gl.constexpr = w.shape[2]
-    turns, height = _turns(rows, size, ROWS, COLUMNS)
+    ONE: gl.constexpr = (ROWS + w.shape[1] * COLUMNS) * DEPTH * 2
     n = 0
     for i in range(turns):
-        place = _place(i)
-        column = place // height * COLUMNS
-        first = place % height
-        if (first % TEAMS == 0) & (column < size):
-            row = first * ROWS
+        row, column, teams = _tile(dealt_ptr, i, turns)
+        if teams > 0:
             for k in range(0, depth, DEPTH):
                 at = n % STAGES
                 mbarrier.wait(empty.index(at), (n // STAGES & 1) ^ 1)
-                # All of it counts, also what lies behind the last row and comes as zeros.
-                mbarrier.expect(full.index(at), (TEAMS * ROWS + w.shape[1] * COLUMNS) * DEPTH * 2)
-                tma.async_copy_global_to_shared(w_box, [0, column, k], full.index(at), w.index(at))
+                # Everything counts, also what lies behind the last row and comes as zeros.
+                mbarrier.expect(full.index(at), ONE, pred=teams == 1)
+                mbarrier.expect(full.index(at), ONE + ROWS * DEPTH * 2, pred=teams > 1)
+                tma.async_copy_global_to_shared(w_box, [0, column * COLUMNS, k], full.index(at), w.index(at))
                 for team in gl.static_range(TEAMS):
-                    place_of = x.index(at * TEAMS + team)
-                    tma.async_copy_global_to_shared(x_box, [row + team * ROWS, k], full.index(at), place_of)
+                    tma.async_copy_global_to_shared(
+                        x_box, [(row + team) * ROWS, k], full.index(at), x.index(at * TEAMS + team), pred=team < teams
+                    )
                 n += 1
 
 
 @gluon.jit
 def _multiply(
-    out_box, bias_ptr, rows, size, depth, x, w, out, full, empty, ready,
+    out_box, dealt_ptr, bias_ptr, turns, size, depth, x, w, out, full, empty,
     TEAM: gl.constexpr,
     BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
-    LAG: gl.constexpr,
 ):  # fmt: skip
     """A team: its rows of every tile."""
     ROWS: gl.constexpr = x.shape[1]
@@ -149,37 +169,30 @@ def _multiply(
     COLUMNS: gl.constexpr = w.shape[2]
     ALL: gl.constexpr = w.shape[1] * COLUMNS
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ALL, 16])
-    turns, height = _turns(rows, size, ROWS, COLUMNS)
-    lag = gl.minimum(LAG, gl.cdiv(depth, DEPTH))
     n = 0
+    next_row, next_column, next_teams = _tile(dealt_ptr, 0, turns)
     for i in range(turns):
-        place = _place(i)
-        column = place // height * COLUMNS
-        first = place % height
-        if (first % TEAMS == 0) & (column < size):
-            if first + TEAM < height:
-                if LAG > 0 and TEAM == 1:
-                    mbarrier.wait(ready.index(0), 0, pred=n == 0)
-                acc = gl.zeros((ROWS, ALL), gl.float32, L)
-                for k in range(0, depth, DEPTH):
-                    at = n % STAGES
-                    mbarrier.wait(full.index(at), n // STAGES & 1)
-                    part = w.index(at).reshape([ALL, DEPTH]).permute((1, 0))
-                    under_way = warpgroup_mma(x.index(at * TEAMS + TEAM), part, acc, is_async=True)
-                    acc = warpgroup_mma_wait(1, deps=(under_way,))
-                    # The product before this one is done: what it read may be overwritten.
-                    mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES), pred=k > 0)
-                    n += 1
-                    if LAG > 0 and TEAM == 0:
-                        mbarrier.arrive(ready.index(0), pred=n == lag)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES))
-                _finish(out_box, bias_ptr, acc, (first + TEAM) * ROWS, column, size, out, BIAS, ACTIVATION)
-            else:
-                for _ in range(0, depth, DEPTH):
-                    mbarrier.wait(full.index(n % STAGES), n // STAGES & 1)
-                    mbarrier.arrive(empty.index(n % STAGES))
-                    n += 1
+        row, column, teams = next_row, next_column, next_teams
+        next_row, next_column, next_teams = _tile(dealt_ptr, i + 1, turns)
+        if teams > TEAM:
+            acc = gl.zeros((ROWS, ALL), gl.float32, L)
+            for k in range(0, depth, DEPTH):
+                at = n % STAGES
+                mbarrier.wait(full.index(at), n // STAGES & 1)
+                part = w.index(at).reshape([ALL, DEPTH]).permute((1, 0))
+                under_way = warpgroup_mma(x.index(at * TEAMS + TEAM), part, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(under_way,))
+                # The product before this one is done: what it read may be overwritten.
+                mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES), pred=k > 0)
+                n += 1
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES))
+            _finish(out_box, bias_ptr, acc, (row + TEAM) * ROWS, column * COLUMNS, size, out, BIAS, ACTIVATION)
+        elif teams > 0:
+            for _ in range(0, depth, DEPTH):
+                mbarrier.wait(full.index(n % STAGES), n // STAGES & 1)
+                mbarrier.arrive(empty.index(n % STAGES))
+                n += 1
     tma.store_wait(0)
 
 
@@ -246,19 +259,19 @@ def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
     return found
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["turns"])
 def _product(
     x_box,  # [rows, depth]
     w_box,  # [1 or 2, size, depth]
     out_box,  # [rows, size]
+    dealt_ptr,  # int32 [turns, programs]
     bias_ptr,  # [size]
-    rows,
+    turns,
     size,
     depth,
     BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
-    LAG: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor."""
     x = _places(x_box, STAGES * TEAMS)
@@ -266,15 +279,14 @@ def _product(
     out = _places(out_box, TEAMS)
     full = _barriers(STAGES, 1)
     empty = _barriers(STAGES, TEAMS)
-    ready = _barriers(1, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_multiply, (out_box, bias_ptr, rows, size, depth, x, w, out.index(0), full, empty, ready,
-                         0, BIAS, ACTIVATION, STAGES, LAG)),
-            (_multiply, (out_box, bias_ptr, rows, size, depth, x, w, out.index(1), full, empty, ready,
-                         1, BIAS, ACTIVATION, STAGES, LAG)),
-            (_fetch, (x_box, w_box, rows, size, depth, x, w, full, empty, STAGES)),
+            (_multiply, (out_box, dealt_ptr, bias_ptr, turns, size, depth, x, w, out.index(0), full, empty,
+                         0, BIAS, ACTIVATION, STAGES)),
+            (_multiply, (out_box, dealt_ptr, bias_ptr, turns, size, depth, x, w, out.index(1), full, empty,
+                         1, BIAS, ACTIVATION, STAGES)),
+            (_fetch, (x_box, w_box, dealt_ptr, turns, depth, x, w, full, empty, STAGES)),
         ],
         [4, 1],  # warps of the second and the third
         [240, 24],  # and their registers; the first takes the others

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,33 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("height", [1, 2, 3, 8, 11, 12, 16, 17, 23, 36])
+@pytest.mark.parametrize(("columns", "programs"), [(1, 132), (20, 132), (148, 132), (70, 114)])
+def test_every_tile_is_dealt_once_and_nobody_waits_long(height: int, columns: int, programs: int) -> None:
+    products = pytest.importorskip("qvl.kernels.triton_products", reason="Triton is not installed")
+    dealt = products.deal(height, columns, programs)
+    assert dealt.dtype == np.int32 and dealt.shape[1] == programs
+    seen = []
+    ends = []
+    for hand in dealt.T.tolist():
+        tiles = [told for told in hand if told != products.NO_TILE]
+        assert tiles == hand[: len(tiles)]  # nothing behind the first that is none
+        ends.append(0.0)
+        for told in tiles:
+            at, rows = divmod(told, 2)
+            row, column = divmod(at, products.MOST_COLUMNS.value)
+            seen += [(row + i, column) for i in range(rows + 1)]
+            ends[-1] += 1.0 if rows else products.ALONE
+    assert sorted(seen) == [(row, column) for row in range(height) for column in range(columns)]
+    assert max(ends) <= height * columns / (2 * programs) + 1.2
+
+
+def test_few_tiles_of_a_last_turn_are_shared() -> None:
+    products = pytest.importorskip("qvl.kernels.triton_products", reason="Triton is not installed")
+    assert (products.deal(2, 15, 10) >= 0).sum(axis=0).tolist() == [2] * 10  # five tiles are left for ten programs
+    assert (products.deal(2, 18, 10) >= 0).sum(axis=0).tolist() == [2] * 8 + [1] * 2  # sharing would not end sooner
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 def test_it_fits_and_keeps_its_sums_in_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -117,10 +145,12 @@ def compiled_products(dtype: torch.dtype, name: str) -> Any:
     types: dict[str, str] = {
         argument: f"tensordesc<{name}{list(box)},{layout_of(box, dtype)!r}>" for argument, box in boxes.items()
     }
-    types |= {"bias_ptr": f"*{name}"} | dict.fromkeys(("rows", "size", "depth"), "i32")
-    constants = {"BIAS": False, "ACTIVATION": products.SILU, "STAGES": products.STAGES, "LAG": products.LAG}
+    types |= {"dealt_ptr": "*i32", "bias_ptr": f"*{name}"} | dict.fromkeys(("turns", "size", "depth"), "i32")
+    constants = {"BIAS": False, "ACTIVATION": products.SILU, "STAGES": products.STAGES}
     names = products._product.arg_names
-    aligned = {(names.index(argument),): [["tt.divisibility", 16]] for argument in ("bias_ptr", "size", "depth")}
+    aligned = {
+        (names.index(argument),): [["tt.divisibility", 16]] for argument in ("dealt_ptr", "bias_ptr", "size", "depth")
+    }
     source = GluonASTSource(
         fn=products._product,
         signature=types | dict.fromkeys(constants, "constexpr"),
@@ -142,7 +172,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "depth", "size"),
-    [(1, 64, 128), (64, 80, 16), (65, 3584, 144), (128, 16, 1024), (193, 208, 18_944), (1422, 1536, 8960)],
+    [(1, 64, 128), (64, 80, 16), (65, 3584, 144), (128, 16, 1024), (193, 208, 18_944), (654, 64, 18_944), (1422, 1536, 8960)],
 )
 def test_as_exact_as_two_steps(rows: int, depth: int, size: int, dtype: torch.dtype) -> None:
     """Parts of tiles in every direction, programs with no tile, with one and with many."""
