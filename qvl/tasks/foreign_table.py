@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 
+from qvl.tasks.page import without_half_tag
+
 Rows = list[list[str]]
 
 _MOST_SPAN = 100
@@ -32,7 +34,7 @@ def html_rows(text: str) -> Rows:
     if start is None:
         return []
     reader = _TableReader()
-    reader.feed(text[start.start() :])
+    reader.feed(without_half_tag(text[start.start() :]))
     reader.close()
     return _spread(reader.rows)
 

@@ -48,7 +48,7 @@ def self_contained(answer: str) -> Page | None:
     start = next((match for beginning in _BEGINNINGS if (match := beginning.search(answer))), None)
     if start is None:
         return None
-    html = _without_half_tag(_until_end(answer[start.start() :]))
+    html = without_half_tag(_until_end(answer[start.start() :]))
     raw = [tag for tag in _RAW if html.lower().rfind(f"<{tag}") > html.lower().rfind(f"</{tag}")]
     rewriter = _Rewriter()
     rewriter.feed(html + "".join(f"</{tag}>" for tag in raw))
@@ -63,7 +63,7 @@ def _until_end(html: str) -> str:
     return html if end < 0 else html[: end + len("</html>")]
 
 
-def _without_half_tag(html: str) -> str:
+def without_half_tag(html: str) -> str:
     """Without a tag that was cut in its middle."""
     comment = html.rfind("<!--")
     if comment > html.rfind("-->"):

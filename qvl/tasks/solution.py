@@ -33,6 +33,7 @@ _NAME = r"(?:(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)|(?:最�
 _MARK = r"(?:[*_\s]*(?:is|是|为)\s*[:：]?|[*_\s]*[:：]|\s*[*_]*\n+)"  # between the name and what it announces
 _CHOSEN = r"[故应]?该?选(?:择|项)?\s*(?:是|为)?\s*[:：]?\s*(?=[(（]?[A-H](?:$|[^A-Za-z]))"  # then a letter
 _SAID = re.compile(rf"^[^\w\n]*{_SO}(?:{_NAME}{_MARK}\s*|{_CHOSEN})(\S.*?)\s*$", re.I | re.M)
+_BRACE = re.compile(r"(?P<boxed>\\f?box(?:ed)?\s*\{)|(?<!\\)[{}]")
 # Around an answer: bold print, a full stop, the marks of mathematics.
 _EDGES = re.compile(r"^(?:[*_\s$]|\\[(\[])+|(?:[*_\s$.。．]|\\[)\]])+$")
 
@@ -95,14 +96,14 @@ def final_answer(text: str) -> str | None:
 
 def _last_boxed(text: str) -> str | None:
     """Braces may nest; one that never closes (the answer was cut) does not count."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]):
-        depth = 1
-        for at in range(start, len(text)):
-            escaped = text[at - 1] == "\\"
-            depth += 0 if escaped else (text[at] == "{") - (text[at] == "}")
-            if depth == 0:
-                return text[start:at]
-    return None
+    open_: list[int | None] = []  # where what stands in a box begins, None for other braces
+    last: tuple[int, int] | None = None
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            open_.append(brace.end() if brace["boxed"] else None)
+        elif open_ and (start := open_.pop()) is not None and (last is None or start > last[0]):
+            last = start, brace.start()
+    return text[last[0] : last[1]] if last else None
 
 
 def solve(source: Any, *, lang: Language = "en", model: Model | None = None, page: int | None = None) -> Solution:

@@ -13,8 +13,8 @@ import re
 from qvl.tasks.language import NAMES
 
 _OPENING = re.compile(r"\s*(?:```|~~~)[^\n]*")
-_FENCE = re.compile(r"\s*(`{3,}|~{3,})[^\n]*\n")
-_INNER = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)\n?^[ \t]*\1[`~]*[ \t]*$", re.S | re.M)
+_FENCE = re.compile(r"\s*(`{3,}(?!`)|~{3,}(?!~))[^\n]*\n")
+_INNER = re.compile(r"^[ \t]*(`{3,}(?!`)|~{3,}(?!~))[^\n]*\n(.*?)\n?^[ \t]*\1[`~]*[ \t]*$", re.S | re.M)
 
 _SURE = re.compile(
     r"(?:sure(?: thing)?|certainly|of course|absolutely|ok(?:ay)?|好的|当然(?:可以)?|没问题)"
