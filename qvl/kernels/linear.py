@@ -16,6 +16,7 @@ from qvl.kernels.cpu_linear import choose_cpu_linear
 from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
 from qvl.kernels.few_rows import MOST, few_rows
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
+from qvl.kernels.fused import quick_gelu
 from qvl.kernels.gpu import Capability, capability_of, early_on, gpu_problem, tried_out
 
 
@@ -42,10 +43,13 @@ class ManyRows(Protocol):
 
     def silu_product(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
+    def quick_gelu_product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: ...
+
 
 MULTIPLE = 16  # of the width of a matrix, so that 16 bytes are read at a time
 WRONG = 2e-2
 MANY = 512  # rows from which on gate and up are multiplied with SiLU inside
+MANY_PATCHES = 2048  # and the tower's first layer with its activation: it has less to multiply for each tile
 FOR_MANY: Capability = (9, 0)  # the kernel for them is written for this one's tensor cores
 APART = "torch's product is used instead, and SiLU by itself: a prompt takes some 4 % longer"
 SLOWER = "torch's products are used instead: a token of a single request takes about 15 % longer"
@@ -88,6 +92,15 @@ def joins(weight: Tensor, rows: int) -> bool:
     if rows < MANY or weight.shape[0] % (2 * MULTIPLE) or weight.shape[1] % MULTIPLE:
         return False
     return many_rows(weight.device, weight.dtype) is not None
+
+
+def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [n, in], [size, in] -> [n, size]
+    """quick_gelu(x times weight + bias)."""
+    aligned = weight.shape[0] % MULTIPLE == 0 and weight.shape[1] % MULTIPLE == 0
+    kernel = many_rows(x.device, x.dtype) if len(x) >= MANY_PATCHES and aligned else None
+    if kernel is None:
+        return quick_gelu(linear(x, weight, bias))
+    return kernel.quick_gelu_product(x, weight, bias)
 
 
 @functools.cache

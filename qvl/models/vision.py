@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl.kernels.gpu import capability_of
+from qvl.kernels.linear import quick_gelu_linear
 from qvl.kernels.segments import Segments, preferred_order, segment_attention
 from qvl.layers.activation import ACTIVATIONS
 from qvl.layers.linear import Linear
@@ -96,12 +97,18 @@ class VisionMLP(nn.Module):
 
     def __init__(self, spec: VisionSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[spec.hidden_act]
+        self.hidden_act = spec.hidden_act
         self.fc1 = Linear(spec.embed_dim, spec.mlp_dim, bias=True, dtype=dtype, compute_dtype=compute_dtype)
         self.fc2 = Linear(spec.mlp_dim, spec.embed_dim, bias=True, dtype=dtype, compute_dtype=compute_dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(hidden_states)))
+        return self.fc2(self.activated(hidden_states))
+
+    def activated(self, hidden_states: Tensor) -> Tensor:  # [n, embed_dim] -> [n, mlp_dim]
+        weight, bias = self.fc1.weight, self.fc1.bias
+        if self.hidden_act == "quick_gelu" and weight is not None and bias is not None:
+            return quick_gelu_linear(hidden_states, weight, bias)
+        return ACTIVATIONS[self.hidden_act](self.fc1(hidden_states))
 
 
 class VisionBlock(nn.Module):

@@ -32,6 +32,11 @@ def written_out(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def with_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out * torch.sigmoid(1.702 * out)
+
+
 # --- which products ---------------------------------------------------------------------------------------------------
 
 
@@ -39,6 +44,10 @@ class Written:
     """`qvl.kernels.linear.ManyRows` in torch."""
 
     silu_product = staticmethod(written_out)
+
+    @staticmethod
+    def quick_gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return with_quick_gelu(x, weight, bias)
 
 
 def test_a_cpu_has_no_kernel_for_many_rows() -> None:
@@ -55,6 +64,25 @@ def test_many_rows_of_matrices_that_can_be_fetched_are_joined(monkeypatch: pytes
     assert linear.gated_many(x[1:], weight) is None
     assert linear.gated_many(x, weight[:48]) is None  # gate and up of 24 rows each: 16 bytes are no whole part of them
     assert linear.gated_many(x[:, :8], weight[:, :8]) is None
+
+
+@pytest.mark.parametrize("rows", [linear.MANY_PATCHES - 1, linear.MANY_PATCHES])
+@pytest.mark.parametrize("size", [32, 40])
+def test_quick_gelu_is_the_same_whoever_computes_it(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
+    asked: list[int] = []
+
+    class Kernel(Written):
+        @staticmethod
+        def quick_gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            asked.append(len(x))
+            return with_quick_gelu(x, weight, bias)
+
+    monkeypatch.setattr(linear, "many_rows", lambda *_: Kernel)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 16), torch.randn(size, 16), torch.randn(size)
+    exact = with_quick_gelu(x, weight, bias)
+    assert relative_error(linear.quick_gelu_linear(x, weight, bias), exact) < 1e-5
+    assert asked == [rows] * (rows >= linear.MANY_PATCHES and size == 32)
 
 
 @pytest.mark.parametrize("problem", ["wrong numbers", "raises"])
@@ -172,7 +200,15 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "depth", "size"),
-    [(1, 64, 128), (64, 80, 16), (65, 3584, 144), (128, 16, 1024), (193, 208, 18_944), (654, 64, 18_944), (1422, 1536, 8960)],
+    [
+        (1, 64, 128),
+        (64, 80, 16),
+        (65, 3584, 144),
+        (128, 16, 1024),
+        (193, 208, 18_944),
+        (654, 64, 18_944),
+        (1422, 1536, 8960),
+    ],
 )
 def test_as_exact_as_two_steps(rows: int, depth: int, size: int, dtype: torch.dtype) -> None:
     """Parts of tiles in every direction, programs with no tile, with one and with many."""
@@ -183,6 +219,19 @@ def test_as_exact_as_two_steps(rows: int, depth: int, size: int, dtype: torch.dt
     out = silu_product(x, weight)
     assert relative_error(out, exact) <= relative_error(written_out(x, weight), exact)
     assert torch.equal(out, silu_product(x, weight))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("rows", "depth", "size"), [(1, 64, 256), (200, 80, 272), (5476, 1280, 5120)])
+def test_quick_gelu_as_exact_as_two_steps(rows: int, depth: int, size: int) -> None:
+    from qvl.kernels.triton_products import quick_gelu_product
+
+    x, weight, bias = numbers(rows, depth), numbers(size, depth, scale=depth**-0.5), numbers(size)
+    exact = with_quick_gelu(x.double(), weight.double(), bias.double())
+    out = quick_gelu_product(x, weight, bias)
+    assert relative_error(out, exact) <= relative_error(with_quick_gelu(x, weight, bias), exact)
+    assert torch.equal(out, quick_gelu_product(x, weight, bias))
 
 
 @pytest.mark.gpu
