@@ -1,7 +1,7 @@
 """Large pages for the weights of a CPU.
 
-A product of one row reads a matrix once, from its first byte to its last, and with pages of 4 KiB it waits for the table of
-pages as well as for memory. Knows what Linux calls them. Does not know what is stored.
+A product of one row reads a matrix once, from its first byte to its last, and with pages of 4 KiB it waits for the
+table of pages as well as for memory. Knows what Linux calls them. Does not know what is stored.
 """
 
 from __future__ import annotations

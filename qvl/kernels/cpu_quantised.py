@@ -51,7 +51,7 @@ class QuantisedMatrix:
     def empty(cls, bits: int, rows: int, width: int) -> QuantisedMatrix:
         assert bits in (4, 8), bits
         tiles, blocks = -(-rows // ROWS), -(-width * bits // (8 * BLOCK_BYTES))
-        codes = in_large_pages(torch.zeros(tiles, blocks, ROWS, BLOCK_BYTES, dtype=torch.int8))
+        codes = in_large_pages(torch.empty(tiles, blocks, ROWS, BLOCK_BYTES, dtype=torch.int8)).zero_()
         per_row = torch.zeros(tiles, ROWS) if bits == 8 else torch.zeros(tiles, blocks, ROWS, dtype=torch.float16)
         return cls(bits, rows, width, codes, per_row)
 
