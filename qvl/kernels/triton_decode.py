@@ -25,6 +25,9 @@ COMMON_BATCH = 256  # steps of up to so many decodes are cut by one compilation
 PER_MULTIPROCESSOR = 4  # programs that fit there at a time
 LEAST = 64  # keys of an item: with fewer, joining costs more than reading
 SPAN = 32  # parts that are joined at a time
+# Sequences from which on the product behind a join is let in before the join has waited, and fetches weights meanwhile.
+# The programs of the product for one row fill a multiprocessor: they come when there is room.
+LET_IN_FROM = 2
 
 
 @dataclass(slots=True)
@@ -83,7 +86,7 @@ def attend_decodes(
     launch(
         _join, (len(cut.joins) * heads.num_heads,),
         cut.parts, cut.weights, cut.joins, out, H=heads.num_heads, D=heads.head_dim, SPAN=SPAN, FIELDS=FIELDS,
-        EARLY=tiles.early, num_warps=4,
+        EARLY=tiles.early, FIRST=len(cut.joins) >= LET_IN_FROM, num_warps=4,
     )  # fmt: skip
 
 
@@ -209,6 +212,7 @@ def _join(
     SPAN: tl.constexpr,
     FIELDS: tl.constexpr,
     EARLY: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """One program: one head of one sequence, SPAN parts at a time. There is nothing to do where no context was cut."""
     join = joins_ptr + tl.program_id(0) // H * FIELDS
@@ -217,8 +221,11 @@ def _join(
     first_item = tl.load(join + 1)
     parts = tl.load(join + 3)
     if EARLY:  # even with nothing to do: whoever waits for this one waits for the decodes before it
-        tl.extra.cuda.gdc_launch_dependents()  # what comes next fetches weights meanwhile
+        if FIRST:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if not FIRST:
+            tl.extra.cuda.gdc_launch_dependents()
     if parts == 0:
         return
     span = tl.arange(0, SPAN)

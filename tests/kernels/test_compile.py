@@ -73,8 +73,12 @@ def test_the_cut_and_the_join_build() -> None:
     assert "griddepcontrol.wait" in compiled(triton_decode._cut, (9, 0), types, numbers | constants, options).asm["ptx"]
     types = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "joins_ptr": "*i32", "out_ptr": "*bf16"}
     numbers = {"H": 28, "D": 128, "SPAN": triton_decode.SPAN}
-    ptx = compiled(triton_decode._join, (9, 0), types, numbers | constants, options).asm["ptx"]
-    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+    for first in (False, True):
+        how = constants | {"FIRST": first}
+        ptx = compiled(triton_decode._join, (9, 0), types, numbers | how, options).asm["ptx"]
+        let_in, wait = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
+        assert (let_in < wait) == first
+        assert max(let_in, wait) < ptx.index("st.global")
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
