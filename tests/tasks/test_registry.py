@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qvl.errors import ConfigError
+from qvl import tasks
+from qvl.errors import BadAnswer, ConfigError
 from qvl.tasks import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,3 +34,33 @@ def test_the_functions_are_found_in_the_package_and_load_no_torch() -> None:
     code = "import sys, qvl; assert callable(qvl.tasks.ocr); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+EXTRACT = tasks.Extract(schema=tasks.Schema.of_fields(["a"]))
+ENDLESS = (
+    " ",
+    "\n",
+    "```\n",
+    "`",
+    "| ",
+    "<a ",
+    "<td>",
+    "{",
+    "[",
+    "}",
+    '"',
+    "\\boxed{",
+    "(1,2),",
+    "Answer: ",
+    "&",
+    '{"a":',
+)
+
+
+@pytest.mark.parametrize("task", [*registry.TASKS.values(), tasks.Ground(what="x"), tasks.Webpage(), EXTRACT])
+def test_an_answer_without_end_ends(task: tasks.Task[Any]) -> None:
+    """A small model may say one thing over and over; what takes the square of its length would not end here."""
+    for begin in ("", "```\n", "<table><tr><td>", "\\begin{tabular}{", '{"a": '):
+        for piece in ENDLESS:
+            with contextlib.suppress(BadAnswer):
+                task.read(begin + piece * (10_000 // len(piece)))
