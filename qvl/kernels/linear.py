@@ -135,8 +135,8 @@ def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str 
     plain = f"torch {dtype}" if one_row(device, dtype) is None else f"triton for one row, torch {dtype} for more"
     if few_rows(device, dtype) is not None:
         plain += f", triton for 2 to {MOST} rows"
-    if quantization != "fp8" and many_rows(device, dtype) is not None:
-        plain += f", triton for gate and up of {MANY} rows or more"
+    if many_rows(device, dtype) is not None:  # fp8 leaves the tower to it
+        plain += f", triton for {MANY} rows or more with an activation behind"
     if quantization == "none":
         return plain
     return f"{require_fp8(device)}; {plain}"
