@@ -26,7 +26,7 @@
 
 /* A row of x: zero-filled to whole groups; `split` stores evens before odds in each group. */
 static void arrange_row(const void *what, long row) {
-    const product *p = what;
+    const product own = *(const product *)what, *p = &own; /* known not to change below */
     const float *from = p->from + row * p->ldx;
     float *to = p->x + row * p->padded;
     for (long i = 0; i < p->padded; i += GROUP, to += GROUP) {

@@ -87,7 +87,7 @@ typedef struct {
 
 /* XROWS rows of x to [chunk][lane][block of XROWS rows][step][XROWS], zero-filled; `split` as in `arrange_row`. */
 static void arrange_block(const void *what, long b) {
-    const product *p = what;
+    const product own = *(const product *)what, *p = &own; /* known not to change below */
     long blocks = (p->m + XROWS - 1) / XROWS;
     for (long g = 0; g < p->padded; g += GROUP) {
         long start = g / p->chunk * p->chunk, rest = p->padded - start;
