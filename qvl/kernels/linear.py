@@ -17,7 +17,7 @@ from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
 from qvl.kernels.few_rows import MOST, few_rows
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
 from qvl.kernels.fused import quick_gelu
-from qvl.kernels.gpu import Capability, capability_of, early_on, gpu_problem, tried_out
+from qvl.kernels.gpu import HOPPER, capability_of, early_on, gpu_problem, tried_out
 
 
 class OneRow(Protocol):
@@ -50,7 +50,6 @@ MULTIPLE = 16  # of the width of a matrix, so that 16 bytes are read at a time
 WRONG = 2e-2
 MANY = 512  # rows from which on gate and up are multiplied with SiLU inside
 MANY_PATCHES = 2048  # and the tower's first layer with its activation: it has less to multiply for each tile
-FOR_MANY: Capability = (9, 0)  # the kernel for them is written for this one's tensor cores
 APART = "torch's product is used instead, and SiLU by itself: a prompt takes some 4 % longer"
 SLOWER = "torch's products are used instead: a token of a single request takes about 15 % longer"
 
@@ -106,7 +105,7 @@ def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [n,
 @functools.cache
 def many_rows(device: torch.device, dtype: torch.dtype) -> ManyRows | None:
     """`qvl.kernels.triton_products` where it runs, tried out once; warns when it should run and does not."""
-    if capability_of(device) != FOR_MANY or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
+    if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
 
     def trial(kernel: Any) -> str | None:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels import linear
-from qvl.kernels.gpu import shared_memory
+from qvl.kernels.gpu import HOPPER, shared_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != linear.FOR_MANY,
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER,
     reason="no GPU of that compute capability",
 )
 
@@ -97,7 +97,7 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
         return problem
 
     monkeypatch.setattr(linear, "gpu_problem", lambda: None)
-    monkeypatch.setattr(linear, "capability_of", lambda _: linear.FOR_MANY)
+    monkeypatch.setattr(linear, "capability_of", lambda _: HOPPER)
     monkeypatch.setattr(products, "problem_of", fails)
     linear.many_rows.cache_clear()
     from qvl.kernels import gpu
@@ -147,7 +147,7 @@ def test_it_fits_and_keeps_its_sums_in_registers(tmp_path: Path, monkeypatch: py
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = compiled_products(torch.bfloat16, "bf16")
-    assert kernel.metadata.shared <= shared_memory(linear.FOR_MANY)
+    assert kernel.metadata.shared <= shared_memory(HOPPER)
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n256k16" in ptx
     assert "cp.async.bulk.tensor.3d" in ptx  # gate and up at once
@@ -186,7 +186,7 @@ def compiled_products(dtype: torch.dtype, name: str) -> Any:
         attrs=aligned,
     )
     options = {"num_warps": 4, "maxnreg": products.REGISTERS}
-    major, minor = linear.FOR_MANY
+    major, minor = HOPPER
     return triton.compile(source, target=GPUTarget("cuda", major * 10 + minor, 32), options=options)
 
 
