@@ -90,8 +90,8 @@ def final_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
-    said = _SAID.findall(text)
-    return _EDGES.sub("", said[-1]) or None if said else None
+    announced = _SAID.findall(text)
+    return _EDGES.sub("", announced[-1]) or None if announced else None
 
 
 def _last_boxed(text: str) -> str | None:
