@@ -135,8 +135,3 @@ def film(rng: random.Random, book: FontBook) -> tuple[list[Image.Image], list[st
 def markdown(cells: list[list[str]]) -> str:
     rows = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([rows[0], "|" + " --- |" * len(cells[0]), *rows[1:]])
-
-
-def box_text(box: tuple[float, float, float, float], size: tuple[int, int]) -> str:
-    x1, y1, x2, y2 = (round(1000 * value / side) for value, side in zip(box, size * 2, strict=True))
-    return f"({x1},{y1}),({x2},{y2})"
