@@ -33,7 +33,10 @@ SEVERAL: list[list[Grid]] = [
     [(5, 13)] * 2, [(5, 13)] * 3, [(5, 13)] * 4, [(8, 8)] * 3, [(4, 16)] * 4, [(6, 14), (5, 13)], [(8, 10)] * 2,
     [(4, 16), (8, 8), (6, 11)], [(6, 11), (5, 13), (8, 8), (4, 16)],
 ]  # fmt: skip
-CONVERSATIONS: list[list[Grid]] = [[(5, 13), (8, 8)], [(6, 11)] * 3, [(4, 16), (6, 14)]]
+CONVERSATIONS: list[list[Grid]] = [
+    [(5, 13), (8, 8)], [(6, 11)] * 3, [(4, 16), (6, 14)], [(6, 11), (8, 8), (5, 13), (4, 16), (6, 14)],
+    [(5, 13)] * 6, [(8, 12)] * 8, [(8, 12)] * 8,
+]  # fmt: skip
 FILMS: list[list[Grid]] = [
     [(8, 8)] * 3, [(6, 11)] * 4, [(7, 10)] * 2, [(8, 16)] * 3, [(10, 13)] * 4, [(11, 12)] * 3, [(9, 16)] * 2,
     [(8, 16)] * 5, [(10, 14)] * 6, [(9, 16)] * 5, [(9, 16)] * 8, [(12, 21)] * 3, [(12, 21)] * 5, [(10, 14)] * 9,
@@ -45,9 +48,9 @@ ONE_PICTURE: list[Task] = [
     tasks.plain_reading, tasks.one_line, tasks.shape_box, tasks.word_box, tasks.describe, tasks.chinese_reading
 ]  # fmt: skip
 SORTS = ["one", "two", "table", "several", "conversation", "video", "talk"]
-# How often each of them is drawn. From LATE on, shapes and films, which are learnt last, come more often.
+# How often each of them is drawn. From LATE on, what is learnt last comes more often: shapes, films, many pictures.
 USUAL = ([0.50, 0.08, 0.18, 0.12, 0.04, 0.08], [0.545, 0.1, 0.13, 0.12, 0.025, 0.07, 0.01])
-LAST = ([0.28, 0.06, 0.16, 0.16, 0.26, 0.08], [0.45, 0.09, 0.09, 0.09, 0.02, 0.25, 0.01])
+LAST = ([0.28, 0.06, 0.16, 0.16, 0.26, 0.08], [0.42, 0.08, 0.09, 0.09, 0.13, 0.18, 0.01])
 LATE = 0.6
 
 
@@ -71,7 +74,7 @@ def make_recipe(sort: str, grids: list[Grid], budget: int, largest: int = 256) -
         "two": (270.0, 75.0, 16 + min(seen, 114)),
         "table": (165 + 0.65 * seen, 60 + 0.5 * seen, 20 + min(seen, 120)),
         "several": (144.0, 20.0, 100),
-        "conversation": (110 + 100.0 * len(grids), 20 + 30.0 * len(grids), 110),
+        "conversation": (110 + 110.0 * len(grids), 20 + 35.0 * len(grids), 50 + 30.0 * len(grids)),
         "video": (128.0, 24 + 2.5 * len(grids), 24 + 12.0 * len(grids)),
         "talk": (288.0, 130.0, 1),
     }[sort]

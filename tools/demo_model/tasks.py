@@ -212,14 +212,14 @@ def word_box(studio: Studio, grid: Grid) -> Sample:
 
 def describe(studio: Studio, grid: Grid) -> Sample:
     rng = studio.rng
-    page, shapes = shapes_page(rng, grid[1] * TOKEN, grid[0] * TOKEN, rng.randint(1, 4))
+    page, shapes = shapes_page(rng, grid[1] * TOKEN, grid[0] * TOKEN, rng.randint(1, 6))
     if not shapes:
         return describe(studio, grid)
     kind = rng.random()
-    if kind < 0.55:
+    if kind < 0.5:
         return Sample([[page]], [Turn([Picture([0]), rng.choice(ask.DESCRIBE)], list_shapes(shapes))])
     single = [shape for shape in shapes if sum(other.kind == shape.kind for other in shapes) == 1]
-    if kind < 0.85 and single:
+    if kind < 0.75 and single:
         shape = rng.choice(single)
         question = rng.choice(ask.COLOR_OF).format(shape.kind)
         answer = [*spell(shape.color.capitalize(), shape.ref), *say(".")]
