@@ -38,8 +38,8 @@ def a_step(query: list[int], context: list[int], device: torch.device, page: int
         at = torch.arange(context[i] - query[i], context[i])
         slots.append(blocks[at // page] * page + at % page)
     bounds, lengths = torch.tensor([0, *query]).cumsum(0).int(), torch.tensor(context, dtype=torch.int32)
-    tensors = (x.to(device) for x in (bounds, lengths, table, torch.cat(slots)))
-    return AttentionMetadata(*tensors, query, context, page, num_decodes=0), sum(need)
+    bounds, lengths, table, where = (x.to(device) for x in (bounds, lengths, table, torch.cat(slots)))
+    return AttentionMetadata(bounds, lengths, table, where, query, context, page, num_decodes=0), sum(need)
 
 
 class AlwaysTaken:
@@ -117,6 +117,7 @@ def test_long_prompts_go_to_it_in_its_own_tiles(monkeypatch: pytest.MonkeyPatch)
     assert not went
 
 
+@pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [SEVEN, Heads(12, 2, 128), Heads(8, 8, 128)])
