@@ -12,6 +12,7 @@ from torch import Tensor
 from qvl.kernels import cpu_linear, native
 from qvl.kernels.cpu_linear import CpuLinear, Product, choose_cpu_linear, native_product, panels, rounded_or_panels
 from qvl.kernels.native import NativeUnavailable
+from tests.kernels.compiled import skip_without_compiler
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -20,7 +21,7 @@ def compiled(dtype: torch.dtype) -> Product:
     try:
         return native_product(dtype)
     except NativeUnavailable as error:
-        pytest.skip(str(error))
+        skip_without_compiler(error)
 
 
 def check(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, tolerance: float = 2e-6) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from qvl.kernels.native import NativeUnavailable, load_threads
+from tests.kernels.compiled import skip_without_compiler
 
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long)
 PATIENCE = 60.0
@@ -24,7 +25,7 @@ def share() -> Any:
     try:
         function = load_threads().qvl_share
     except NativeUnavailable as error:
-        pytest.skip(str(error))
+        skip_without_compiler(error)
     function.argtypes = (ctypes.c_long, ctypes.c_int, WORK, ctypes.c_void_p)
     function.restype = None
     return function
