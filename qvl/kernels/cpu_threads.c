@@ -8,11 +8,12 @@
 #define _GNU_SOURCE
 #include "cpu_threads.h"
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
 
-#define AWAKE 500000L   /* nanoseconds that a helper looks out for the next call */
+#define AWAKE 200000L   /* nanoseconds that a helper looks out for the next call */
 #define PATIENT 100000L /* nanoseconds that the caller looks out for the last pieces before it sleeps */
 #define MOST 1024       /* helpers */
 #if defined(__x86_64__) || defined(__i386__)
@@ -48,7 +49,7 @@ static void take_pieces(void) {
 
 /* The number of a call that is not `seen`. */
 static unsigned await_call(unsigned seen) {
-    for (long start = now(); now() - start < AWAKE;)
+    for (long start = now(); now() - start < AWAKE; sched_yield())
         for (int i = 0; i < 32; i++) {
             if (atomic_load(&calls) != seen) return atomic_load(&calls);
             PAUSE();
@@ -74,7 +75,7 @@ static void *help(void *first) {
 }
 
 static void await_helpers(void) {
-    for (long start = now(); now() - start < PATIENT;)
+    for (long start = now(); now() - start < PATIENT; sched_yield())
         for (int i = 0; i < 32; i++) {
             if (!atomic_load(&inside)) return;
             PAUSE();
