@@ -1,8 +1,8 @@
-"""How the threads of a matrix product wait for each other: asleep.
+"""How the threads of torch's operations wait for each other on a CPU: asleep. (Those of our kernels are our own.)
 
 The OpenMP runtime of torch reads its environment once, when torch is imported, and by default its threads spin for
-about a millisecond at the end of each product. On cores that anything else wants too, each waits spinning for a thread
-that cannot run meanwhile: tokens then take tens of times as long. Knows environment variables. Does not import torch.
+about a millisecond at the end of each operation. On cores that anything else wants too, each waits spinning for a
+thread that cannot run meanwhile: tokens then take tens of times as long. Knows environment variables. Does not import torch.
 """
 
 from __future__ import annotations
