@@ -2,7 +2,8 @@
 
 The OpenMP runtime of torch reads its environment once, when torch is imported, and by default its threads spin for
 about a millisecond at the end of each operation. On cores that anything else wants too, each waits spinning for a
-thread that cannot run meanwhile: tokens then take tens of times as long. Knows environment variables. Does not import torch.
+thread that cannot run meanwhile: tokens then take tens of times as long. Knows environment variables. Does not import
+torch.
 """
 
 from __future__ import annotations
