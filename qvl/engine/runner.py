@@ -31,6 +31,7 @@ from qvl.engine.prompt_graphs import PromptSteps
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, SamplerRow
 from qvl.engine.start_clock import StartClock
+from qvl.engine.trials import try_kernels_out
 from qvl.engine.vision import MediaEncoder
 from qvl.kernels.segments import segment_kernel
 from qvl.layers.attention import KVCache, make_kv_cache
@@ -286,6 +287,7 @@ def load_model(config: EngineConfig, device: torch.device, clock: StartClock) ->
     """The network with its weights."""
     dtype = DTYPES[config.dtype]
     load_format = cast("LoadFormat", config.load_format)  # the options know no other words
+    try_kernels_out(config, device)
     model = build_model(config.spec, dtype, device, config.quantization, config.attention_backend)
     clock.passed("kernels")
     load_weights(model, config.spec.folder, device=device, dtype=dtype, load_format=load_format)

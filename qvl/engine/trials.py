@@ -1,0 +1,69 @@
+"""All kernels of a model on a GPU, tried out at the same time: most of a first start is their compilation.
+
+    thread  | attention of prompts and decodes ... |
+    thread  | attention in pictures ...  |
+    thread  | products of many rows ... |                      each compiles its own in more threads
+    thread  | patches of pixels | choice of tokens ...  |
+    main    | products of one row, of a few rows ... | wait | the network asks again, and finds all of it done
+
+Knows which trials there are. Decides nothing: whoever uses a kernel asks for it, and hears there why it did not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from qvl.engine.config import EngineConfig
+from qvl.engine.device import DTYPES
+from qvl.engine.gpu_sampler import make_sampler
+from qvl.kernels.attention import choose_attention
+from qvl.kernels.few_rows import few_rows
+from qvl.kernels.gpu import capability_of, gpu_problem
+from qvl.kernels.linear import compute_dtype_for, many_rows, one_row
+from qvl.kernels.pixels import pixel_kernels
+from qvl.kernels.segments import segment_kernel
+from qvl.layers.attention import Heads
+
+Trial = Callable[[], object]
+
+
+def try_kernels_out(config: EngineConfig, device: torch.device) -> None:
+    """Compile, run and remember those that `config` may use on this GPU; elsewhere there is nothing to do."""
+    if device.type == "cuda" and gpu_problem() is None:
+        together(*trials(config, device))
+
+
+def trials(config: EngineConfig, device: torch.device) -> tuple[list[Trial], list[Trial]]:
+    """Those for threads, and those for the caller's: cuBLAS, with which these compare, keeps 32 MiB for each thread."""
+    spec, dtype = config.spec, compute_dtype_for(DTYPES[config.dtype], device)
+    text = spec.text
+    heads = Heads(text.num_heads, text.num_kv_heads, text.head_dim)
+    never = tuple(spec.ids.never_sampled)
+    return (
+        [
+            lambda: choose_attention(device, dtype, heads, capability_of(device), config.attention_backend),
+            lambda: segment_kernel(device, dtype, spec.vision.head_dim),
+            lambda: many_rows(device, dtype),
+            lambda: pixel_kernels(spec.processor, dtype),
+            lambda: make_sampler(text.vocab_size, 1, never, device, dtype),
+        ],
+        [lambda: one_row(device, dtype), lambda: few_rows(device, dtype)],
+    )
+
+
+def together(for_threads: list[Trial], for_caller: list[Trial]) -> None:
+    """Run them all. What goes wrong here goes wrong again for whoever asks, and is told there."""
+
+    def run(trial: Trial) -> None:
+        with contextlib.suppress(Exception):
+            trial()
+
+    with ThreadPoolExecutor(len(for_threads), "qvl-trial") as threads:
+        for trial in for_threads:
+            threads.submit(run, trial)
+        for trial in for_caller:
+            run(trial)
