@@ -314,11 +314,15 @@ def test_a_failing_summary_falls_back_to_the_window_and_says_so(summing: Live, w
 
 
 def test_a_slow_summary_is_given_up(wide: Teller) -> None:
+    """On a slow machine the time may be up before the summary has begun: then with more of it."""
     wide.hangs = True
-    with live(wide, ServerOptions(overflow="summary", summary_seconds=0.2)) as slow:
-        told = slow.post(CHAT, {"messages": talk(60)}).json()["qvl"]
-    assert "longer than 0.2 s" in told["summary_error"]
-    assert told["dropped_messages"] == 46
+    for seconds in (0.2, 2.0, 20.0):
+        with live(wide, ServerOptions(overflow="summary", summary_seconds=seconds)) as slow:
+            told = slow.post(CHAT, {"messages": talk(60)}).json()["qvl"]
+        assert f"longer than {seconds:g} s" in told["summary_error"]
+        assert told["dropped_messages"] == 46
+        if wide.summaries:
+            break
     assert wide.left == len(wide.summaries) == 1, "its work was ended too"
 
 
