@@ -20,6 +20,7 @@ import torch
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import DTYPES
 from qvl.engine.gpu_sampler import make_sampler
+from qvl.errors import ConfigError
 from qvl.kernels.attention import choose_attention
 from qvl.kernels.few_rows import few_rows
 from qvl.kernels.gpu import capability_of, gpu_problem
@@ -56,14 +57,15 @@ def trials(config: EngineConfig, device: torch.device) -> tuple[list[Trial], lis
 
 
 def together(for_threads: list[Trial], for_caller: list[Trial]) -> None:
-    """Run them all. What goes wrong here goes wrong again for whoever asks, and is told there."""
+    """Run them all. An implementation that was asked for and cannot run is told to whoever asks again."""
 
     def run(trial: Trial) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(ConfigError):
             trial()
 
     with ThreadPoolExecutor(len(for_threads), "qvl-trial") as threads:
-        for trial in for_threads:
-            threads.submit(run, trial)
+        under_way = [threads.submit(run, trial) for trial in for_threads]
         for trial in for_caller:
             run(trial)
+    for trial_of_thread in under_way:
+        trial_of_thread.result()

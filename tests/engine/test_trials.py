@@ -11,6 +11,7 @@ import torch
 
 from qvl.engine import trials
 from qvl.engine.config import EngineConfig
+from qvl.errors import ConfigError
 from tests.engine.harness import make_config
 
 PATIENCE = 60
@@ -40,10 +41,25 @@ def test_one_that_fails_takes_no_other_along() -> None:
     done: list[str] = []
 
     def fail() -> None:
-        raise RuntimeError("no compiler")
+        raise ConfigError("that attention cannot run here")
 
     trials.together([fail, lambda: done.append("thread")], [fail, lambda: done.append("main")])
     assert sorted(done) == ["main", "thread"]
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_an_error_that_nobody_expects_is_raised_when_all_are_over(in_thread: bool) -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    def work() -> None:
+        done.append("done")
+
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        trials.together([fail if in_thread else work, work], [work if in_thread else fail])
+    assert done == ["done", "done"]
 
 
 def test_without_a_gpu_nothing_is_tried(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
