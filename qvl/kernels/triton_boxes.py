@@ -27,7 +27,9 @@ class Place:
         return self.address
 
 
-KINDS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}
+meet = getattr(gl, "thread_barrier", None) or gl.barrier  # of a team's warps; it has another name from Triton 3.7 on
+
+KINDS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def described(x: Tensor, *boxes: tuple[int, ...]) -> tuple[Described, ...]:

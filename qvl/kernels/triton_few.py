@@ -26,9 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qvl.kernels.gpu import compiling_together, launch, next_power_of_2
 from qvl.kernels.sums import Sums, finished
-from qvl.kernels.triton_boxes import described
-
-meet = getattr(gl, "thread_barrier", None) or gl.barrier  # of all warps; it has another name from Triton 3.7 on
+from qvl.kernels.triton_boxes import described, meet
 
 BOX = 64  # rows of the weights that four warps multiply at a time
 PROGRAMS = 132  # at most, where one matrix does not make more: they all run at a time

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl.kernels.gpu import compiling_together, launch
+from qvl.kernels.gpu import compiling_together, launch, next_power_of_2
 
 WRONG = 2e-2
 WIDEST = 4096  # numbers of x that the threads of one program hold in registers
@@ -45,7 +45,7 @@ def shape_for(rows: int, k: int, device: torch.device) -> Shape:
     groups = -(-rows // 2)
     if k > WIDEST:
         return Shape(2, 2048, 8, groups)
-    block = max(512, triton.next_power_of_2(k))
+    block = max(512, next_power_of_2(k))
     warps = block // 512
     return Shape(2, block, warps, min(groups, multiprocessors(device) * WARPS // warps))
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from qvl.kernels.gpu import launch
-from qvl.kernels.triton_boxes import described
+from qvl.kernels.triton_boxes import described, meet
 from qvl.kernels.triton_segments import LOG2E, _barriers, _clear, _scores
 from qvl.layers.attention import TILE_FIELDS as FIELDS
 from qvl.layers.attention import Heads
@@ -37,8 +37,6 @@ LONG = 1024  # keys from which on it is faster than the kernel for every GPU
 KEYS = 128  # keys a turn
 STAGES = 2  # turns of keys, and of values, that are fetched ahead
 REGISTERS = 168  # of a thread at the start: one program fits; then the teams take those of the fetching
-
-_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the warps of a team; renamed in Triton 3.7
 
 
 def takes(block_size: int, longest: int) -> bool:
@@ -186,7 +184,7 @@ def _attend(
         q0.store(gl.load(q_at, mask=live, other=0.0))
         q1.store(gl.load(q_at + HALF, mask=live, other=0.0))
         fence_async_shared()
-        _meet()
+        meet()
 
         # Rows beyond the tile see what its last one sees.
         seen = (team * TEAM_ROWS + gl.arange(0, TEAM_ROWS, gl.SliceLayout(1, S))) // GROUP
@@ -210,7 +208,7 @@ def _attend(
             _clear(v0.index(0), stop - first)
             _clear(v1.index(0), stop - first)
             fence_async_shared()
-            _meet()
+            meet()
 
         # Keys that not every row may see are at the end, and so come first.
         masked = turns - gl.minimum((context + 1) // KEYS, turns - 1)
