@@ -13,6 +13,7 @@ from torch import Tensor
 from qvl.kernels import few_rows, gpu
 from qvl.kernels.few_rows import MOST
 from qvl.kernels.sums import Sums
+from tests.kernels.failing import PROBLEMS, failing, words_of
 from tests.models import oracle
 
 CPU = torch.device("cpu")
@@ -90,20 +91,15 @@ def test_only_two_to_sixty_four_rows_go_there(monkeypatch: pytest.MonkeyPatch) -
     assert not taken(OnGpu(8), torch.zeros(127, 256))
 
 
-@pytest.mark.parametrize("problem", ["wrong numbers", "raises"])
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     triton_few = pytest.importorskip("qvl.kernels.triton_few", reason="Triton is not installed")
 
-    def fails(*_: object) -> str:
-        if problem == "raises":
-            raise OSError("no compiler")
-        return problem
-
     monkeypatch.setattr(few_rows, "gpu_problem", lambda: None)
     monkeypatch.setattr(few_rows, "capability_of", lambda _: gpu.HOPPER)
-    monkeypatch.setattr(triton_few, "problem_of", fails)
+    monkeypatch.setattr(triton_few, "problem_of", failing(problem))
     gpu.warn_of.cache_clear()
     few_rows.few_rows.cache_clear()
     try:
@@ -112,4 +108,4 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
         few_rows.few_rows.cache_clear()
         gpu.warn_of.cache_clear()
     assert few_rows.SLOWER in caplog.text
-    assert ("no compiler" if problem == "raises" else problem) in caplog.text
+    assert words_of(problem) in caplog.text

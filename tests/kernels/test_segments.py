@@ -26,6 +26,7 @@ from qvl.kernels.segments import (
     segment_attention,
     segment_kernel,
 )
+from tests.kernels.gluon_source import compiled_for_hopper
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -166,10 +167,6 @@ def test_two_programs_share_a_multiprocessor_and_keep_their_numbers_in_registers
 
 def compiled_segments(dtype: torch.dtype, name: str) -> Any:
     """For the tower's head_dim, as `attend_segments` launches it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     from qvl.kernels import triton_segments as segments
     from qvl.kernels.triton_boxes import described
 
@@ -186,15 +183,5 @@ def compiled_segments(dtype: torch.dtype, name: str) -> Any:
     types |= {"tiles_ptr": "*i32", "out_ptr": f"*{name}", "stride": "i32", "tiles": "i32", "width": "i32"}
     types |= {"scale": "fp32"}
     constants = {"D": dim, "KEYS": segments.KEYS, "STAGES": segments.STAGES, "FIELDS": segments.FIELDS}
-    names = segments._segments.arg_names
-    aligned = {
-        (names.index(argument),): [["tt.divisibility", 16]] for argument in ("tiles_ptr", "out_ptr", "stride", "width")
-    }
-    source = GluonASTSource(
-        fn=segments._segments,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs=aligned,
-    )
-    options = {"num_warps": 4, "maxnreg": segments.REGISTERS}
-    return triton.compile(source, target=GPUTarget("cuda", HOPPER[0] * 10 + HOPPER[1], 32), options=options)
+    aligned = ("tiles_ptr", "out_ptr", "stride", "width")
+    return compiled_for_hopper(segments._segments, types, constants, aligned, segments.REGISTERS)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from qvl.kernels import linear
 from qvl.kernels.gpu import HOPPER, shared_memory
+from tests.kernels.failing import PROBLEMS, failing, words_of
+from tests.kernels.gluon_source import compiled_for_hopper
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 on_gpu = pytest.mark.skipif(
@@ -85,20 +87,15 @@ def test_quick_gelu_is_the_same_whoever_computes_it(monkeypatch: pytest.MonkeyPa
     assert asked == [rows] * (rows >= linear.MANY_PATCHES and size == 32)
 
 
-@pytest.mark.parametrize("problem", ["wrong numbers", "raises"])
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     products = pytest.importorskip("qvl.kernels.triton_products", reason="Triton is not installed")
 
-    def fails(*_: object) -> str:
-        if problem == "raises":
-            raise OSError("no compiler")
-        return problem
-
     monkeypatch.setattr(linear, "gpu_problem", lambda: None)
     monkeypatch.setattr(linear, "capability_of", lambda _: HOPPER)
-    monkeypatch.setattr(products, "problem_of", fails)
+    monkeypatch.setattr(products, "problem_of", failing(problem))
     linear.many_rows.cache_clear()
     from qvl.kernels import gpu
 
@@ -107,7 +104,7 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
         assert linear.many_rows(CUDA, torch.bfloat16) is None
         (warning,) = caplog.records
         assert linear.APART in warning.getMessage()
-        assert ("OSError: no compiler" if problem == "raises" else problem) in warning.getMessage()
+        assert words_of(problem) in warning.getMessage()
     finally:
         linear.many_rows.cache_clear()
 
@@ -158,10 +155,6 @@ def test_it_fits_and_keeps_its_sums_in_registers(tmp_path: Path, monkeypatch: py
 
 def compiled_products(dtype: torch.dtype, name: str) -> Any:
     """As `silu_product` launches it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     from qvl.kernels import triton_products as products
     from qvl.kernels.triton_boxes import layout_of
 
@@ -175,19 +168,8 @@ def compiled_products(dtype: torch.dtype, name: str) -> Any:
     }
     types |= {"dealt_ptr": "*i32", "bias_ptr": f"*{name}"} | dict.fromkeys(("turns", "size", "depth"), "i32")
     constants = {"BIAS": False, "ACTIVATION": products.SILU, "STAGES": products.STAGES}
-    names = products._product.arg_names
-    aligned = {
-        (names.index(argument),): [["tt.divisibility", 16]] for argument in ("dealt_ptr", "bias_ptr", "size", "depth")
-    }
-    source = GluonASTSource(
-        fn=products._product,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs=aligned,
-    )
-    options = {"num_warps": 4, "maxnreg": products.REGISTERS}
-    major, minor = HOPPER
-    return triton.compile(source, target=GPUTarget("cuda", major * 10 + minor, 32), options=options)
+    aligned = ("dealt_ptr", "bias_ptr", "size", "depth")
+    return compiled_for_hopper(products._product, types, constants, aligned, products.REGISTERS)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:

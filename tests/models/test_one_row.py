@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qvl.kernels import gpu, linear
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from tests.kernels.failing import PROBLEMS, failing, words_of
 from tests.models import oracle
 
 
@@ -62,20 +63,15 @@ def test_a_cpu_has_no_kernel_for_one_row(checkpoints: tuple[Path, ...]) -> None:
     assert linear.one_row(torch.device("cpu"), torch.float32) is None
 
 
-@pytest.mark.parametrize("problem", ["wrong numbers", "raises"])
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     triton_linear = pytest.importorskip("qvl.kernels.triton_linear", reason="Triton is not installed")
 
-    def fails(*_: object) -> str:
-        if problem == "raises":
-            raise OSError("no compiler")
-        return problem
-
     monkeypatch.setattr(linear, "gpu_problem", lambda: None)
     monkeypatch.setattr(linear, "capability_of", lambda _: (9, 0))
-    monkeypatch.setattr(triton_linear, "problem_of", fails)
+    monkeypatch.setattr(triton_linear, "problem_of", failing(problem))
     gpu.warn_of.cache_clear()
     linear.one_row.cache_clear()
     try:
@@ -83,6 +79,6 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
             assert linear.one_row(torch.device("cuda"), torch.bfloat16) is None
         (warning,) = caplog.records
         assert "15 % longer" in warning.getMessage()
-        assert ("OSError: no compiler" if problem == "raises" else problem) in warning.getMessage()
+        assert words_of(problem) in warning.getMessage()
     finally:
         linear.one_row.cache_clear()
