@@ -244,7 +244,7 @@ def test_a_film_asks_for_the_words_that_it_shows(fonts: Path) -> None:
 
 
 def test_a_word_clip_shows_every_word_in_its_sampled_frames(fonts: Path) -> None:
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="PyAV is not on the machine that trains")
     if "libx264" not in av.codecs_available:
         pytest.skip("this PyAV does not encode H.264")
     from tools.demo_model.clips import word_clip
