@@ -9,17 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from qvl.kernels.compiling import compiling_together as compiling_together
+from qvl.kernels.compiling import is_compiling
 from qvl.kernels.triton_cache import settle_cache
 
 logger = logging.getLogger(__name__)
@@ -31,8 +29,6 @@ BF16_FROM: Capability = (8, 0)
 HOPPER: Capability = (9, 0)  # kernels in Gluon are written for this one's tensor cores
 OLDEST: Capability = (7, 5)  # before it torch's own wheels do not run either
 KIB = 1024
-
-_compiling: ContextVar[bool] = ContextVar("qvl_compiling", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +108,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """
     if constants.get("EARLY"):
         constants["launch_pdl"] = True
-    if _compiling.get():
+    if is_compiling():
         kernel.warmup(*as_triton_takes(arguments), grid=grid, **constants)
         return
     kind, values = kind_of(kernel, arguments, constants)
@@ -191,33 +187,6 @@ def cdiv(count: int, size: int) -> int:
 def next_power_of_2(count: int) -> int:
     """Triton's own, in no time."""
     return 1 << (count - 1).bit_length()
-
-
-@contextmanager
-def compiling_together() -> Iterator[None]:
-    """Inside, launches compute nothing; their kernels are compiled at the same time, and ready at the end.
-
-    A first start would spend most of its time compiling one after the other. What cannot be compiled says so when it is
-    launched. Where this Triton has no such mode, nothing is different inside.
-    """
-    mode = getattr(triton_module(), "AsyncCompileMode", None)
-    if mode is None:
-        yield
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as threads, mode(threads, ignore_errors=True):
-        token = _compiling.set(True)
-        try:
-            yield
-        finally:
-            _compiling.reset(token)
-
-
-def triton_module() -> ModuleType | None:
-    """Triton, where it is installed."""
-    try:
-        return importlib.import_module("triton")
-    except ImportError:
-        return None
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,21 @@ from qvl.kernels import gpu
 
 
 class Driver:
-    """What Triton asks of a GPU's driver before it launches; `seen` is what its launcher was called with."""
+    """What Triton asks of a GPU's driver before it launches; `loaded` are names of kernels, `seen` is what
+    launchers were called with.
+    """
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
+        self.loaded: list[str] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": 227 * 1024},
-            load_binary=lambda *_: ("module", 7, 9, 0, 1024),
+            load_binary=self.load_binary,
         )
+
+    def load_binary(self, name: str, *_: object) -> tuple[Any, ...]:
+        self.loaded.append(name)
+        return ("module", 7, 9, 0, 1024)
 
     def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
         return lambda *arguments: self.seen.append(arguments)
@@ -48,3 +56,9 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
     monkeypatch.setattr(gpu, "_launches", {})
     return fake
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Any:
+    """The kernel as if it had never been compiled."""
+    monkeypatch.setattr(kernel, "device_caches", collections.defaultdict(kernel.create_binder))
+    return kernel

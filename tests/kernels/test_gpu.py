@@ -1,8 +1,7 @@
-"""Launching: what is compiled together, what is looked up once, and that Triton gets the same arguments either way."""
+"""Launching: what is looked up once, and that Triton gets the same arguments either way."""
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,9 @@ import pytest
 import torch
 
 from qvl.kernels import gpu
-from tests.kernels.driver import Driver, driver
+from tests.kernels.driver import Driver, driver, fresh
 
 __all__ = ["driver"]
-
-
-def fresh(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Any:
-    """The kernel as if it had never been compiled."""
-    monkeypatch.setattr(kernel, "device_caches", collections.defaultdict(kernel.create_binder))
-    return kernel
 
 
 def same(first: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
@@ -97,23 +90,6 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **constants: self.seen.append(("ran", constants))
-
-
-def test_kernels_are_compiled_together_and_run_afterwards() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    kernel = Kernel()
-    with gpu.compiling_together():
-        gpu.launch(kernel, (1,), 5, EARLY=True)
-    gpu.launch(kernel, (1,), 5, EARLY=False)
-    assert kernel.seen == [("compiled", {"EARLY": True, "launch_pdl": True}), ("ran", {"EARLY": False})]
-
-
-def test_without_a_mode_for_it_kernels_just_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "triton_module", lambda: None)
-    kernel = Kernel()
-    with gpu.compiling_together():
-        gpu.launch(kernel, (1,))
-    assert kernel.seen == [("ran", {})]
 
 
 class Compiled(Kernel):
