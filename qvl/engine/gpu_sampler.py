@@ -6,6 +6,7 @@ they compute: that is `Sampler`'s word, which takes over where they cannot run.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,16 +34,28 @@ KINDS = {"greedy": rules.GREEDY, "free": rules.FREE, "few": rules.FILTERED, "man
 def make_sampler(
     vocab_size: int, num_lines: int, never_sampled: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Sampler:
-    """With kernels on a GPU, if they build and choose as torch's operations do on the host. Warns once if not."""
-    if device.type == "cuda" and gpu_problem() is None:
+    """With kernels where they run, otherwise with torch's operations."""
+    kernels = sampling_kernels(vocab_size, never_sampled, device, dtype)
+    if kernels is None:
+        return Sampler(vocab_size, num_lines, never_sampled=never_sampled, device=device)
+    return GpuSampler(vocab_size, num_lines, never_sampled, device, kernels)
 
-        def trial(kernels: Any) -> str | None:
-            return problem_of(kernels, vocab_size, never_sampled, device, dtype)
 
-        kernels = tried_out("triton_sampling", "the kernels that choose tokens", trial, COST)
-        if kernels is not None:
-            return GpuSampler(vocab_size, num_lines, never_sampled, device, kernels)
-    return Sampler(vocab_size, num_lines, never_sampled=never_sampled, device=device)
+@functools.cache
+def sampling_kernels(
+    vocab_size: int, never_sampled: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> ModuleType | None:
+    """`qvl.kernels.triton_sampling` on a GPU where it builds and chooses as torch's operations do on the host.
+
+    Tried out once; warns when it should run and does not.
+    """
+    if device.type != "cuda" or gpu_problem() is not None:
+        return None
+
+    def trial(kernels: Any) -> str | None:
+        return problem_of(kernels, vocab_size, never_sampled, device, dtype)
+
+    return tried_out("triton_sampling", "the kernels that choose tokens", trial, COST)
 
 
 class GpuSampler(Sampler):

@@ -12,14 +12,16 @@ Knows which trials there are. Decides nothing: whoever uses a kernel asks for it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from qvl.engine.config import EngineConfig
 from qvl.engine.device import DTYPES
-from qvl.engine.gpu_sampler import make_sampler
+from qvl.engine.gpu_sampler import sampling_kernels
 from qvl.errors import ConfigError
 from qvl.kernels.attention import choose_attention
 from qvl.kernels.few_rows import few_rows
@@ -29,7 +31,10 @@ from qvl.kernels.pixels import pixel_kernels
 from qvl.kernels.segments import segment_kernel
 from qvl.layers.attention import Heads
 
+logger = logging.getLogger("qvl.engine")
+
 Trial = Callable[[], object]
+Trials = Mapping[str, Trial]
 
 
 def try_kernels_out(config: EngineConfig, device: torch.device) -> None:
@@ -38,34 +43,41 @@ def try_kernels_out(config: EngineConfig, device: torch.device) -> None:
         together(*trials(config, device))
 
 
-def trials(config: EngineConfig, device: torch.device) -> tuple[list[Trial], list[Trial]]:
+def trials(config: EngineConfig, device: torch.device) -> tuple[Trials, Trials]:
     """Those for threads, and those for the caller's: cuBLAS, with which these compare, keeps 32 MiB for each thread."""
     spec, dtype = config.spec, compute_dtype_for(DTYPES[config.dtype], device)
     text = spec.text
     heads = Heads(text.num_heads, text.num_kv_heads, text.head_dim)
     never = tuple(spec.ids.never_sampled)
     return (
-        [
-            lambda: choose_attention(device, dtype, heads, capability_of(device), config.attention_backend),
-            lambda: segment_kernel(device, dtype, spec.vision.head_dim),
-            lambda: many_rows(device, dtype),
-            lambda: pixel_kernels(spec.processor, dtype),
-            lambda: make_sampler(text.vocab_size, 1, never, device, dtype),
-        ],
-        [lambda: one_row(device, dtype), lambda: few_rows(device, dtype)],
+        {
+            "attention": lambda: choose_attention(
+                device, dtype, heads, capability_of(device), config.attention_backend
+            ),
+            "attention in pictures": lambda: segment_kernel(device, dtype, spec.vision.head_dim),
+            "products of many rows": lambda: many_rows(device, dtype),
+            "patches": lambda: pixel_kernels(spec.processor, dtype),
+            "choice of tokens": lambda: sampling_kernels(text.vocab_size, never, device, dtype),
+        },
+        {
+            "products of one row": lambda: one_row(device, dtype),
+            "products of a few rows": lambda: few_rows(device, dtype),
+        },
     )
 
 
-def together(for_threads: list[Trial], for_caller: list[Trial]) -> None:
+def together(for_threads: Trials, for_caller: Trials) -> None:
     """Run them all. An implementation that was asked for and cannot run is told to whoever asks again."""
+    began = time.monotonic()
 
-    def run(trial: Trial) -> None:
+    def run(name: str, trial: Trial) -> None:
         with contextlib.suppress(ConfigError):
             trial()
+        logger.debug("tried out after %.2f s: %s", time.monotonic() - began, name)
 
     with ThreadPoolExecutor(len(for_threads), "qvl-trial") as threads:
-        under_way = [threads.submit(run, trial) for trial in for_threads]
-        for trial in for_caller:
-            run(trial)
+        under_way = [threads.submit(run, name, trial) for name, trial in for_threads.items()]
+        for name, trial in for_caller.items():
+            run(name, trial)
     for trial_of_thread in under_way:
         trial_of_thread.result()

@@ -6,6 +6,7 @@ entry in `CANDIDATES`, before the universal one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -58,10 +59,11 @@ def compiled_cpu(
     return chosen
 
 
+@functools.cache
 def triton_gpu(
     device: torch.device, dtype: torch.dtype, heads: Heads, capability: Capability
 ) -> tuple[PagedAttention, str]:
-    """Triton's kernels on a GPU; they are tried out before they are trusted."""
+    """Triton's kernels on a GPU; they are tried out once, before they are trusted."""
     shown = ".".join(map(str, capability))
     if device.type != "cuda":
         raise Unavailable("it needs a CUDA GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,13 @@ from qvl.layers.attention import Heads
 
 HEADS = Heads(num_heads=28, num_kv_heads=4, head_dim=128)
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def not_tried_yet() -> Iterator[None]:
+    attention.triton_gpu.cache_clear()
+    yield
+    attention.triton_gpu.cache_clear()
 
 
 @pytest.fixture
@@ -167,3 +175,11 @@ def test_the_trial_tells_right_from_wrong() -> None:
     said = problem_of(Halved(), heads, CPU, torch.float32)
     assert said is not None
     assert "wrong numbers (relative error 5" in said
+
+
+@pytest.mark.usefixtures("gpu_at_hand")
+def test_kernels_that_run_are_tried_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(attention, "problem_of", lambda way, *_: tried.append(way))
+    first, again = (choose_attention(CUDA, torch.bfloat16, HEADS, (9, 0)) for _ in range(2))
+    assert len(tried) == 1 and first == again
