@@ -17,7 +17,7 @@ from qvl.layers.attention import AttentionMetadata, PagedAttention
 
 SPLIT = 256  # as in cpu_layers.c
 MAX_DIM = 512
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Plan:
 
 
 class CpuAttention:
-    """fp32 activations, a cache in any of `_TYPES`."""
+    """fp32 activations, a cache in any of `TYPES`."""
 
     name = "cpu"
     graph_safe = False
@@ -77,7 +77,7 @@ class CpuAttention:
             new = new.contiguous()
         self.library.qvl_store(
             new.data_ptr(), new.stride(0), cache.data_ptr(), plan.slots.data_ptr(), new.shape[0], width,
-            _TYPES[cache.dtype], torch.get_num_threads(),
+            TYPES[cache.dtype], torch.get_num_threads(),
         )  # fmt: skip
 
     def decode(self, q: Tensor, kv: tuple[Tensor, Tensor], plan: Plan, out: Tensor) -> None:
@@ -87,7 +87,7 @@ class CpuAttention:
         self.library.qvl_decode_attention(
             q.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), plan.table.data_ptr(), plan.table.stride(0),
             plan.lengths.data_ptr(), out.data_ptr(), scratch.data_ptr(), plan.num_decodes, heads, kv[0].shape[2], dim,
-            plan.block_size, plan.splits, dim**-0.5, _TYPES[kv[0].dtype], torch.get_num_threads(),
+            plan.block_size, plan.splits, dim**-0.5, TYPES[kv[0].dtype], torch.get_num_threads(),
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
  *
  * All activations are fp32; the cache holds bf16 (0), fp16 (1) or fp32 (2). Does not know Python.
  */
+#include "cpu_layers.h"
 #include "cpu_threads.h"
 #include "cpu_vectors.h"
 #include <math.h>
@@ -42,7 +43,6 @@ static void norm_row(const void *what, long row) {
     for (; i < size; i++) to[i] = in[i] * scale * weight[i];
 }
 
-/* out = norm(x + residual) * weight with residual += x; without residual, norm(x) * weight. Rows are contiguous. */
 void qvl_add_rms_norm(const float *x, float *residual, const float *weight, float *out, long rows, long size, float eps,
                       int threads) {
     const norm p = {x, weight, residual, out, size, eps};
@@ -67,7 +67,6 @@ static void silu_strip(const void *what, long piece) {
     for (; i < stop; i++) to[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-/* out [rows, size] = silu(first half) * second half of gate_up [rows, 2 * size]. */
 void qvl_silu_and_mul(const float *gate_up, float *out, long rows, long size, int threads) {
     const activation p = {gate_up, out, size, (size + STRIP - 1) / STRIP};
     qvl_share(rows * p.strips, rows * size > SMALL ? threads : 1, silu_strip, &p);
@@ -83,7 +82,6 @@ static void gelu_strip(const void *what, long piece) {
     for (; i < stop; i++) p->out[i] = p->x[i] / (1.0f + expf(-1.702f * p->x[i]));
 }
 
-/* x * sigmoid(1.702 x) over n numbers. */
 void qvl_quick_gelu(const float *x, float *out, long n, int threads) {
     const activation p = {x, out, n, (n + STRIP - 1) / STRIP};
     qvl_share(p.strips, n > SMALL ? threads : 1, gelu_strip, &p);
@@ -110,7 +108,6 @@ static void rotate_row(const void *what, long row) {
     }
 }
 
-/* Turn each pair (i, i + dim / 2) of x [rows, heads, dim] by its angle; cos, sin [rows, dim], out contiguous. */
 void qvl_rotate(const float *x, long row_stride, const float *cosine, const float *sine, float *out, long rows,
                 long heads, long dim, int threads) {
     const rotation p = {x, cosine, sine, out, row_stride, heads, dim};
@@ -149,7 +146,6 @@ static void store_row(const void *what, long row) {
     narrow(p->new + row * p->stride, p->cache, p->slots[row] * p->width, p->width, p->type);
 }
 
-/* Rows of new [rows, width] into their slots of a cache whose rows are width wide. */
 void qvl_store(const float *new, long row_stride, void *cache, const int64_t *slots, long rows, long width, int type,
                int threads) {
     const storing p = {new, cache, slots, row_stride, width, type};
@@ -264,8 +260,6 @@ static void join_parts(const decoding *p, long s, long query, float *to) {
     for (long d = 0; d < dim; d++) to[d] /= total;
 }
 
-/* One query token per sequence: q, out [sequences, heads, dim]; table [sequences, table_stride]; lengths count this
- * token. Long contexts are split between threads and joined; scratch: sequences * heads * splits * (dim + 2) floats. */
 void qvl_decode_attention(const float *q, const void *keys, const void *values, const int32_t *table, long table_stride,
                           const int32_t *lengths, float *out, float *scratch, long sequences, long heads, long kv_heads,
                           long dim, long block_size, long splits, float scale, int type, int threads) {

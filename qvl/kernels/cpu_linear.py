@@ -29,7 +29,7 @@ FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
 BLOCK = 12  # and their number to a multiple of at most this
 SLICE = 2048  # rows of x that are rearranged at a time, which bounds the memory for it
 PANEL_BYTES = 8 * 1024 * 1024
-_NAMES = {torch.bfloat16: "qvl_linear_bf16", torch.float16: "qvl_linear_f16", torch.float32: "qvl_linear_f32"}
+NAMES = {torch.bfloat16: "qvl_linear_bf16", torch.float16: "qvl_linear_f16", torch.float32: "qvl_linear_f32"}
 
 _log = logging.getLogger("qvl.kernels")
 
@@ -91,7 +91,7 @@ def has_16_bit_matmul(dtype: torch.dtype) -> bool:
 @functools.cache
 def native_product(dtype: torch.dtype) -> Product:
     """The compiled kernel for weights of `dtype`; NativeUnavailable says why there is none."""
-    function = getattr(load_native(SOURCE), _NAMES[dtype])
+    function = getattr(load_native(SOURCE), NAMES[dtype])
     pointer, long = ctypes.c_void_p, ctypes.c_long
     pointers, longs = [pointer] * 4, [long] * 3
     function.argtypes = [pointer, long, *pointers, *longs, ctypes.c_int, ctypes.c_int]

@@ -37,7 +37,7 @@ _SIGNATURES = {
 def cpu_kernels() -> Any | None:
     """The compiled library with its signatures set, or None (the linear kernels tell the operator why)."""
     try:
-        library = load_native(SOURCE)
+        library = load_native(SOURCE, visible=True)  # cpu_decode.c calls it
     except NativeUnavailable:
         return None
     for name, arguments in _SIGNATURES.items():

@@ -30,14 +30,15 @@ class NativeUnavailable(Exception):
     """Why there is no compiled library; the caller has a slower way and says so."""
 
 
-def load_native(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load_native(source: Path, flags: tuple[str, ...] = (), *, visible: bool = False) -> ctypes.CDLL:
     """The library compiled from `source`, from the cache when the source, the compiler and the processor are the same.
-    `flags` go to the compiler after the usual ones. Raises NativeUnavailable.
+    `flags` go to the compiler after the usual ones; libraries loaded later find the functions of a `visible` one.
+    Raises NativeUnavailable.
     """
     if os.environ.get(SWITCH) == "0":
         raise NativeUnavailable(f"{SWITCH}=0")
     load_threads()
-    return _load_from_cache(source, flags, ctypes.DEFAULT_MODE)
+    return _load_from_cache(source, flags, ctypes.RTLD_GLOBAL if visible else ctypes.DEFAULT_MODE)
 
 
 @functools.cache

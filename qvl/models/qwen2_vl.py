@@ -34,6 +34,7 @@ from qvl.layers.attention import AttentionMetadata, Heads, KVCache, PagedAttenti
 from qvl.layers.linear import Linear
 from qvl.layers.norm import RMSNorm
 from qvl.layers.rotary import MRope
+from qvl.models.cpu_decoder import cpu_decoder
 from qvl.models.one_row import decode_one, finish_one
 from qvl.models.vision import VisionTower, chunks
 from qvl.specs import ModelSpec, TextSpec
@@ -210,6 +211,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)
         self.model = Decoder(text, dtype, self.compute_dtype)
+        self.cpu_decoder = cpu_decoder(text, dtype, quantization, self.attention)
         self.visual = VisionTower(vision, dtype, self.compute_dtype)
         if not text.tie_word_embeddings:
             self.lm_head = Linear(
@@ -248,9 +250,8 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         [m, hidden]. `hidden_states` may be overwritten: norms add to them in place."""
         angles = self.mrope(positions)
         plan = self.attention.plan(metadata)
-        kernels = self.one_row(hidden_states)
-        if kernels is not None:
-            out = decode_one(kernels, self.model, hidden_states, angles, self.attention, kv_cache, plan)
+        out = self._decode_at_once(hidden_states, angles, kv_cache, plan)
+        if out is not None:
             return out if rows is None else out.index_select(0, rows)
         delta: Tensor | Sums = hidden_states
         residual = None
@@ -262,6 +263,17 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         if rows is not None:
             heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
         return self._end(last, heads, residual)
+
+    def _decode_at_once(
+        self, hidden_states: Tensor, angles: tuple[Tensor, Tensor], kv_cache: KVCache, plan: Any
+    ) -> Tensor | None:
+        """`forward` by who computes all layers of such a step faster, where there is one."""
+        kernels = self.one_row(hidden_states)
+        if kernels is not None:
+            return decode_one(kernels, self.model, hidden_states, angles, self.attention, kv_cache, plan)
+        if self.cpu_decoder is not None:
+            return self.cpu_decoder.decode(self.model, hidden_states, angles, kv_cache, plan)
+        return None
 
     def _end(self, last: DecoderLayer, heads: Tensor, residual: Tensor) -> Tensor:
         """What stands behind the attention of the last layer."""

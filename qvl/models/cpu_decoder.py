@@ -1,0 +1,73 @@
+"""A decoder's layers for a step of decodes on a CPU: what running answers are continued with.
+
+One call of compiled code takes a step through all layers. Between some three hundred of them, as
+`Qwen2VLForConditionalGeneration.forward` makes them for other steps, Python would spend a tenth of a token. Knows the
+decoder of `qvl.models.qwen2_vl`, and in which order the call wants its weights. Does not know what it does with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qvl.kernels import cpu_decode
+from qvl.kernels.cpu_attention import CpuAttention
+from qvl.kernels.cpu_decode import CpuDecode, Sizes
+from qvl.layers.attention import Heads, KVCache, PagedAttention
+from qvl.layers.linear import Linear
+from qvl.specs import TextSpec
+
+if TYPE_CHECKING:
+    from qvl.models.qwen2_vl import Decoder, DecoderLayer
+
+
+class CpuDecoder:
+    """The call, and the weights of a decoder in its order once they are there."""
+
+    def __init__(self, call: CpuDecode) -> None:
+        self.call = call
+        self.weights: list[Tensor | None] = []
+
+    def decode(
+        self,
+        decoder: Decoder,
+        hidden_states: Tensor,  # [n, hidden], overwritten
+        angles: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
+        plan: Any,
+    ) -> Tensor | None:
+        """As `Qwen2VLForConditionalGeneration.forward`; None: the step is not of few decodes alone."""
+        if not self.call.takes(len(hidden_states), plan):
+            return None
+        if not self.weights:  # modules are slow to ask: as long as three products of a small model
+            self.weights = [weight for layer in decoder.layers for weight in weights_of(layer)]  # type: ignore[arg-type]
+        return self.call.run(self.weights, decoder.norm.weight, hidden_states, angles, kv_cache, plan)
+
+
+def weights_of(layer: DecoderLayer) -> list[Tensor | None]:
+    """In the order of `layer` in cpu_decode.c."""
+    attention, mlp = layer.self_attn, layer.mlp
+    found: list[Tensor | None] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    for matrix in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+        found += numbers_of(matrix)
+    return found
+
+
+def numbers_of(matrix: Linear) -> list[Tensor | None]:
+    """Its numbers or codes, scales and bias."""
+    if matrix.weight is not None:
+        return [matrix.weight, None, matrix.bias]
+    return [matrix.codes, matrix.scales, matrix.bias]
+
+
+def cpu_decoder(spec: TextSpec, dtype: torch.dtype, quantization: str, attention: PagedAttention) -> CpuDecoder | None:
+    """For the decoder of `spec`, where compiled code computes all of it."""
+    if not isinstance(attention, CpuAttention):
+        return None
+    heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    call = cpu_decode.choose(
+        Sizes(spec.hidden_size, spec.intermediate_size, heads, spec.rms_norm_eps), dtype, quantization
+    )
+    return None if call is None else CpuDecoder(call)
