@@ -41,8 +41,8 @@ Replay = Callable[[], Tensor]
 class Recorder(Protocol):
     """Turns work over static memory into something that does the same again with little effort."""
 
-    def record(self, work: Replay) -> Replay:
-        """What a replay leaves is valid until the next one, of whatever was recorded."""
+    def record(self, work: Replay, *, ran: bool = False) -> Replay:
+        """What a replay leaves is valid until the next one, of whatever was recorded. `ran`: `work` has run before."""
 
 
 class CudaRecorder:
@@ -57,16 +57,17 @@ class CudaRecorder:
         self._make_room: Replay = lambda: torch.zeros(room, dtype=torch.uint8, device=device)
         self._room: Replay | None = None  # whose memory the others use
 
-    def record(self, work: Replay) -> Replay:
+    def record(self, work: Replay, *, ran: bool = False) -> Replay:
         if self._room is None:
-            self._room = self._record(self._make_room)
-        return self._record(work)
+            self._room = self._record(self._make_room, ran=False)
+        return self._record(work, ran)
 
-    def _record(self, work: Replay) -> Replay:
-        """Runs `work` once before it is recorded: compiling and loading kernels, as first use does, no graph may do."""
+    def _record(self, work: Replay, ran: bool) -> Replay:
+        """`work` runs once before it is recorded: compiling and loading kernels, as first use does, no graph may do."""
         graph = torch.cuda.CUDAGraph()
-        work()
-        torch.cuda.current_stream().synchronize()
+        if not ran:
+            work()
+            torch.cuda.current_stream().synchronize()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             result = work()

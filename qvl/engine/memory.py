@@ -18,6 +18,7 @@ from qvl.engine.config import DTYPE_BYTES, EngineConfig
 from qvl.engine.probe import StepCost
 from qvl.engine.prompt_graphs import MOST_TOKENS
 from qvl.engine.sampler import ROWS_AT_ONCE
+from qvl.engine.tower_graphs import MOST_GRAPHS, MOST_PATCHES
 from qvl.engine.vision import MAX_BATCH_PATCHES
 from qvl.models.qwen2_vl import MLP_ROWS
 from qvl.models.vision import LARGE, attention_bytes, mlp_rows
@@ -31,16 +32,16 @@ SORTED_BYTES = 40
 # What is there after the cache has been sized: outside of torch's memory 47 CUDA graphs (50 MiB on an H200), inside
 # what the sampler's passes leave for each other (9), and what rounding takes.
 LIBRARIES = 70 << 20
+TOWER_GRAPHS = MOST_GRAPHS * (5 << 18)  # what a graph of 300 kernels takes outside of torch's memory
 
 
-def kv_cache_bytes(
-    config: EngineConfig, usable: int, cost: StepCost | None = None, *, tower_in_place: bool = False
-) -> int:
+def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = None, *, own_tower: bool = False) -> int:
     """Bytes for keys and values out of `usable`, what is left for everything that is not there yet; 0: nothing fits.
 
-    `cost` was measured where the memory of attention follows the lengths. `tower_in_place`: see `vision_bytes`.
+    `cost` was measured where the memory of attention follows the lengths. `own_tower`: attention inside pictures is
+    ours, so it works in place, and towers are recorded as graphs.
     """
-    work, kept, encoded = work_bytes(config, cost, tower_in_place), kept_bytes(config), config.encoder_cache_bytes
+    work, kept, encoded = work_bytes(config, cost, own_tower), kept_bytes(config, own_tower), config.encoder_cache_bytes
     per_token = config.block_bytes / config.block_size
     # Every token in the cache may be read by one decode step, which costs its share beside its own keys and values.
     beside = 0.0 if cost is None else cost.decode_context * SLACK
@@ -54,11 +55,11 @@ def kv_cache_bytes(
     return found
 
 
-def work_bytes(config: EngineConfig, cost: StepCost | None, tower_in_place: bool) -> int:
+def work_bytes(config: EngineConfig, cost: StepCost | None, own_tower: bool) -> int:
     """The largest of what the parts of a step hold at a time."""
     decoder, patches = decoder_bytes(config), largest_patches(config)
     # One of LARGE patches goes in larger parts than a larger one.
-    vision = max(vision_bytes(config, number, tower_in_place) for number in (patches, min(patches, LARGE)))
+    vision = max(vision_bytes(config, number, own_tower) for number in (patches, min(patches, LARGE)))
     if cost is not None:
         decoder = max(decoder, int(cost.prefill(config.max_num_batched_tokens, config.max_model_len)))
         vision = int(cost.patch * patches)
@@ -107,21 +108,25 @@ def vision_bytes(config: EngineConfig, patches: int, in_place: bool = False) -> 
     return stream + max(angles + max(embedding, block), merger)
 
 
-def kept_bytes(config: EngineConfig) -> int:
+def kept_bytes(config: EngineConfig, own_tower: bool = False) -> int:
     """What is there for good: tables, counts of tokens, the memory of the graphs and what goes into them, libraries."""
     text, size, rows = config.spec.text, DTYPE_BYTES[config.dtype], config.max_num_seqs
     tables = rows * -(-config.max_model_len // config.block_size) * 4
     counts = rows * text.vocab_size * 2
     prompts = min(MOST_TOKENS, config.max_num_batched_tokens) * text.hidden_size * size
-    return 2 * tables + counts + prompts + graph_bytes(config) + LIBRARIES
+    patches = MOST_PATCHES * config.spec.vision.patch_dim * size + TOWER_GRAPHS if own_tower else 0
+    return 2 * tables + counts + prompts + patches + graph_bytes(config, own_tower) + LIBRARIES
 
 
-def graph_bytes(config: EngineConfig) -> int:
-    """What all graphs share: a step with as many decodes as run together and its logits, or the widest with prompts."""
+def graph_bytes(config: EngineConfig, towers: bool = False) -> int:
+    """What all graphs share: a step with as many decodes as run together and its logits, the widest with prompts, or
+    the largest of pictures.
+    """
     rows = config.max_num_seqs
     logits = rows * config.spec.text.vocab_size * DTYPE_BYTES[config.dtype]
     widest = decoder_bytes(config, min(MOST_TOKENS, config.max_num_batched_tokens))
-    return max(widest, decoder_bytes(config, rows) + logits)
+    tower = vision_bytes(config, MOST_PATCHES, in_place=True) if towers else 0
+    return max(widest, decoder_bytes(config, rows) + logits, tower)
 
 
 def largest_patches(config: EngineConfig) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -31,6 +32,7 @@ from qvl.engine.prompt_graphs import PromptSteps
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, SamplerRow
 from qvl.engine.start_clock import StartClock
+from qvl.engine.tower_graphs import TowerSteps
 from qvl.engine.trials import try_kernels_out
 from qvl.engine.vision import MediaEncoder
 from qvl.kernels.segments import segment_kernel
@@ -105,7 +107,8 @@ class ModelRunner:
             self.prompts: PromptSteps | None = None
             if self.device.type == "cuda" and self.model.attention.graph_safe:
                 clock.passed("caches")
-                self.prepare_static(None if config.enforce_eager else CudaRecorder(graph_bytes(config), self.device))
+                room = graph_bytes(config, towers=tower_kernel(self.model) is not None)
+                self.prepare_static(None if config.enforce_eager else CudaRecorder(room, self.device))
                 clock.passed("graphs")
         if self.stream is not None:
             self.stream.synchronize()
@@ -115,7 +118,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prepare_static(self, recorder: Recorder | None) -> None:
-        """Run steps of decodes alone, and of few tokens, over static memory from now on."""
+        """Run steps of decodes alone, and of few tokens, and pictures over static memory from now on."""
         with self._on_stream():
             self.decodes = DecodeSteps(self.config, self.model, self.kv_cache, self.tables, self.sampler)
             kinds: list[StaticSteps] = [self.decodes]
@@ -124,6 +127,9 @@ class ModelRunner:
                 kinds.append(self.prompts)  # it fits into the memory of the logits of decodes
             if recorder is not None:
                 record_all(recorder, kinds, self.device)
+            if (kernel := tower_kernel(self.model)) is not None:
+                later = recorder if self.decodes.replays else None
+                self.encoder.towers = TowerSteps(self.model.visual, kernel, self.device, later)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> Flight:
@@ -306,5 +312,10 @@ def size_kv_cache(config: EngineConfig, model: Qwen2VLForConditionalGeneration) 
     kernels = model.attention.graph_safe and torch.cuda.get_device_capability(model.device) >= (8, 0)
     bounded = kernels and model.dtype != torch.float32
     cost = None if bounded else measure_cost(model, config)
-    in_place = segment_kernel(model.device, model.compute_dtype, config.spec.vision.head_dim) is not None
-    return config.with_kv_memory(kv_cache_bytes(config, usable, cost, tower_in_place=in_place))
+    own_tower = tower_kernel(model) is not None
+    return config.with_kv_memory(kv_cache_bytes(config, usable, cost, own_tower=own_tower))
+
+
+def tower_kernel(model: Qwen2VLForConditionalGeneration) -> ModuleType | None:
+    """Our own attention inside pictures, where it runs: it works in place, and reads on the device who sees whom."""
+    return segment_kernel(model.device, model.compute_dtype, model.spec.vision.head_dim)

@@ -17,6 +17,7 @@ from qvl.engine.batch import ScheduledMedia
 from qvl.engine.device import is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.pixels import Pixels, copy_pixels
+from qvl.engine.tower_graphs import TowerSteps
 from qvl.kernels.pixels import pixel_kernels
 from qvl.models.preprocess import patchify
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -40,6 +41,7 @@ class MediaEncoder:
         self.cache = cache
         self.processor = processor
         self.max_patches = max_patches
+        self.towers: TowerSteps | None = None  # where graphs are worth it
         self.clock = DeviceClock(model.device)
         if model.device.type == "cuda":  # compiled now, not with the first picture
             pixel_kernels(processor, model.compute_dtype)
@@ -83,9 +85,12 @@ class MediaEncoder:
         """One tensor [tokens, hidden] per picture, each with memory of its own, so that the cache can let go of one."""
         patches = [self._patches(item) for item in group]
         grids = [item.span.grid for item in group]
-        together = self.model.encode_media(patches, grids)
-        rows = torch.split(together, [item.span.length for item in group])
-        return [rows[0]] if len(rows) == 1 else [part.clone() for part in rows]
+        together = None if self.towers is None else self.towers.run(patches, grids)
+        if together is None:
+            together = self.model.encode_media(patches, grids)
+            if len(group) == 1:
+                return [together]
+        return [part.clone() for part in torch.split(together, [item.span.length for item in group])]
 
     def _patches(self, item: ScheduledMedia) -> Tensor:
         media = item.seq.media[item.index]

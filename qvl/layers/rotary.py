@@ -42,7 +42,7 @@ class MRope:
         return angles.cos(), angles.sin()
 
 
-def vision_positions(grids: Sequence[Grid], merge_size: int) -> npt.NDArray[np.int64]:
+def vision_positions(grids: Sequence[Grid], merge_size: int) -> npt.NDArray[np.float32]:
     """Row and column of every patch in patch order (2 x 2 merge blocks, every temporal slice alike): [patches, 2]."""
     positions = []
     for grid in grids:
@@ -51,17 +51,12 @@ def vision_positions(grids: Sequence[Grid], merge_size: int) -> npt.NDArray[np.i
             grid.h // merge_size, merge_size, grid.w // merge_size, merge_size, 2
         )
         positions.append(np.tile(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2), (grid.t, 1)))
-    return np.concatenate(positions).astype(np.int64)
+    return np.concatenate(positions).astype(np.float32)
 
 
-def vision_angles(
-    grids: Sequence[Grid], merge_size: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:  # cos, sin fp32 [patches, 1, head_dim]
-    """Half of the frequencies follow the row of a patch, the other half its column."""
-    positions = torch.from_numpy(vision_positions(grids, merge_size).astype(np.float32))
-    if device.type == "cuda":
-        positions = positions.pin_memory().to(device, non_blocking=True)
-    half = (positions[:, :, None] * frequencies_on(device, head_dim // 2)).flatten(1)
+def vision_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:  # fp32 [patches, 2]
+    """cos, sin fp32 [patches, 1, head_dim]: half of the frequencies follow the row of a patch, half its column."""
+    half = (positions[:, :, None] * frequencies_on(positions.device, head_dim // 2)).flatten(1)
     return tuple(torch.cat((x, x), dim=-1)[:, None] for x in (half.cos(), half.sin()))  # type: ignore[return-value]
 
 

@@ -18,7 +18,7 @@ from qvl.kernels.segments import Segments, preferred_order, segment_attention
 from qvl.layers.activation import ACTIVATIONS
 from qvl.layers.linear import Linear
 from qvl.layers.norm import LayerNorm
-from qvl.layers.rotary import vision_angles
+from qvl.layers.rotary import vision_angles, vision_positions
 from qvl.specs import VisionSpec
 from qvl.types import Grid
 
@@ -180,19 +180,26 @@ class VisionTower(nn.Module):
 
         A list of parts is emptied on the way, so that their memory is free before the blocks need it.
         """
-        spec, dtype = self.spec, self.compute_dtype
+        spec = self.spec
         parts = pixel_values if isinstance(pixel_values, list) else [pixel_values]
         device = parts[0].device
-        lengths = [grid.h * grid.w for grid in grids for _ in range(grid.t)]
-        segments = Segments.of(lengths, device, dtype, spec.head_dim)
-        angles = vision_angles(grids, spec.merge_size, spec.head_dim, device)
+        segments = Segments.of(segment_lengths(grids), device, self.compute_dtype, spec.head_dim)
+        positions = torch.from_numpy(vision_positions(grids, spec.merge_size))
+        if device.type == "cuda":
+            positions = positions.pin_memory().to(device, non_blocking=True)
+        return self.compute(parts, positions, segments)
+
+    def compute(self, parts: list[Tensor], positions: Tensor, segments: Segments) -> Tensor:
+        """The same, with the row and column of each patch, fp32 [patches, 2]: all of it on the device."""
+        spec, dtype = self.spec, self.compute_dtype
+        angles = vision_angles(positions, spec.head_dim)
         embedded = []
         while parts:
             embedded.append(self.patch_embed(parts.pop(0).to(dtype)))
         hidden_states = joined(embedded)
         norms: list[Any] = [*(block.norm1 for block in self.blocks), self.merger.ln_q]
         normed = norms[0](hidden_states)
-        with preferred_order(dtype, capability_of(device)):
+        with preferred_order(dtype, capability_of(positions.device)):
             for block, norm in zip(self.blocks, norms[1:], strict=True):
                 block(hidden_states, normed, norm, angles, segments)
         del hidden_states, angles
@@ -201,6 +208,11 @@ class VisionTower(nn.Module):
         for rows in chunks(len(normed), mlp_rows(len(normed))):
             tokens[rows.start // area : rows.stop // area] = self.merger(normed[rows])
         return tokens
+
+
+def segment_lengths(grids: Sequence[Grid]) -> list[int]:
+    """Patches of every temporal slice."""
+    return [grid.h * grid.w for grid in grids for _ in range(grid.t)]
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -43,10 +43,11 @@ class Tracer:
         self.replayed = 0
         self.left = torch.zeros(0)
 
-    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def record(self, work: Callable[[], torch.Tensor], *, ran: bool = False) -> Callable[[], torch.Tensor]:
         if self.recorded == self.most:
             raise RuntimeError("out of memory for one more graph\nwith details")
-        work()
+        if not ran:
+            work()
         graph = make_fx(lambda: work())()
         self.recorded += 1
 

@@ -20,6 +20,7 @@ from qvl.engine.memory import (
     vision_bytes,
 )
 from qvl.engine.probe import CONTEXT, DECODES, QUERY, SIDE, StepCost, fit_cost
+from qvl.engine.tower_graphs import MOST_PATCHES
 from qvl.errors import ConfigError
 from tests.engine.harness import make_config
 
@@ -53,13 +54,18 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     decodes = 256 * (2 * hidden * 2 + 2 * 128 * 4 + hidden * 2) + 256 * 3 * (hidden + wide) * 2 + 256 * 152064 * 2
     assert graph_bytes(seven) == decodes > decoder_bytes(seven, 512)
     tables, counts = 2 * 256 * 1024 * 4, 256 * 152064 * 2
-    assert kept_bytes(seven) == tables + counts + decodes + 512 * hidden * 2 + LIBRARIES
+    kept = tables + counts + decodes + 512 * hidden * 2 + LIBRARIES
+    assert kept_bytes(seven) == kept
+    tower = 5504 * (3 * 1280 * 2 + 2 * 80 * 4 + (5120 + 1280) * 2)  # stream, norm, added; angles; fc1 and its sum
+    assert vision_bytes(seven, 5504, in_place=True) == tower
+    assert graph_bytes(seven, towers=True) == decodes > tower  # so graphs of pictures cost no memory of torch's
+    assert kept_bytes(seven, own_tower=True) == kept + 5504 * 1176 * 2 + 24 * 5 * MIB // 4
 
 
 def test_the_cache_is_as_large_as_the_comparison(seven: EngineConfig) -> None:
     """What 0.9 of an H200 leaves beside weights and what else was measured there: vLLM 0.25.1 has 2,040,016 tokens."""
     usable = int(0.9 * H200.total_memory) - seven.weight_bytes - 530 * MIB
-    tokens = kv_cache_bytes(seven, usable, tower_in_place=True) // (56 * 1024)
+    tokens = kv_cache_bytes(seven, usable, own_tower=True) // (56 * 1024)
     assert tokens >= 2_040_016
 
 
@@ -107,3 +113,8 @@ def test_the_largest_picture_is_bounded_by_context_and_processor(checkpoint: Pat
     assert largest_patches(config) == 64 * 4  # the processor allows 64 tokens, the context as many
     assert largest_patches(make_config(checkpoint, encoder_budget_tokens=10, max_model_len=32)) == 32 * 4
     assert largest_patches(make_config(checkpoint, encoder_budget_tokens=500)) == 500 * 4
+
+
+def test_graphs_of_pictures_may_be_the_largest(checkpoint: Path) -> None:
+    config = make_config(checkpoint, max_num_batched_tokens=512, num_blocks=256, max_num_seqs=4)
+    assert graph_bytes(config) < vision_bytes(config, MOST_PATCHES, in_place=True) == graph_bytes(config, towers=True)

@@ -67,7 +67,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
 
 
 def test_vision_angles_of_a_slice_repeat_in_time() -> None:
-    cos, _ = vision_angles([Grid(3, 2, 2)], 2, 8, torch.device("cpu"))
+    cos, _ = vision_angles(torch.from_numpy(vision_positions([Grid(3, 2, 2)], 2)), 8)
     assert cos.shape == (12, 1, 8)
     assert torch.equal(cos[:4], cos[8:])
 

@@ -1,0 +1,216 @@
+"""Pictures over static memory: what the tower makes of each alone, whatever lies beside it; what is recorded, when."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl.engine import tower_graphs
+from qvl.engine.device import own_stream
+from qvl.engine.graphs import CudaRecorder
+from qvl.engine.tower_graphs import AMONG, MOST_PATCHES, OFTEN, Shape, TowerSteps
+from qvl.kernels.fused import rotate
+from qvl.kernels.segments import Segments, segment_kernel
+from qvl.models import vision
+from qvl.models.vision import VisionTower
+from qvl.specs import VisionSpec
+from qvl.types import Grid
+from tests.engine.test_graphs import Tracer, torch_only  # noqa: F401  # a fixture
+
+ROWS = 64
+SPEC = VisionSpec(
+    depth=1, embed_dim=96, num_heads=2, mlp_ratio=2, in_channels=3, patch_size=4, temporal_patch_size=2, merge_size=2,
+    hidden_size=64,
+)  # fmt: skip
+
+
+class Tiles:
+    """As `qvl.kernels.triton_segments`: what tiles are."""
+
+    FIELDS = 4
+
+    @staticmethod
+    def tiles_of(lengths: Sequence[int]) -> np.ndarray:
+        starts = np.cumsum([0, *lengths])
+        found = [
+            (start + at, min(ROWS, length - at), start, length)
+            for start, length in zip(starts.tolist(), lengths, strict=False)
+            for at in range(0, length, ROWS)
+        ]
+        return np.array(sorted(found, key=lambda tile: -tile[3]), dtype=np.int32)
+
+
+def attend_tiles(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    """`segment_attention` by tiles, in tensor operations that do not ask what is in them; no tile leaves a nan."""
+    turned = rotate(qkv[:, :2].flatten(1, 2), *angles).unflatten(1, (2, -1))
+    q, k, v = turned[:, 0], turned[:, 1], qkv[:, 2]
+    assert segments.tiles is not None
+    first, rows, key, keys = (field[:, None] for field in segments.tiles.long().unbind(1))
+    at, every = torch.arange(ROWS), torch.arange(len(qkv))
+    mine = (every >= key) & (every < key + keys)  # [tiles, n]
+    place = first + at  # [tiles, ROWS]
+    scores = torch.einsum("trhd,khd->thrk", q[place.clamp(max=len(q) - 1)], k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mine[:, None, None], -torch.inf).softmax(-1)
+    found = torch.einsum("thrk,khd->trhd", weights, torch.where(torch.isnan(v), 0.0, v)).flatten(2).flatten(0, 1)
+    out = torch.full((len(q) + 1, found.shape[1]), torch.nan)
+    out.index_copy_(0, torch.where(at < rows, place, len(q)).flatten(), found)
+    return out[:-1]
+
+
+@pytest.fixture
+def tower(torch_only: None, monkeypatch: pytest.MonkeyPatch) -> VisionTower:  # noqa: F811
+    plain = vision.segment_attention
+
+    def either(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        return (plain if segments.tiles is None else attend_tiles)(qkv, angles, segments)
+
+    monkeypatch.setattr(vision, "segment_attention", either)
+    monkeypatch.setattr(vision, "quick_gelu_linear", lambda x, weight, bias: gelu(F.linear(x, weight, bias)))
+    return drawn(SPEC, torch.float32, "cpu")
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def drawn(spec: VisionSpec, dtype: torch.dtype, device: str) -> VisionTower:
+    """A tower of random weights."""
+    tower = VisionTower(spec, dtype, dtype).to_empty(device=device)
+    generator = torch.Generator().manual_seed(0)
+    for weight in tower.parameters():
+        drawn = torch.randn(weight.shape, generator=generator) * (0.1 if weight.dim() == 1 else weight.shape[1] ** -0.5)
+        weight.data.copy_(drawn)
+    return tower
+
+
+def patches_of(grids: Sequence[Grid], spec: VisionSpec, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(grid.num_patches for grid in grids), spec.patch_dim, generator=generator)
+
+
+def random_grids(rng: random.Random) -> list[Grid]:
+    return [
+        Grid(rng.choice((1, 1, 1, 2)), 2 * rng.randint(1, 6), 2 * rng.randint(1, 6)) for _ in range(rng.randint(1, 4))
+    ]
+
+
+@torch.inference_mode()
+def test_padding_and_neighbours_change_no_picture(tower: VisionTower) -> None:
+    """Of any sizes, eagerly and in a replay of what was recorded with others: as the tower by itself."""
+    tracer, rng = Tracer(), random.Random(0)
+    steps = TowerSteps(tower, Tiles(), torch.device("cpu"), tracer)
+    for turn in range(30):
+        grids = random_grids(rng)
+        patches = patches_of(grids, SPEC, turn)
+        steps._patches.fill_(torch.nan)  # as what was there before may be
+        parts = list(torch.split(patches, [grid.num_patches for grid in grids]))
+        found = steps.run(parts, grids)
+        assert not parts
+        assert found is not None
+        torch.testing.assert_close(found, tower(patches, grids), rtol=1e-4, atol=1e-4)
+    assert tracer.replayed > 10
+    assert 2 <= tracer.recorded == len(steps.replays)
+
+
+@torch.inference_mode()
+def test_what_comes_often_is_recorded_and_who_came_last_stays(
+    tower: VisionTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower_graphs, "MOST_GRAPHS", 2)
+    tracer = Tracer()
+    steps = TowerSteps(tower, Tiles(), torch.device("cpu"), tracer)
+    small, wide, third = ([Grid(1, 2, side)] for side in (2, 80, 150))
+
+    def times(count: int, grids: list[Grid]) -> None:
+        for _ in range(count):
+            assert steps.run([patches_of(grids, SPEC)], grids) is not None
+
+    times(OFTEN - 1, small)
+    assert (tracer.recorded, tracer.replayed) == (0, 0)
+    times(2, small)
+    assert (tracer.recorded, tracer.replayed) == (1, 2)
+    times(OFTEN, wide)
+    times(1, small)
+    times(OFTEN, third)
+    assert list(steps.replays) == [Shape(128, 2), Shape(384, 6)]
+    assert tracer.recorded == 3
+    times(AMONG, small)  # the others are forgotten
+    times(OFTEN - 1, wide)
+    assert (tracer.recorded, list(steps.replays)) == (3, [Shape(384, 6), Shape(128, 2)])
+
+
+def test_what_does_not_fit_is_left_alone(tower: VisionTower) -> None:
+    steps = TowerSteps(tower, Tiles(), torch.device("cpu"), None)
+    too_many = [Grid(1, 2, MOST_PATCHES // 2 + 2)]
+    parts = [torch.zeros(0)]
+    assert steps.run(parts, too_many) is None
+    assert len(parts) == 1
+    crumbs = [Grid(1, 2, 2)] * 40  # a tile each
+    assert steps.layout_of(tuple(crumbs)) is None
+    assert steps.layout_of(tuple(crumbs[:18])) is not None
+    full = steps.layout_of((Grid(1, 74, 74),))
+    assert full is not None
+    assert full.shape == Shape(MOST_PATCHES, MOST_PATCHES // ROWS)
+
+
+@torch.inference_mode()
+def test_a_recording_that_fails_is_told_once_and_pictures_go_on(
+    tower: VisionTower, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracer = Tracer(most=1)
+    steps = TowerSteps(tower, Tiles(), torch.device("cpu"), tracer)
+    with caplog.at_level(logging.WARNING, "qvl.engine"):
+        for columns in (2, 80, 150):
+            for _ in range(OFTEN + 1):
+                grids = [Grid(1, 2, columns)]
+                patches = patches_of(grids, SPEC)
+                found = steps.run([patches.clone()], grids)
+                torch.testing.assert_close(found, tower(patches, grids), rtol=1e-4, atol=1e-4)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "RuntimeError: out of memory for one more graph" in line
+    assert len(steps.replays) == 1
+    assert tracer.replayed == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.inference_mode()
+def test_recorded_towers_are_those_run_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many sizes, after others were recorded, replayed and given up, and after steps that use the same memory."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    spec = dataclasses.replace(SPEC, depth=2, embed_dim=160, patch_size=14)
+    kernel = segment_kernel(device, torch.bfloat16, spec.head_dim)
+    if kernel is None:
+        pytest.skip("attention inside pictures is torch's on this GPU")
+    monkeypatch.setattr(tower_graphs, "MOST_GRAPHS", 3)
+    tower = drawn(spec, torch.bfloat16, "cuda")
+    rng = random.Random(0)
+    usual = [random_grids(rng) for _ in range(6)] + [[Grid(1, 32, 32)] * 3]
+    with torch.cuda.stream(own_stream(device)):
+        recorder = CudaRecorder(32 << 20, device)
+        other = recorder.record(lambda: torch.full((1 << 22,), torch.nan, device=device))
+        plain = TowerSteps(tower, kernel, device, None)
+        steps = TowerSteps(tower, kernel, device, recorder)
+        recorded: set[Shape] = set()
+        for turn in range(150):
+            grids = usual[rng.randrange(len(usual))] if turn % 5 else random_grids(rng)
+            patches = patches_of(grids, spec, turn).to(device, torch.bfloat16)
+            exact = tower(patches, grids).float()
+            want, found = (each.run([patches], grids) for each in (plain, steps))
+            assert want is not None
+            assert found is not None
+            assert (found.float() - want.float()).norm() <= 1e-3 * want.float().norm()
+            assert (found.float() - exact).norm() <= 1e-2 * exact.norm()
+            recorded |= steps.replays.keys()
+            if turn % 3 == 0:
+                other()
+        torch.cuda.current_stream().synchronize()
+    assert len(recorded) > len(steps.replays) == 3
