@@ -1,11 +1,12 @@
 """What an engine on a GPU waits for at its start, begun in threads while Python imports: they hold no interpreter.
 
-    main    | import torch ............. | import the engine, resolve | kernels, weights, ...
+    main    | import torch ............. | import the engine, resolve ...... | kernels, weights, ...
     thread  | driver, CUDA context ..... |
-    thread                               | Triton's key ............. |
+    thread                               | Triton's key ... | first kernel . |
+    thread                               | C for its driver |
 
 Nothing here is needed, and nothing here may fail a start: whoever comes first does the work, the other finds it done.
-Knows the CUDA driver's names and Triton's. Does not know torch.
+Knows the CUDA driver's names and Triton's.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _retain_context() -> None:
 
 
 def begin_triton() -> threading.Thread:
-    """Import Triton and let it read itself: the key of its cache is a hash of 400 MB of libraries."""
+    """Once torch is there: import Triton, make it ready, and compile a first kernel with it."""
     thread = threading.Thread(target=_read_triton, name="qvl-triton", daemon=True)
     thread.start()
     return thread
@@ -51,4 +52,21 @@ def _read_triton() -> None:
     with contextlib.suppress(ImportError, OSError):  # not there, or another version: it is read when it is needed
         from triton.runtime.cache import triton_key
 
-        triton_key()
+        driver = threading.Thread(target=_make_driver, name="qvl-driver", daemon=True)
+        driver.start()
+        triton_key()  # a hash of 400 MB of libraries
+        driver.join()
+        from qvl.kernels.gpu import gpu_problem
+
+        gpu_problem()
+
+
+def _make_driver() -> None:
+    """On a machine's first start the C compiler runs for it, most of a second. What fails is told by a first kernel."""
+    with contextlib.suppress(Exception):
+        from triton.runtime import driver
+
+        from qvl.kernels.triton_cache import settle_cache
+
+        settle_cache()
+        driver.active.get_current_device()

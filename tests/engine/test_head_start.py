@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from typing import Any
 
 import pytest
 
 from qvl.engine import head_start
 from qvl.engine.start_clock import StartClock
+from qvl.kernels import gpu
 
 
 class Driver:
@@ -75,13 +77,32 @@ def test_a_cpu_needs_no_driver_and_a_machine_without_one_gets_on(monkeypatch: py
     assert asked == ["libcuda.so.1"]
 
 
-def test_triton_is_read_where_it_is() -> None:
+def test_triton_is_made_ready_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(head_start, "_make_driver", lambda: order.append("driver"))
+    monkeypatch.setattr(gpu, "gpu_problem", lambda: order.append("kernel"))
     head_start.begin_triton().join()
     try:
         from triton.runtime.cache import triton_key
     except ImportError:
+        assert order == []
         return
-    assert triton_key.cache_info().currsize == 1
+    assert triton_key.cache_info().currsize == 1 and order == ["driver", "kernel"]
+
+
+def test_a_driver_that_cannot_be_made_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
+    asked: list[str] = []
+
+    class Broken:
+        def get_current_device(self) -> int:
+            asked.append("device")
+            raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Broken())
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    head_start._make_driver()
+    assert asked == ["device"]
 
 
 def test_the_clock_names_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
