@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,14 +26,14 @@ from qvl.backends.answers import LiveRequest
 from qvl.backends.base import BackendInfo, Observer
 from qvl.backends.engines import WORKER, Engine, OwnEngine
 from qvl.backends.grammar_check import GrammarCheck
-from qvl.backends.scratch import PixelStore
+from qvl.backends.scratch import PixelStore, make_room
 from qvl.backends.submit import Submission, submission
 from qvl.engine.config import EngineConfig
 from qvl.engine.intake import Intake, Prepared
 from qvl.engine.loading import Loading
 from qvl.engine.locate import find_model
 from qvl.engine.options import EngineOptions
-from qvl.engine.protocol import AbortRequest, EngineInfo, EngineStats, Outputs, Ready
+from qvl.engine.protocol import OWN_FILE, AbortRequest, EngineInfo, EngineStats, Outputs, Ready
 from qvl.errors import InvalidRequest, QvlError, Unavailable
 from qvl.media.given_up import given_up_by
 from qvl.media.kept import DEFAULT_BYTES
@@ -80,11 +81,12 @@ class LocalBackend:
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, "qvl-text")
         self._media_pool = ThreadPoolExecutor(MEDIA_THREADS, "qvl-media")
         self._loading = Loading(media_cores)
-        self._kept = keep_pictures(kept_bytes)
+        self._kept_bytes = kept_bytes
         self._store = PixelStore([])
         self._launched = False
         self._live: dict[str, tuple[LiveRequest, int]] = {}
         self._serving: asyncio.Task[None] | None = None
+        self._sharing: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
         self._tokenizer: Tokenizer | None = None
         self._intake: Intake | None = None
@@ -190,12 +192,14 @@ class LocalBackend:
         ready = await self._in_thread(request, lambda: self._submit(request, request_id))
         self._observe("prepare", begun)
         live = LiveRequest(ready.prepared, self._ready_tokenizer(), self._prefix(request))
+        unheard = ready.files
         try:
             if self._reason is not None:
                 raise Unavailable(self._reason)
             for index, add in enumerate(ready.adds):
                 self._live[add.request_id] = (live, index)
                 self._engine.send(add)
+            unheard = tuple(file for file in ready.files if file.ticket == OWN_FILE)
             sent: float | None = time.perf_counter()
             async with aclosing(live.deltas(lambda index: self._abort(ready, index))) as deltas:
                 async for delta in deltas:
@@ -206,7 +210,7 @@ class LocalBackend:
         finally:
             for index in range(len(ready.adds)):
                 self._abort(ready, index)
-            self._store.discard(ready.files)
+            self._store.discard(unheard)
 
     def _observe(self, stage: str, since: float) -> None:
         if self.observer is not None:
@@ -285,12 +289,24 @@ class LocalBackend:
         assert self._tokenizer is not None
         self._engine_info = ready.info
         config = EngineConfig.from_json(ready.config)
-        self._intake = Intake(config, self._tokenizer, loading=self._loading, kept=self._kept)
+        kept = keep_pictures(self._kept_bytes)  # those of an earlier engine lie where it could read them
+        self._intake = Intake(config, self._tokenizer, loading=self._loading, kept=kept, empty=self._store.empty)
+        if config.device == "cuda":
+            self._sharing = asyncio.create_task(self._share_memory(ready))
         self._picture = config.picture_rule
         self._grammars = self._grammars or GrammarCheck(config.spec.folder)
         self._reason = None
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
+
+    async def _share_memory(self, ready: Ready) -> None:
+        """With a GPU, which reads it by itself. Until then, and where memory is short, pixels go into files."""
+        num_bytes = self._kept_bytes + self._kept_bytes // 2  # those that come again, and those under way
+        make = partial(make_room, list(self._engine.folders), num_bytes)
+        room = await asyncio.get_running_loop().run_in_executor(self._media_pool, make)
+        if room is not None and self._reason is None and self._engine_info is ready.info:
+            self._engine.send(room.announcement)
+            self._store.room = room
 
     def engine_said(self, outputs: Outputs) -> None:
         """Hot: once per engine step. Waking is all that happens here; text is made by the request's own task."""
@@ -304,6 +320,7 @@ class LocalBackend:
 
     def engine_lost(self) -> None:
         self._reason = "the engine process ended and is being started again"
+        self._store.room = None
         self._fail_all(Unavailable("the engine process ended while it worked on this request; send it again"))
         self._stats = EngineStats()
 

@@ -20,12 +20,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvl.engine.protocol import PixelFile
+from qvl.engine.protocol import OWN_FILE, PixelFile
 from qvl.errors import Overloaded
 
 if TYPE_CHECKING:  # a server's start does not wait for it
     import numpy as np
     import numpy.typing as npt
+
+    from qvl.backends.room import PixelRoom
 
 PREFIX = "qvl-run-"
 # A folder this young may be about to be locked by the process that has just made it.
@@ -98,23 +100,44 @@ def socket_base() -> str:
     return usual if len(os.fsencode(usual)) < MAX_SOCKET_PATH - len(PREFIX) - 20 else "/tmp"
 
 
-class PixelStore:
-    """Writes pixels to files that the engine maps and unlinks. Thread-safe.
+def make_room(folders: Iterable[Path], num_bytes: int) -> PixelRoom | None:
+    """Memory to share with an engine, in the first of `folders`; None where that would leave little to others."""
+    from qvl.backends.room import PixelRoom
 
-    Each picture goes to the first folder with room for it: a container's /dev/shm may hold no more than 64 MiB.
+    folder = next(iter(folders), None)
+    if folder is None or not num_bytes:
+        return None
+    with contextlib.suppress(OSError):
+        if _has_room(folder, num_bytes + ROOM_TO_KEEP):
+            return PixelRoom(folder, num_bytes)
+    return None
+
+
+class PixelStore:
+    """Puts pixels where the engine finds them: into `room`, or into files that it maps and unlinks. Thread-safe.
+
+    A file goes to the first folder that can take it: a container's /dev/shm may hold no more than 64 MiB.
     """
 
     def __init__(self, folders: list[Path]) -> None:
+        self.room: PixelRoom | None = None
         self._folders = folders
         self._names = itertools.count()
         self._kept: dict[int, Path] = {}  # by id() of an array that lives: a name of ours for its file
 
+    def empty(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
+        """An array that need not be written once more, if there is a place for one."""
+        room = self.room
+        return None if room is None else room.empty(shape)
+
     def write(self, pixels: npt.NDArray[np.uint8], copies: int = 1, *, keep: bool = False) -> list[PixelFile]:
-        """`copies` files (one set of bytes, several names) of `pixels`, uint8 [frames, h, w, 3] in C order.
+        """`copies` names (for one set of bytes) of `pixels`, uint8 [frames, h, w, 3] in C order.
 
         With `keep` the bytes stay as long as this very array lives, and are not written again for it. Raises
         `Overloaded` when no folder has room.
         """
+        if self.room is not None and (places := self.room.hand_over(pixels, copies)):
+            return places
         frames, height, width, channels = pixels.shape
         paths = self._linked(pixels, copies) or self._written(pixels, copies)
         if keep:
@@ -168,8 +191,12 @@ class PixelStore:
         _remove([self._kept.pop(number)])
 
     def discard(self, files: Iterable[PixelFile]) -> None:
-        """Remove files that the engine will never see."""
-        _remove(Path(file.path) for file in files)
+        """Give back what the engine has never heard of, nor will."""
+        for file in files:
+            if file.ticket == OWN_FILE:
+                Path(file.path).unlink(missing_ok=True)
+            elif self.room is not None and self.room.announcement.path == file.path:
+                self.room.take_back(file)
 
 
 def _has_room(folder: Path, num_bytes: int) -> bool:

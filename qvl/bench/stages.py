@@ -21,7 +21,7 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.protocol import AddRequest
 from qvl.engine.runner import Flight
 from qvl.engine.sampler import SamplerRow
-from qvl.engine.vision import on_device
+from qvl.engine.transfer import on_device
 from qvl.models.preprocess import patchify
 from qvl.types import Grid, SamplingParams
 

@@ -22,12 +22,13 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.device import device_name
 from qvl.engine.grammar import Grammars
 from qvl.engine.graphs import describe
-from qvl.engine.pixels import Pixels
+from qvl.engine.pixels import Pixels, Room
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, MediaInput, TokenOutput
 from qvl.engine.runner import Flight, ModelRunner
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
 from qvl.engine.start_clock import StartClock
+from qvl.engine.transfer import SharedMemory
 from qvl.errors import InvalidRequest
 from qvl.specs import ModelSpec
 
@@ -50,6 +51,7 @@ class Engine:
         self.info = engine_info(self.config, self.runner, clock.seconds)
         self.grammars = grammars or Grammars(config.spec, rehearsed=False)
         self._seeds = random.Random(self.config.seed)
+        self._shared = SharedMemory(self.runner.device)
         self._flight: Flight | None = None  # launched, and not taken in yet
 
     def add(self, request: AddRequest, pixels: Items[Pixels | None] = ()) -> None:
@@ -72,6 +74,14 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request at once, its memory is free again; False when there is none. Nothing more is said about it."""
         return self.scheduler.abort(request_id)
+
+    def share(self, room: Room) -> None:
+        """Pixels will lie in this memory until `unshare`: the device should read it by itself if it can."""
+        self._shared.add(room.memory)
+
+    def unshare(self, room: Room) -> None:
+        """Nobody has pixels in it any more."""
+        self._shared.remove(room.memory)
 
     @property
     def has_work(self) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qvl.engine.pixels import Pixels, map_pixels
+from qvl.engine.pixels import Pixels, Room, map_pixels
 from qvl.engine.protocol import (
     AddRequest,
     EngineStats,
@@ -28,6 +28,7 @@ from qvl.engine.protocol import (
     Outputs,
     ToEngine,
     TokenOutput,
+    UseRoom,
     decode_to_engine,
     encode,
     frame,
@@ -48,6 +49,7 @@ class Connection:
         self.sock = sock
         self.frames = FrameBuffer()
         self.closed = False
+        self.rooms: dict[str, Room] = {}
         self._unsent = bytearray()
         self._lock = threading.Lock()
         self._wake = wake
@@ -101,6 +103,14 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Shares:
+    """An HTTP process shares memory for pixels from now on."""
+
+    connection: Connection
+    room: Room
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A message; `pixels` has one array per medium of an `AddRequest`, None where none came along."""
 
@@ -109,7 +119,7 @@ class Received:
     pixels: tuple[Pixels | None, ...] = ()
 
 
-Event: TypeAlias = Joined | Left | Received
+Event: TypeAlias = Joined | Left | Shares | Received
 
 
 class Hub:
@@ -210,17 +220,21 @@ class Hub:
                 connection.closed |= not data
             except BlockingIOError:
                 pass
-            except (OSError, QvlError) as error:
+            except (OSError, ValueError, QvlError) as error:
                 logger.error("closing a connection: %s", error)
                 connection.closed = True
 
     def _receive(self, connection: Connection, body: bytes) -> None:
         message = decode_to_engine(body)
+        if isinstance(message, UseRoom):
+            room = connection.rooms[message.path] = Room(message)
+            self.events.put(Shares(connection, room))
+            return
         if not isinstance(message, AddRequest):
             self.events.put(Received(connection, message))
             return
         try:
-            pixels = tuple(map_pixels(item.pixels) for item in message.media)
+            pixels = tuple(map_pixels(item.pixels, connection.rooms) for item in message.media)
         except (OSError, ValueError, QvlError) as error:
             logger.error("request %s: its pixels cannot be mapped: %s", message.request_id, error)
             connection.send(refusal(message.request_id, "the pixels of its media were lost on the way to the engine"))

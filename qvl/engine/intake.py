@@ -15,6 +15,7 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.loading import Loading
 from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
+from qvl.media.image import Empty
 from qvl.media.kept import Kept
 from qvl.media.load import LoadedMedia, frame_size, keep_pictures, load, picture_size
 from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
@@ -71,7 +72,8 @@ class Intake:
     """Prepares requests for an engine of this config.
 
     `check` refuses a constraint that no answer could keep to, by `InvalidRequest`; None where the caller has done so.
-    `kept`: pictures of earlier requests, for this config and policy; by default those of this intake.
+    `kept`: pictures of earlier requests, for this config and policy; by default those of this intake. `empty`: where
+    pictures are decoded to.
     """
 
     def __init__(
@@ -81,10 +83,12 @@ class Intake:
         check: Callable[[Constraint], None] | None = None,
         loading: Loading | None = None,
         kept: Kept[LoadedMedia] | None = None,
+        empty: Empty | None = None,
     ) -> None:
         self._check = check
         self._loading = loading or Loading()
         self._kept = kept or keep_pictures()
+        self._empty = empty
         self.config = config
         self.tokenizer = tokenizer
         self.spec = config.spec
@@ -167,11 +171,12 @@ class Intake:
         """Pictures have their final size on a CPU engine; a GPU resizes them itself."""
         resize_here = self.config.device == "cpu"
         processor, policy, gate, kept = self.spec.processor, self.config.policy, self._loading.gate, self._kept
+        empty = self._empty
 
         def load_one(named: tuple[str, MediaPart]) -> LoadedMedia:
             name, part = named
             try:
-                return load(part, processor, policy, limits, resize_here=resize_here, gate=gate, kept=kept)
+                return load(part, processor, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty)
             except InvalidRequest as error:
                 error.message = f"{name}: {error.message}"
                 error.args = (error.message,)

@@ -1,5 +1,6 @@
 """Pixels that another process left in a file: an array over the file's pages, and the file itself for who wants a copy.
 
+Or in a room, memory that both share for good: no page of it is new, and a GPU may read it by itself.
 Knows files. Does not know devices, nor torch.
 """
 
@@ -7,13 +8,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
+from collections.abc import Mapping
 from io import FileIO
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from qvl.engine.protocol import PixelFile
+from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, PixelFile, UseRoom
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -24,19 +27,53 @@ class FilePixels(np.ndarray[Any, np.dtype[np.uint8]]):
     file: FileIO | None = None
 
 
-def map_pixels(file: PixelFile | None) -> Pixels | None:
-    """uint8 [frames, h, w, 3] of a file, which is unlinked at once: the mapping lives as long as the array does.
+class Room:
+    """An asker's memory, see `protocol`. Raises `OSError` when the file is not there, `ValueError` for a wrong size."""
 
+    def __init__(self, use: UseRoom) -> None:
+        descriptor = os.open(use.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.unlink(use.path)
+            if os.fstat(descriptor).st_size != use.num_bytes or use.num_bytes <= NUM_TICKETS:
+                raise ValueError(f"a room for pixels has not the {use.num_bytes} bytes that it should have")
+            self._mapped = mmap.mmap(descriptor, use.num_bytes)
+        finally:
+            os.close(descriptor)
+        self.memory: Pixels = np.frombuffer(self._mapped, dtype=np.uint8)
+
+    def pixels(self, file: PixelFile) -> Pixels:
+        """uint8 [frames, h, w, 3], the asker's again once nobody has this array any more. Raises `ValueError`."""
+        size = num_bytes(file)
+        is_inside = NUM_TICKETS <= file.offset <= len(self.memory) - size
+        if not 0 <= file.ticket < NUM_TICKETS or min(file.shape) < 1 or not is_inside:
+            raise ValueError(f"{file.shape} at {file.offset} is not within a room for pixels")
+        array = np.frombuffer(self._mapped, dtype=np.uint8, count=size, offset=file.offset)
+        weakref.finalize(array, self._mapped.__setitem__, file.ticket, 0).atexit = False
+        return array.reshape(file.shape)
+
+
+def num_bytes(file: PixelFile) -> int:
+    return file.shape[0] * file.shape[1] * file.shape[2] * file.shape[3]
+
+
+def map_pixels(file: PixelFile | None, rooms: Mapping[str, Room] | None = None) -> Pixels | None:
+    """uint8 [frames, h, w, 3] of a place in one of `rooms`, or of a file.
+
+    A file is unlinked at once: the mapping lives as long as the array does.
     The mapping is private (copy on write): nothing can change the file's pages, and torch takes the array uncopied.
     Raises `OSError` when the file is not there, `ValueError` when it has not the size of its shape.
     """
     if file is None:
         return None
+    if file.ticket != OWN_FILE:
+        if rooms is None or file.path not in rooms:
+            raise ValueError("a room for pixels that nobody has announced")
+        return rooms[file.path].pixels(file)
     opened = FileIO(file.path)
     try:
         os.unlink(file.path)
         size = os.fstat(opened.fileno()).st_size
-        expected = file.shape[0] * file.shape[1] * file.shape[2] * file.shape[3]
+        expected = num_bytes(file)
         if size != expected or size == 0:
             raise ValueError(f"a pixel file has {size} bytes, its shape {file.shape} needs {expected}")
         mapped = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)

@@ -1,7 +1,9 @@
 """The words between the engine process and those who ask it, and the frames that carry them over a unix stream socket.
 
 One frame is a 4-byte big-endian length and a msgpack body; nothing is ever pickled. Pixels do not travel in frames: a
-`PixelFile` names a file that the engine maps and then unlinks.
+`PixelFile` names a file that the engine maps and then unlinks, or a place in memory that an asker shares with it:
+
+    | a byte for each ticket | pixels ...
 
 Knows the shape of every message. Does not know sockets' lifetimes, the scheduler, or torch.
 """
@@ -17,6 +19,8 @@ from qvl.errors import QvlError
 from qvl.types import FinishReason, Grid, MediaKind, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+NUM_TICKETS = 4096  # bytes in front of the pixels of a `UseRoom`
+OWN_FILE = -1
 GRAMMARS_READY = b"ready\n"  # the first line that `qvl.engine.grammar_worker` says
 _LENGTH = struct.Struct(">I")
 
@@ -28,10 +32,16 @@ class ProtocolError(QvlError):
 
 
 class PixelFile(msgspec.Struct, frozen=True, array_like=True):
-    """Raw uint8 pixels in a file that both processes can map: `shape` is [frames, h, w, 3], C order."""
+    """Raw uint8 pixels in a file that both processes can map: `shape` is [frames, h, w, 3], C order.
+
+    They fill the file, or they begin at byte `offset` of a `UseRoom` whose byte `ticket` is 1: it becomes 0 when the
+    engine has done with them. Until then they do not change.
+    """
 
     path: str
     shape: tuple[int, int, int, int]
+    offset: int = 0
+    ticket: int = OWN_FILE
 
 
 class MediaInput(msgspec.Struct, frozen=True, array_like=True):
@@ -71,6 +81,13 @@ class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Forget this request; nothing more is said about it. An unknown id is not an error (it may just have ended)."""
 
     request_id: str
+
+
+class UseRoom(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Pixels will lie in this file too, which the engine maps and unlinks; shared as long as the connection lasts."""
+
+    path: str
+    num_bytes: int
 
 
 class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -157,7 +174,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
 
 
-ToEngine: TypeAlias = AddRequest | AbortRequest | Drain
+ToEngine: TypeAlias = AddRequest | AbortRequest | UseRoom | Drain
 FromEngine: TypeAlias = Outputs | Ready | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,16 +1,20 @@
-"""Numbers to the device and back without waiting for it: few copies, from and to page-locked memory.
+"""Numbers and pixels to the device and back without waiting for it: few copies, from and to page-locked memory.
 
 A copy out of ordinary memory may wait until the device has done everything before it. Knows bytes. Does not know steps.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from qvl.engine.pixels import Pixels, copy_pixels
 
 ALIGNMENT = 8
 _DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
@@ -58,3 +62,59 @@ class Fetch:
             self._event.synchronize()
         found: npt.NDArray[np.generic] = self._host.numpy()
         return found
+
+
+class SharedMemory:
+    """Memory of other processes, which a GPU reads by itself once it is page-locked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._locked: set[int] = set()
+
+    def add(self, memory: Pixels) -> None:
+        """Takes some milliseconds. What cannot be locked is copied later, piece by piece."""
+        address = memory.ctypes.data
+        if self._on_gpu and int(_cuda().cudaHostRegister(address, memory.nbytes, 0)) == 0:
+            self._locked.add(address)
+
+    def remove(self, memory: Pixels) -> None:
+        """Before it goes; waits for copies that are under way."""
+        address = memory.ctypes.data
+        if address in self._locked:
+            self._locked.remove(address)
+            torch.cuda.synchronize()
+            _cuda().cudaHostUnregister(address)
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+_being_read: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+
+def on_device(pixels: Pixels, device: torch.device) -> Tensor:
+    """A copy on a GPU, made without waiting for what the GPU does: out of page-locked memory, or by way of it."""
+    if device.type != "cuda":
+        return tensor_of(pixels)
+    while _being_read and _being_read[0][0].query():  # type: ignore[no-untyped-call]
+        _being_read.popleft()
+    if pixels.flags.writeable and (host := torch.from_numpy(pixels)).is_pinned():
+        return _straight(host, device)
+    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+    copy_pixels(pixels, host.numpy())
+    return host.to(device, non_blocking=True)
+
+
+def _straight(host: Tensor, device: torch.device) -> Tensor:
+    """Out of memory that its owner writes to again as soon as nobody has it here: not before the GPU has read it."""
+    there = host.to(device, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    _being_read.append((event, host))
+    return there
+
+
+def tensor_of(pixels: Pixels) -> Tensor:
+    """uint8 [frames, h, w, 3] without a copy where the array is writable (torch warns about others)."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())

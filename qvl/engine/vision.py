@@ -16,8 +16,8 @@ from torch import Tensor
 from qvl.engine.batch import ScheduledMedia
 from qvl.engine.device import is_out_of_memory, release_cached_memory
 from qvl.engine.encoder_cache import EncoderCache
-from qvl.engine.pixels import Pixels, copy_pixels
 from qvl.engine.tower_graphs import TowerSteps
+from qvl.engine.transfer import on_device
 from qvl.kernels.pixels import pixel_kernels
 from qvl.models.preprocess import patchify
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -131,20 +131,6 @@ class DeviceClock:
 def size_of(item: ScheduledMedia) -> tuple[int, int]:
     grid = item.span.grid
     return grid.h, grid.w
-
-
-def on_device(pixels: Pixels, device: torch.device) -> Tensor:
-    """A copy on a GPU, made without waiting for what the GPU does: by way of page-locked memory."""
-    if device.type != "cuda":
-        return tensor_of(pixels)
-    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    copy_pixels(pixels, host.numpy())
-    return host.to(device, non_blocking=True)
-
-
-def tensor_of(pixels: Pixels) -> Tensor:
-    """uint8 [frames, h, w, 3] without a copy where the array is writable (torch warns about others)."""
-    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
 def batches(media: Iterable[ScheduledMedia], max_patches: int) -> Iterator[list[ScheduledMedia]]:

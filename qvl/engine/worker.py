@@ -25,9 +25,9 @@ from typing import Any, Protocol
 import msgspec
 
 from qvl.engine.garbage import settle
-from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Received, refusal
+from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Received, Shares, refusal
 from qvl.engine.options import EngineOptions
-from qvl.engine.pixels import Pixels
+from qvl.engine.pixels import Pixels, Room
 from qvl.engine.protocol import (
     AbortRequest,
     AddRequest,
@@ -84,6 +84,10 @@ class EngineLike(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def share(self, room: Room) -> None: ...
+
+    def unshare(self, room: Room) -> None: ...
+
 
 Loader = Callable[[EngineOptions], tuple[EngineLike, str]]
 
@@ -93,9 +97,11 @@ def load_engine(options: EngineOptions) -> tuple[EngineLike, str]:
     wait_asleep(os.environ)
     from qvl.engine.head_start import begin_context, begin_triton
     from qvl.engine.start_clock import StartClock
+    from qvl.kernels.compilers import begin_compilers, end_compilers
 
     clock = StartClock()
     begin_context(options.device)
+    begin_compilers(options.device)
     from qvl.engine.config import resolve
     from qvl.engine.device import read_facts
 
@@ -110,6 +116,7 @@ def load_engine(options: EngineOptions) -> tuple[EngineLike, str]:
         triton.join()
     clock.passed("imports")
     engine = Engine(config, clock=clock)
+    end_compilers()
     logger.info("the engine started in %s", clock)
     return engine, engine.config.to_json()
 
@@ -151,7 +158,12 @@ class Loop:
             left = [request_id for request_id, asker in self._askers.items() if asker is event.connection]
             for request_id in left:
                 self._abort(request_id)
+            for room in event.connection.rooms.values():
+                self._engine.unshare(room)
             return bool(left)
+        if isinstance(event, Shares):
+            self._engine.share(event.room)
+            return False
         message = event.message
         if isinstance(message, AddRequest):
             self._add(event, message)

@@ -11,6 +11,8 @@ import functools
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,9 @@ _DECODE_ERRORS = (
     zlib.error,
     Warning,  # where the process turns warnings into errors
 )
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+# Makes an array of a shape, where pixels shall lie; None when there is no place.
+Empty: TypeAlias = Callable[[tuple[int, ...]], Pixels | None]
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,21 +59,21 @@ _UPRIGHT = {
 
 
 @stage("decode")
-def decode_image(data: bytes | Image.Image | npt.NDArray[np.uint8], *, max_pixels: int) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes | Image.Image | Pixels, *, max_pixels: int, empty: Empty | None = None) -> Pixels:
     """A file's bytes, a PIL picture or a uint8 array ([h, w] or [h, w, 1 | 3 | 4]) as uint8 [h, w, 3], C-contiguous.
 
     Turned upright by EXIF, composited on white where transparent, the first frame of an animation. Raises
     BadMedia when it cannot be decoded or has more than `max_pixels` pixels (decided from the header, before any
-    pixel is decoded).
+    pixel is decoded). What a file shows is put where `empty` says, an array that is there stays where it is.
     """
     if isinstance(data, np.ndarray):
         return _from_array(data, max_pixels)
     try:
         picture = data if isinstance(data, Image.Image) else _open(data)
         _check_size(picture.width, picture.height, max_pixels)
-        pixels = _usual_jpeg(data, picture) if isinstance(data, bytes) else None
+        pixels = _usual_jpeg(data, picture, empty) if isinstance(data, bytes) else None
         if pixels is None:
-            pixels = _to_rgb(_upright(picture))
+            pixels = _placed(_to_rgb(_upright(picture)), empty)
     except QvlError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -137,7 +142,16 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadMedia(f"the picture is {width}x{height}; this server takes at most {max_pixels} pixels")
 
 
-def _usual_jpeg(data: bytes, picture: Image.Image) -> npt.NDArray[np.uint8] | None:
+def _placed(pixels: Pixels, empty: Empty | None) -> Pixels:
+    """`pixels`, where `empty` wants them, if it does."""
+    place = None if empty is None else empty(pixels.shape)
+    if place is None:
+        return pixels
+    np.copyto(place, pixels)
+    return place
+
+
+def _usual_jpeg(data: bytes, picture: Image.Image, empty: Empty | None) -> Pixels | None:
     """The pixels of a JPEG of three colours or grey without a fault, upright: equal to Pillow's, in half the time.
 
     The same library decodes in one call, without the interpreter's lock, and straight to where the pixels stay. None
@@ -145,14 +159,16 @@ def _usual_jpeg(data: bytes, picture: Image.Image) -> npt.NDArray[np.uint8] | No
     """
     if picture.format != "JPEG" or picture.mode not in ("RGB", "L"):
         return None
-    pixels = np.empty((picture.height, picture.width, 3), dtype=np.uint8)
+    turn = _turn(picture)
+    shape = (picture.height, picture.width, 3)
+    place = None if empty is None or turn is not None else empty(shape)
+    pixels = np.empty(shape, dtype=np.uint8) if place is None else place
     try:
         if simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape != pixels.shape:
             return None
     except ValueError:
         return None
-    turn = _turn(picture)
-    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+    return pixels if turn is None else _placed(np.asarray(Image.fromarray(pixels).transpose(turn)), empty)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from qvl.errors import BadMedia, InvalidRequest
 from qvl.media import fetch
 from qvl.media.fetch import MediaPolicy
 from qvl.media.given_up import turn
-from qvl.media.image import decode_image
+from qvl.media.image import Empty, decode_image
 from qvl.media.kept import DEFAULT_BYTES, Kept
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.media.stages import reported, stage
@@ -88,11 +88,13 @@ def load(
     resize_here: bool,
     gate: threading.Semaphore | None = None,
     kept: Kept[LoadedMedia] | None = None,
+    empty: Empty | None = None,
 ) -> LoadedMedia:
     """Read, decode, size and digest one part. `limits` fill what the part's own limits leave open.
 
     Where a `gate` is given, everything but waiting for the network happens within it. `kept`: pictures of the same
-    `spec`, `policy` and `resize_here`, so that the same file is decoded once for several requests.
+    `spec`, `policy` and `resize_here`, so that the same file is decoded once for several requests. `empty`: where the
+    pixels of pictures shall lie that are not resized here.
 
     No request goes above the checkpoint's `max_pixels` (a larger wish is served with the checkpoint's). With
     `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
@@ -103,7 +105,9 @@ def load(
         loaded = once.loaded
         if loaded is None:
             inner = replace(part, source=once.source)
-            once.loaded = loaded = load(inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept)
+            once.loaded = loaded = load(
+                inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty
+            )
         return loaded
     limits = part.limits.over(limits)
     _check(limits, spec)
@@ -113,9 +117,9 @@ def load(
         data = fetch.read(part.source, policy, expect=part.kind)
         part = replace(part, source=data)
     if gate is None or _has_remote_frames(part):
-        return _load(part, spec, policy, limits, resize_here, kept)
+        return _load(part, spec, policy, limits, resize_here, kept, empty)
     with turn(gate):
-        return _load(part, spec, policy, limits, resize_here, kept)
+        return _load(part, spec, policy, limits, resize_here, kept, empty)
 
 
 def _has_remote_frames(part: MediaPart) -> bool:
@@ -130,6 +134,7 @@ def _load(
     limits: PixelLimits,
     resize_here: bool,
     kept: Kept[LoadedMedia] | None,
+    empty: Empty | None,
 ) -> LoadedMedia:
     if part.kind == "video":
         pixels, size = _load_video(part.source, spec, policy, limits, resize_here)
@@ -137,7 +142,7 @@ def _load(
         return _loaded("video", pixels, _content_of(pixels), size, target, spec)
 
     def picture(source: Any, content: bytes) -> LoadedMedia:
-        pixels = decode_image(source, max_pixels=policy.max_image_pixels)
+        pixels = decode_image(source, max_pixels=policy.max_image_pixels, empty=None if resize_here else empty)
         size = (pixels.shape[0], pixels.shape[1])
         target = picture_size(*size, spec, limits)
         pixels = np.ascontiguousarray(resize_bicubic(pixels, *target) if resize_here else pixels)[None]

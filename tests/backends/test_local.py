@@ -16,7 +16,9 @@ from PIL import Image
 
 from qvl.backends.base import collect
 from qvl.backends.local import LocalBackend
+from qvl.engine.options import EngineOptions
 from qvl.errors import ConfigError, InvalidRequest, PromptTooLong, QvlError, RequestFailed, Unavailable
+from qvl.media.image import decode_image
 from qvl.types import (
     ChatRequest,
     CompletionRequest,
@@ -39,9 +41,15 @@ def ask(text: str, **sampling: object) -> CompletionRequest:
     return CompletionRequest(text, SamplingParams(**sampling))  # type: ignore[arg-type]
 
 
-def show(*arrays: np.ndarray, **sampling: object) -> ChatRequest:
+def show(*arrays: np.ndarray | bytes, **sampling: object) -> ChatRequest:
     parts = (*(MediaPart("image", array) for array in arrays), TextPart("look"))
     return ChatRequest((Message("user", parts),), SamplingParams(**sampling))  # type: ignore[arg-type]
+
+
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture(seed)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def picture(seed: int) -> np.ndarray:
@@ -137,6 +145,37 @@ async def test_the_engine_sees_the_pixels_that_were_sent(backend_of: Start) -> N
         sums = [97 + int(array.sum()) % 26 for array in pictures]  # 56 x 84 needs no resize
         assert list(done.answers[0].token_ids[-4:-1]) == sums
         assert leftovers(backend) == []
+
+
+async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded there, handed over there, given back; the same after the engine was replaced."""
+    monkeypatch.setattr("qvl.backends.scratch.ROOM_TO_KEEP", 0)
+    options = EngineOptions.from_dict({"model": str(checkpoint), "mm_processor_kwargs": {"min_pixels": 1}})
+    command = (sys.executable, "-m", "tests.engine.fake_engine", "gpu")
+    backend = LocalBackend(options, command=command, kept_bytes=1 << 20)
+    await backend.start()
+    try:
+        for life in range(2):
+            await until(lambda: backend._store.room is not None, "nothing is shared")
+            room = backend._store.room
+            assert room is not None
+            for seed in (1, 2, 1):
+                done = await collect(backend.chat(show(jpeg(seed), n=2), f"{life}-{seed}"))
+                total = int(decode_image(jpeg(seed), max_pixels=10**6).sum())
+                assert [answer.token_ids[-2] for answer in done.answers] == [97 + total % 26] * 2
+            assert leftovers(backend) == []
+            assert len(room._places) == 2, "a file that came again lies where it lay"
+            if life == 0:
+                assert backend.engine_pid is not None
+                os.kill(backend.engine_pid, signal.SIGKILL)
+                await until(lambda: backend.not_ready is not None, "nobody noticed")
+                assert backend._store.room is None
+                await until(lambda: backend.not_ready is None, "no new engine came up")
+            assert (backend._store.room is room) == (life == 1)
+    finally:
+        await backend.stop()
 
 
 async def test_pictures_are_counted_in_the_prompt(backend_of: Start) -> None:

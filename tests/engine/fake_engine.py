@@ -2,7 +2,8 @@
 
 A request is answered with its own prompt, one token a step, then one token per medium (97 + its pixels' sum modulo 26),
 then END, an end token. MOOD: "refuses" and "breaks" cannot start, "slow" takes 20 ms a step, "fast" none, "held:FILE"
-says one token of each answer and the rest once FILE is there, "brief" says four tokens from the middle of the prompt.
+says one token of each answer and the rest once FILE is there, "brief" says four tokens from the middle of the prompt,
+"gpu" says that it has one.
 Tokens in a prompt: CRASH ends the process, BAD is refused when the request comes, POISON fails it later.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from qvl.engine.config import DeviceFacts, resolve
 from qvl.engine.options import EngineOptions
-from qvl.engine.pixels import Pixels
+from qvl.engine.pixels import Pixels, Room
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, TokenOutput
 from qvl.errors import ConfigError, InvalidRequest
 from qvl.types import TokenLogprob
@@ -26,6 +27,7 @@ CRASH, BAD, POISON = 600, 601, 602
 END = 3
 INFO = EngineInfo("fake", "none", "none", "none", 64, 16, 512, 0.0, max_num_seqs=8)
 FACTS = DeviceFacts("cpu", (0, 0), 8 << 30, "float32", 1)
+GPU = DeviceFacts("cuda", (9, 0), 8 << 30, "float32", 1)
 
 
 @dataclass
@@ -87,6 +89,12 @@ class FakeEngine:
         logprobs = [TokenLogprob(token, -0.5)] if one.logprobs else None
         return TokenOutput(request_id, [token], logprobs, finish_reason=reason, num_cached_tokens=2)
 
+    def share(self, room: Room) -> None:
+        """What a GPU is told; pixels are read here all the same."""
+
+    def unshare(self, room: Room) -> None:
+        """The same."""
+
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self.running), steps=self.steps, aborted=self.aborted)
 
@@ -102,7 +110,7 @@ def load(options: EngineOptions) -> tuple[FakeEngine, str]:
     seconds = 0.02 if gate or mood == "slow" else 0.0
     if not Path(options.model).is_dir():
         return FakeEngine(seconds, held_until), '{"fake": true}'
-    config = resolve(options, FACTS)
+    config = resolve(options, GPU if mood == "gpu" else FACTS)
     info = EngineInfo("fake", "none", "none", "none", 64, 16, config.max_model_len, 0.0, max_num_seqs=8)
     return FakeEngine(seconds, held_until, info=info, brief=mood == "brief"), config.to_json()
 

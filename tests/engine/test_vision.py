@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +14,7 @@ from qvl.engine.batch import ScheduledMedia
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.engine.sequence import Sequence
-from qvl.engine.vision import MediaEncoder, batches, tensor_of
+from qvl.engine.vision import MediaEncoder, batches
 from qvl.models.preprocess import patchify
 from qvl.models.registry import build_model
 from qvl.models.weights import load_weights
@@ -122,10 +121,3 @@ def test_batches_keep_order_and_bound(sizes: list[int], bound: int) -> None:
     assert all(total <= bound or len(group) == 1 for total, group in zip(totals, groups, strict=True))
     joined = [a + b[0].grid.num_patches for a, b in zip(totals, groups[1:], strict=False)]
     assert all(total > bound for total in joined)  # no batch ends before it is full
-
-
-def test_pixels_are_shared_where_they_may_be() -> None:
-    array = pixels(1, 1, 1)
-    assert tensor_of(array).data_ptr() == array.ctypes.data
-    frozen = np.frombuffer(array.tobytes(), np.uint8).reshape(array.shape)
-    assert np.array_equal(tensor_of(frozen).numpy(), array)

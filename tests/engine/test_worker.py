@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from qvl.backends.room import PIECE_BYTES, PixelRoom
 from qvl.engine.options import EngineOptions
 from qvl.engine.protocol import (
     AbortRequest,
@@ -240,6 +241,34 @@ def test_pixels_come_through_files_that_are_gone_afterwards(worker: Worker) -> N
     (lost,) = client.outputs("b")
     assert lost.finish_reason == "error"
     assert str(path) not in (lost.error or ""), "paths are not for callers"
+
+
+def test_pixels_come_through_shared_memory_too(worker: Worker) -> None:
+    client, other = worker.connect(), worker.connect()
+    room = PixelRoom(worker.scratch, PIECE_BYTES)
+    client.send(room.announcement)
+    client.send(add("before", 1))
+    client.outputs("before")
+    assert list(worker.scratch.iterdir()) == []
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 7, 3), dtype=np.uint8)
+    for number in range(3):
+        (place,) = room.hand_over(pixels)
+        assert room.empty(pixels.shape) is None, "it has one piece"
+        medium = MediaInput("image", 0, 1, 1, 2, 2, b"d" * 16, 28, 28, place)
+        client.send(add(str(number), 1, media=(medium,)))
+        assert ids(client.outputs(str(number))) == [1, 97 + int(pixels.sum()) % 26]
+        end = time.monotonic() + LIMIT
+        while room.empty(pixels.shape) is None:
+            assert time.monotonic() < end, "the engine has done with it and does not say so"
+            time.sleep(0.01)
+    other.send(add("stranger", 1, media=(medium,)))
+    (refused,) = other.outputs("stranger")
+    assert refused.finish_reason == "error", "it is shared with the one who announced it"
+    client.send(type(room.announcement)(str(worker.scratch / "none"), 5000))
+    while isinstance(client.receive(), Outputs | Ready):
+        pass
+    other.send(add("still", 1))
+    assert ids(other.outputs("still")) == [1], "one that announces what is not there is closed, and nobody else"
 
 
 def test_options_that_cannot_work_are_told_to_whoever_waits(folder: Path) -> None:

@@ -1,0 +1,228 @@
+"""Memory that an HTTP process shares with the engine: whose places are when, whoever lets go first."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qvl.backends.room import PIECE_BYTES, PixelRoom
+from qvl.backends.scratch import PixelStore, make_room
+from qvl.engine.pixels import Pixels, Room, map_pixels
+from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, PixelFile
+
+SHAPE = (1, 128, 512, 3)  # three quarters of a piece
+FULL = (1, 4 * PIECE_BYTES // 768, 256, 3)  # the whole of a room of four pieces
+
+
+class Both:
+    """A room of `num_pieces` and the engine's view of it."""
+
+    def __init__(self, folder: Path, num_pieces: int = 4) -> None:
+        self.room = PixelRoom(folder, num_pieces * PIECE_BYTES)
+        self._rooms = {self.room.announcement.path: Room(self.room.announcement)}
+
+    def taken(self, file: PixelFile) -> Pixels:
+        """What the engine has then."""
+        pixels = map_pixels(file, self._rooms)
+        assert pixels is not None
+        return pixels
+
+
+def filled(room: PixelRoom, value: int, shape: tuple[int, ...] = SHAPE) -> Pixels:
+    pixels = room.empty(shape)
+    assert pixels is not None
+    pixels.fill(value)
+    return pixels
+
+
+def test_the_engine_sees_what_was_decoded_there_and_no_file_is_left(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    pixels = both.room.empty((5, 7, 3))
+    assert pixels is not None
+    pixels[:] = np.arange(105, dtype=np.uint8).reshape(5, 7, 3)
+    (file,) = both.room.hand_over(pixels[None])
+    seen = both.taken(file)
+    assert seen.shape == (1, 5, 7, 3)
+    assert np.array_equal(seen[0], pixels)
+    assert np.shares_memory(pixels, pixels[None])
+
+
+@pytest.mark.parametrize("engine_first", [True, False])
+def test_a_place_is_free_when_both_have_let_go(engine_first: bool, tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    ours = filled(both.room, 1, FULL)
+    (file,) = both.room.hand_over(ours)
+    theirs = both.taken(file)
+    assert both.room.empty((1,)) is None
+    if engine_first:
+        del theirs
+    else:
+        del ours
+    assert both.room.empty((1,)) is None, "the other one still has it"
+    if engine_first:
+        del ours
+    else:
+        assert int(theirs.max()) == 1
+        del theirs
+    assert both.room.empty(FULL) is not None
+
+
+def test_what_was_handed_over_is_held_before_the_engine_has_heard_of_it(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    ours = filled(both.room, 1, FULL)
+    (file,) = both.room.hand_over(ours)
+    del ours
+    assert both.room.empty((1,)) is None
+    both.room.take_back(file)  # it never will
+    assert both.room.empty((1,)) is not None
+
+
+def test_views_keep_a_place(tmp_path: Path) -> None:
+    """What a decoder fills, `load` reshapes and a cache keeps: never the array that was made first."""
+    both = Both(tmp_path)
+    whole = np.ascontiguousarray(filled(both.room, 3, FULL)[0])[None]
+    (file,) = both.room.hand_over(whole)
+    ours, theirs = whole[0][2:], both.taken(file)[0][2:]
+    del whole
+    assert both.room.empty((1,)) is None
+    assert int(theirs.min()) == 3
+    del theirs
+    assert both.room.empty((1,)) is None
+    assert int(ours.min()) == 3
+    del ours
+    assert both.room.empty((1,)) is not None
+
+
+def test_one_place_is_handed_over_as_often_as_it_is_asked_for(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    pixels = filled(both.room, 9)
+    held = [both.taken(file) for _ in range(3) for file in both.room.hand_over(pixels, copies=2)]
+    assert len({array.__array_interface__["data"][0] for array in held}) == 1
+    del pixels
+    while held:
+        assert both.room.empty(FULL) is None
+        held.pop()
+    assert both.room.empty(FULL) is not None
+
+
+def test_other_pixels_are_copied_and_their_place_goes_with_the_engine(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
+    (file,) = both.room.hand_over(pixels)
+    seen = both.taken(file)
+    assert np.array_equal(seen, pixels)
+    assert both.room.empty(FULL) is None
+    del seen
+    assert both.room.empty(FULL) is not None
+    assert both.room.hand_over(np.zeros((2, *FULL[1:]), np.uint8)) == [], "larger than the room"
+
+
+def test_a_part_that_begins_elsewhere_is_copied(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    pixels = filled(both.room, 5)
+    pixels[:, 1:] = 6
+    (file,) = both.room.hand_over(pixels[:, 1:])
+    assert np.array_equal(both.taken(file), pixels[:, 1:])
+
+
+def test_tickets_come_back_and_run_out(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    pixels = filled(both.room, 1)
+    files = both.room.hand_over(pixels, NUM_TICKETS)
+    assert len({file.ticket for file in files}) == NUM_TICKETS
+    assert both.room.hand_over(pixels) == []
+    both.taken(files[17])  # and let go at once
+    (file,) = both.room.hand_over(pixels)
+    assert file.ticket == files[17].ticket
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ticket": NUM_TICKETS},
+        {"ticket": -2},
+        {"offset": 0},
+        {"offset": NUM_TICKETS + 4 * PIECE_BYTES},
+        {"shape": (5, *FULL[1:])},
+        {"shape": (-1, -4, 4, 3)},
+        {"path": "/elsewhere"},
+    ],
+)
+def test_what_lies_outside_is_refused(wrong: dict[str, object], tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    good = {"path": both.room.announcement.path, "shape": SHAPE, "offset": NUM_TICKETS, "ticket": 1}
+    both.taken(PixelFile(**good))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="room"):
+        both.taken(PixelFile(**{**good, **wrong}))  # type: ignore[arg-type]
+
+
+def test_a_room_of_another_size_is_not_shared(tmp_path: Path) -> None:
+    room = PixelRoom(tmp_path, PIECE_BYTES)
+    with pytest.raises(ValueError, match="room"):
+        Room(type(room.announcement)(room.announcement.path, room.announcement.num_bytes + 1))
+
+
+def test_threads_never_share_a_place(tmp_path: Path) -> None:
+    """Whoever has a place finds its own number there, whoever else comes and goes; in the end all of it is free."""
+    both = Both(tmp_path, 16)
+    begin = threading.Barrier(4)
+
+    def work(seed: int) -> int:
+        rng = random.Random(seed)
+        begin.wait()
+        held: list[tuple[int, Pixels]] = []
+        seen = 0
+        for turn in range(150):
+            value = (seed * 64 + turn) % 256
+            pixels = both.room.empty((1, rng.randint(1, 400), 512, 3))
+            if pixels is not None:
+                pixels.fill(value)
+                held.append((value, both.taken(both.room.hand_over(pixels)[0]) if rng.random() < 0.7 else pixels))
+                seen += 1
+            if held and (pixels is None or rng.random() < 0.6):
+                value, array = held.pop(rng.randrange(len(held)))
+                assert int(array.min()) == int(array.max()) == value
+        return seen
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(work, range(4))) > 100
+    assert both.room.empty((16 * PIECE_BYTES,)) is not None
+
+
+def test_a_store_uses_its_room_and_files_where_that_is_full(tmp_path: Path) -> None:
+    both = Both(tmp_path)
+    store = PixelStore([tmp_path])
+    assert store.empty(SHAPE) is None
+    store.room = both.room
+    pixels = store.empty(SHAPE)
+    assert pixels is not None
+    pixels.fill(4)
+    files = store.write(pixels, copies=2)
+    assert [np.array_equal(both.taken(file), pixels) for file in files] == [True, True]
+    large = np.ones((2, *FULL[1:]), np.uint8)
+    (file,) = store.write(large)
+    assert file.ticket == OWN_FILE
+    assert np.array_equal(both.taken(file), large)
+    del pixels
+    (unheard,) = store.write(np.ones(FULL, np.uint8))
+    assert store.empty((1,)) is None
+    store.discard([unheard, PixelFile("/an/earlier/room", SHAPE, NUM_TICKETS, unheard.ticket)])
+    assert store.empty((1,)) is not None
+
+
+def test_a_room_is_made_where_much_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvl.backends.scratch._has_room", lambda folder, _: folder == tmp_path)
+    room = make_room([tmp_path], PIECE_BYTES)
+    assert room is not None
+    assert Path(room.announcement.path).stat().st_size == room.announcement.num_bytes
+    assert make_room([tmp_path / "full", tmp_path], PIECE_BYTES) is None
+    assert make_room([tmp_path], 0) is None
+    assert make_room([], PIECE_BYTES) is None
+    monkeypatch.setattr("qvl.backends.scratch._has_room", lambda folder, _: True)
+    assert make_room([tmp_path / "gone"], PIECE_BYTES) is None

@@ -1,0 +1,66 @@
+"""Pixels on their way to the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qvl.backends.room import PIECE_BYTES, PixelRoom
+from qvl.engine.pixels import Pixels, Room
+from qvl.engine.transfer import SharedMemory, on_device, tensor_of
+
+
+def pixels(seed: int) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (1, 40, 512, 3), dtype=np.uint8)
+
+
+def test_pixels_are_shared_where_they_may_be() -> None:
+    array = pixels(1)
+    assert tensor_of(array).data_ptr() == array.ctypes.data
+    frozen = np.frombuffer(array.tobytes(), np.uint8).reshape(array.shape)
+    assert np.array_equal(tensor_of(frozen).numpy(), array)
+
+
+def test_a_cpu_reads_shared_memory_where_it_is(tmp_path: Path) -> None:
+    room = PixelRoom(tmp_path, PIECE_BYTES)
+    engines = Room(room.announcement)
+    shared = SharedMemory(torch.device("cpu"))
+    shared.add(engines.memory)
+    (file,) = room.hand_over(pixels(2))
+    there = on_device(engines.pixels(file), torch.device("cpu"))
+    assert np.array_equal(there.numpy(), pixels(2))
+    assert room.empty((1,)) is None, "the tensor holds the place"
+    del there
+    assert room.empty((1,)) is not None
+    shared.remove(engines.memory)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_reads_shared_memory_by_itself_until_it_is_removed(tmp_path: Path) -> None:
+    """Each place is written again as soon as it is given back, while a busy GPU has far more to do than to read it."""
+    device = torch.device("cuda")
+    room = PixelRoom(tmp_path, 4 * PIECE_BYTES)
+    engines = Room(room.announcement)
+    shared = SharedMemory(device)
+    shared.add(engines.memory)
+    busy = torch.ones(4096, 4096, device=device)
+    arrived = []
+    for seed in range(40):
+        files = room.hand_over(pixels(seed))
+        if not files:  # every place waits for the GPU
+            torch.cuda.synchronize()
+            on_device(pixels(0), device)  # whatever comes next notices
+            files = room.hand_over(pixels(seed))
+        busy = busy @ busy
+        array = engines.pixels(files[0])
+        assert torch.from_numpy(array).is_pinned()
+        arrived.append(on_device(array, device))
+        del array
+    for seed, there in enumerate(arrived):
+        assert np.array_equal(there.cpu().numpy(), pixels(seed)), seed
+    shared.remove(engines.memory)
+    assert not torch.from_numpy(engines.memory).is_pinned()
