@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from qvl.kernels.compilers import compilers
+
 _compiling: ContextVar[bool] = ContextVar("qvl_compiling", default=False)
 
 
@@ -37,7 +39,7 @@ def compiling_together() -> Iterator[None]:
     if mode is None:
         yield
         return
-    with Compilers() as compilers, mode(compilers, ignore_errors=True):
+    with Compiling() as threads, mode(threads, ignore_errors=True):
         token = _compiling.set(True)
         try:
             yield
@@ -45,7 +47,7 @@ def compiling_together() -> Iterator[None]:
             _compiling.reset(token)
 
 
-class Compilers(ThreadPoolExecutor):
+class Compiling(ThreadPoolExecutor):
     """What Triton hands its compilations to: here a kernel is then loaded at once, which Triton would do much later.
 
     Its launcher belongs to that: in some versions a run of the C compiler for every signature, several tenths of a
@@ -54,10 +56,19 @@ class Compilers(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         super().__init__(os.cpu_count(), "qvl-compile", on_this_device())
+        compilers()  # Triton tells them of each kernel from here on
 
     def submit(self, compile_kernel: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        beside = compilers()
+        job = None if beside is None else beside.heard()
+
+        def compile_and_load() -> Any:
+            if beside is not None and job is not None:
+                beside.compile(job)  # now it is found on disk
+            return loaded(compile_kernel(*args, **kwargs))
+
         # One that cannot be loaded is not kept: it says so when it is launched.
-        return super().submit(lambda: loaded(compile_kernel(*args, **kwargs)))
+        return super().submit(compile_and_load)
 
 
 def on_this_device() -> Callable[[], None]:

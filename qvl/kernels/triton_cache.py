@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from qvl.kernels.native import cache_folder
@@ -25,6 +25,14 @@ def settle_cache(environment: MutableMapping[str, str] = os.environ) -> None:
     if not (can_write(folder) and is_private(folder)):
         folder = Path(tempfile.mkdtemp(prefix="qvl-triton-"))  # for this process alone: the name is somebody else's
     environment["TRITON_CACHE_DIR"] = str(folder)
+
+
+def folder_of_cache(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where Triton keeps it now."""
+    if named := environment.get("TRITON_CACHE_DIR"):
+        return Path(named)
+    home = environment.get("TRITON_HOME") or os.path.expanduser("~")
+    return Path(home, ".triton", "cache")
 
 
 def can_write(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl.kernels.triton_cache import settle_cache
+from qvl.kernels.triton_cache import folder_of_cache, settle_cache
 
 NOWHERE = "/dev/null"  # below it there are no folders, for nobody
 
@@ -70,3 +70,10 @@ def test_what_others_could_have_laid_there_is_not_used(laid: str, temporary: Pat
     found = Path(settled()["TRITON_CACHE_DIR"])
     assert found not in (name, theirs) and found.parent == temporary
     assert list(theirs.iterdir()) == []
+
+
+def test_the_folder_is_that_of_the_variable_or_of_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert folder_of_cache({"TRITON_CACHE_DIR": "/a", "TRITON_HOME": "/b"}) == Path("/a")
+    assert folder_of_cache({"TRITON_HOME": "/b"}) == Path("/b/.triton/cache")
+    assert folder_of_cache({}) == Path("/home/somebody/.triton/cache")
