@@ -25,9 +25,9 @@ from typing import Any, Protocol
 import msgspec
 
 from qvl.engine.garbage import settle
-from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Received, refusal
+from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Received, Shares, refusal
 from qvl.engine.options import EngineOptions
-from qvl.engine.pixels import Pixels
+from qvl.engine.pixels import Pixels, Room
 from qvl.engine.protocol import (
     AbortRequest,
     AddRequest,
@@ -83,6 +83,10 @@ class EngineLike(Protocol):
     def step(self) -> list[TokenOutput]: ...
 
     def stats(self) -> EngineStats: ...
+
+    def share(self, room: Room) -> None: ...
+
+    def unshare(self, room: Room) -> None: ...
 
 
 Loader = Callable[[EngineOptions], tuple[EngineLike, str]]
@@ -154,7 +158,12 @@ class Loop:
             left = [request_id for request_id, asker in self._askers.items() if asker is event.connection]
             for request_id in left:
                 self._abort(request_id)
+            for room in event.connection.rooms.values():
+                self._engine.unshare(room)
             return bool(left)
+        if isinstance(event, Shares):
+            self._engine.share(event.room)
+            return False
         message = event.message
         if isinstance(message, AddRequest):
             self._add(event, message)
