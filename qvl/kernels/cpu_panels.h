@@ -20,6 +20,20 @@
 #define XPART 384    /* rows of x whose sums are kept at a time */
 #define PANEL_K 2048 /* numbers of a row in a panel */
 
+#define UNROLL4 _Pragma("GCC unroll 4")
+enum type { BF16, F16, F32 };
+
+INLINE long size_of(const enum type type) { return type == F32 ? 4 : 2; }
+
+/* One half of GROUP numbers of W. */
+INLINE vf widened(const enum type type, const int half, const char *w) {
+    switch (type) {
+    case BF16: return half ? bf16_high((const uint16_t *)w) : bf16_low((const uint16_t *)w);
+    case F16: return half ? f16_high((const uint16_t *)w) : f16_low((const uint16_t *)w);
+    default: return half ? f32_high((const float *)w) : f32_low((const float *)w);
+    }
+}
+
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -52,27 +66,29 @@ INLINE void transpose(vf *v) {
 INLINE long lane_stride(long steps) { return (steps + 1) * WROWS; }
 
 /* `rows` of W over k numbers to panel [lane][step][WROWS], zero-filled; a step is a vector of a row. */
-#define DEFINE_PACK(NAME, T, LOW, HIGH)                                                                                \
-    static void NAME##_pack(const void *from, long ldw, long rows, long k, float *panel) {                             \
-        long steps = (k + GROUP - 1) / GROUP * 2, stride = lane_stride(steps);                                         \
-        for (long i = 0; i < steps; i += 2)                                                                            \
-            for (long part = 0; part < WROWS; part += LANES) {                                                         \
-                vf low[LANES], high[LANES];                                                                            \
-                _Pragma("GCC unroll 16") for (long r = 0; r < LANES; r++) {                                            \
-                    const T *in = (const T *)from + (part + r) * ldw + i * LANES;                                      \
-                    T tail[GROUP] = {0};                                                                               \
-                    long left = part + r < rows ? k - i * LANES : 0;                                                   \
-                    if (left < GROUP) in = left > 0 ? memcpy(tail, in, left * sizeof(T)) : tail;                       \
-                    low[r] = LOW(in), high[r] = HIGH(in);                                                              \
-                }                                                                                                      \
-                transpose(low), transpose(high);                                                                       \
-                float *to = panel + i * WROWS + part;                                                                  \
-                _Pragma("GCC unroll 16") for (long l = 0; l < LANES; l++) {                                            \
-                    *(vf_u *)(to + l * stride) = low[l];                                                               \
-                    *(vf_u *)(to + l * stride + WROWS) = high[l];                                                      \
-                }                                                                                                      \
-            }                                                                                                          \
-    }
+INLINE void pack(const enum type type, const char *from, long ldw, long rows, long k, float *panel) {
+    const long size = size_of(type), steps = (k + GROUP - 1) / GROUP * 2, stride = lane_stride(steps);
+    for (long i = 0; i < steps; i += 2)
+        for (long part = 0; part < WROWS; part += LANES) {
+            vf low[LANES], high[LANES];
+            _Pragma("GCC unroll 16") for (long r = 0; r < LANES; r++) {
+                const char *in = from + ((part + r) * ldw + i * LANES) * size;
+                char tail[GROUP * 4] = {0};
+                long left = part + r < rows ? k - i * LANES : 0;
+                if (left < GROUP) in = left > 0 ? memcpy(tail, in, left * size) : tail;
+                low[r] = widened(type, 0, in), high[r] = widened(type, 1, in);
+            }
+            transpose(low), transpose(high);
+            float *to = panel + i * WROWS + part;
+            _Pragma("GCC unroll 16") for (long l = 0; l < LANES; l++) {
+                *(vf_u *)(to + l * stride) = low[l];
+                *(vf_u *)(to + l * stride + WROWS) = high[l];
+            }
+        }
+}
+static void pack_bf16(const void *w, long ldw, long rows, long k, float *panel) { pack(BF16, w, ldw, rows, k, panel); }
+static void pack_f16(const void *w, long ldw, long rows, long k, float *panel) { pack(F16, w, ldw, rows, k, panel); }
+static void pack_f32(const void *w, long ldw, long rows, long k, float *panel) { pack(F32, w, ldw, rows, k, panel); }
 typedef void packer(const void *from, long ldw, long rows, long k, float *panel);
 
 /* What one call computes: y [m, n] = x W^T + bias, W [n, k]; `x` is what the rows of x `from` become, padded and in

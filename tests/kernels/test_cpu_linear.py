@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,26 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 27])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 27, 32, 33])
 @pytest.mark.parametrize(("out", "width"), [(1, 1), (3, 15), (70, 67), (37, 1000), (130, 64), (8, 4111)])
 def test_the_compiled_kernel_is_exact(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
     x, weight, bias = torch.randn(rows, width), torch.randn(out, width).to(dtype), torch.randn(out)
     check(compiled(dtype), x, weight, bias)
     check(compiled(dtype), x, weight, None)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names instructions of x86-64")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrow_vectors_are_exact_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a processor without AVX2 computes, in another order of its own."""
+    plain = native.load_native(cpu_linear.SOURCE, ("-march=x86-64", "-O1"))
+    monkeypatch.setattr(cpu_linear, "load_native", lambda _: plain)
+    product = native_product.__wrapped__(dtype)
+    x, weight, bias = torch.randn(37, 2100), torch.randn(53, 2100).to(dtype), torch.randn(53)
+    check(product, x, weight, bias)
+    together = product(x, weight, bias)
+    for rows in (1, 2, 3, 5, 8, 32):
+        assert torch.equal(product(x[:rows], weight, bias), together[:rows])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -182,13 +197,14 @@ def test_without_a_home_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "out", "width"), [(17, 45, 5000), (40, 16, 64), (33, 7, 37), (390, 50, 4111)])
 def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, count: int, out: int, width: int) -> None:
-    """Few rows go by tiles, many by panels: they sum in the same order."""
+    """Few and several rows go by two kinds of tiles, many by panels: they sum in the same order."""
     x, weight, bias = torch.randn(count, width), torch.randn(out, width).to(dtype), torch.randn(out)
     together = compiled(dtype)(x, weight, bias)
     check(compiled(dtype), x, weight, bias)
-    for rows in (1, 2, 3, 7, 16, 30):
+    for rows in (1, 2, 3, 4, 5, 7, 8, 16, 30, 32, 33):
         assert torch.equal(compiled(dtype)(x[:rows], weight, bias), together[:rows])
-    assert torch.equal(compiled(dtype)(x[-2:], weight, bias), together[-2:])
+    for rows in (2, 6, 11):
+        assert torch.equal(compiled(dtype)(x[-rows:], weight, bias), together[-rows:])
 
 
 def test_many_rows_go_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
