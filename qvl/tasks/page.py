@@ -29,8 +29,10 @@ _DROPPED = frozenset(("script", "iframe"))  # with all that is in them
 _UNWRAPPED = frozenset(("base", "frame", "object", "embed", "applet", "noscript", "link"))
 _SOURCES = frozenset(("src", "srcset", "poster", "background", "data", "imagesrcset", "xlink:href", "manifest"))
 _LINKS = frozenset(("a", "area"))  # where a reader may go by a click; nothing is loaded
-_URL = re.compile(r"""url\(\s*(?P<quote>["']?)(?P<address>[^"')]*)(?P=quote)\s*\)""", re.I)
+# No address runs on into the next one: a model that says `url(` without end is read in one go.
+_URL = re.compile(r"""url\((?P<address>[^"'()]*|\s*"[^"]*"\s*|\s*'[^']*'\s*)\)""", re.I)
 _IMPORT = re.compile(r"""@import\s+(?:url\(\s*)?["']?(?P<address>[^"');]*)[^;]*;?""", re.I)
+_TAG = re.compile(r"<(?:[a-z/!]|$)", re.I)
 _BEGINNINGS = (re.compile(r"<!doctype\b|<html\b", re.I), re.compile(r"<[a-z][a-z0-9]*[\s>]", re.I))  # the surest first
 
 
@@ -68,9 +70,10 @@ def without_half_tag(html: str) -> str:
     comment = html.rfind("<!--")
     if comment > html.rfind("-->"):
         html = html[:comment]
-    while (last := html.rfind("<")) >= 0 and re.match(r"<(?:[a-z/!]|$)", html[last:], re.I) and ">" not in html[last:]:
-        html = html[:last]
-    return html
+    end, whole = len(html), html.rfind(">")
+    while (last := html.rfind("<", whole + 1, end)) >= 0 and _TAG.match(html, last, end):
+        end = last
+    return html[:end]
 
 
 class _Rewriter(HTMLParser):
@@ -157,7 +160,7 @@ class _Rewriter(HTMLParser):
         """CSS without imports and addresses of elsewhere."""
 
         def dropped(match: re.Match[str], instead: str) -> str:
-            address = match["address"].strip()
+            address = match["address"].strip().strip("\"'").strip()
             if address.lower().startswith("data:") or address.startswith("#"):
                 return match[0]
             if address:
