@@ -24,6 +24,7 @@ from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.gpu_sampler import make_sampler
 from qvl.engine.grammar import Words
 from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder, StaticSteps, record_all
+from qvl.engine.host_memory import FreedMemory
 from qvl.engine.inputs import MediaRows, StepNumbers, build_inputs, decode_numbers, step_numbers
 from qvl.engine.masks import Masking, Masks
 from qvl.engine.memory import graph_bytes, kv_cache_bytes, usable_bytes
@@ -86,6 +87,7 @@ class ModelRunner:
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
         self.stream = own_stream(self.device) if config.device == "cuda" else None
+        self.freed = FreedMemory() if config.device == "cpu" else None
         with self._on_stream():
             self.model = load_model(config, self.device, clock)
             self.config = config = size_kv_cache(config, self.model)
@@ -137,6 +139,8 @@ class ModelRunner:
 
         What goes wrong for one request is in `errors`.
         """
+        if self.freed is not None:
+            self.freed.give_back()
         with self._on_stream():
             failed = self.encoder.encode(batch.encode)
             flight = healthy_part(batch, failed)
