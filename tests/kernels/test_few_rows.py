@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels import few_rows, gpu
+from qvl.kernels import few_rows
 from qvl.kernels.few_rows import MOST
 from qvl.kernels.sums import Sums
-from tests.kernels.failing import PROBLEMS, failing, words_of
+from tests.kernels.failing import PROBLEMS, warning_of
 from tests.models import oracle
 
 CPU = torch.device("cpu")
@@ -95,17 +95,6 @@ def test_only_two_to_sixty_four_rows_go_there(monkeypatch: pytest.MonkeyPatch) -
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
-    triton_few = pytest.importorskip("qvl.kernels.triton_few", reason="Triton is not installed")
-
-    monkeypatch.setattr(few_rows, "gpu_problem", lambda: None)
-    monkeypatch.setattr(few_rows, "capability_of", lambda _: gpu.HOPPER)
-    monkeypatch.setattr(triton_few, "problem_of", failing(problem))
-    gpu.warn_of.cache_clear()
-    few_rows.few_rows.cache_clear()
-    try:
-        assert few_rows.few_rows(CPU, torch.bfloat16) is None
-    finally:
-        few_rows.few_rows.cache_clear()
-        gpu.warn_of.cache_clear()
-    assert few_rows.SLOWER in caplog.text
-    assert words_of(problem) in caplog.text
+    choose = few_rows.few_rows
+    said = warning_of(problem, "qvl.kernels.triton_few", few_rows, choose, monkeypatch, caplog)
+    assert few_rows.SLOWER in said

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qvl.kernels import linear
 from qvl.kernels.gpu import HOPPER, shared_memory
-from tests.kernels.failing import PROBLEMS, failing, words_of
+from tests.kernels.failing import PROBLEMS, warning_of
 from tests.kernels.gluon_source import compiled_for_hopper
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -91,22 +91,9 @@ def test_quick_gelu_is_the_same_whoever_computes_it(monkeypatch: pytest.MonkeyPa
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
-    products = pytest.importorskip("qvl.kernels.triton_products", reason="Triton is not installed")
-
-    monkeypatch.setattr(linear, "gpu_problem", lambda: None)
-    monkeypatch.setattr(linear, "capability_of", lambda _: HOPPER)
-    monkeypatch.setattr(products, "problem_of", failing(problem))
-    linear.many_rows.cache_clear()
-    from qvl.kernels import gpu
-
-    gpu.warn_of.cache_clear()
-    try:
-        assert linear.many_rows(CUDA, torch.bfloat16) is None
-        (warning,) = caplog.records
-        assert linear.APART in warning.getMessage()
-        assert words_of(problem) in warning.getMessage()
-    finally:
-        linear.many_rows.cache_clear()
+    choose = linear.many_rows
+    said = warning_of(problem, "qvl.kernels.triton_products", linear, choose, monkeypatch, caplog)
+    assert linear.APART in said
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

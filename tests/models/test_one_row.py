@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels import gpu, linear
+from qvl.kernels import linear
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
-from tests.kernels.failing import PROBLEMS, failing, words_of
+from tests.kernels.failing import PROBLEMS, warning_of
 from tests.models import oracle
 
 
@@ -67,18 +67,5 @@ def test_a_cpu_has_no_kernel_for_one_row(checkpoints: tuple[Path, ...]) -> None:
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
-    triton_linear = pytest.importorskip("qvl.kernels.triton_linear", reason="Triton is not installed")
-
-    monkeypatch.setattr(linear, "gpu_problem", lambda: None)
-    monkeypatch.setattr(linear, "capability_of", lambda _: (9, 0))
-    monkeypatch.setattr(triton_linear, "problem_of", failing(problem))
-    gpu.warn_of.cache_clear()
-    linear.one_row.cache_clear()
-    try:
-        for _ in range(2):
-            assert linear.one_row(torch.device("cuda"), torch.bfloat16) is None
-        (warning,) = caplog.records
-        assert "15 % longer" in warning.getMessage()
-        assert words_of(problem) in warning.getMessage()
-    finally:
-        linear.one_row.cache_clear()
+    said = warning_of(problem, "qvl.kernels.triton_linear", linear, linear.one_row, monkeypatch, caplog)
+    assert "15 % longer" in said
