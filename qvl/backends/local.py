@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +25,8 @@ from qvl.backends.answers import LiveRequest
 from qvl.backends.base import BackendInfo, Observer
 from qvl.backends.engines import WORKER, Engine, OwnEngine
 from qvl.backends.grammar_check import GrammarCheck
-from qvl.backends.scratch import PixelStore, make_room
+from qvl.backends.room import make_room
+from qvl.backends.scratch import PixelStore
 from qvl.backends.submit import Submission, submission
 from qvl.engine.config import EngineConfig
 from qvl.engine.intake import Intake, Prepared
@@ -302,8 +302,7 @@ class LocalBackend:
     async def _share_memory(self, ready: Ready) -> None:
         """With a GPU, which reads it by itself. Until then, and where memory is short, pixels go into files."""
         num_bytes = self._kept_bytes + self._kept_bytes // 2  # those that come again, and those under way
-        make = partial(make_room, list(self._engine.folders), num_bytes)
-        room = await asyncio.get_running_loop().run_in_executor(self._media_pool, make)
+        room = await asyncio.get_running_loop().run_in_executor(self._media_pool, make_room, num_bytes)
         if room is not None and self._reason is None and self._engine_info is ready.info:
             self._engine.send(room.announcement)
             self._store.room = room

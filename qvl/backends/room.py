@@ -7,22 +7,24 @@ lives, and while the engine has been handed it: that is one ticket for each time
 
 from __future__ import annotations
 
-import itertools
+import logging
 import math
 import mmap
 import os
 import threading
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from qvl.engine.host_memory import available_host_memory
 from qvl.engine.protocol import NUM_TICKETS, PixelFile, UseRoom
 
+logger = logging.getLogger("qvl.backend")
+
 PIECE_BYTES = 256 << 10
-_numbers = itertools.count()
+PARTS_OF_FREE_MEMORY = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -39,33 +41,43 @@ class _Place:
         self.wanted = False
 
 
-class PixelRoom:
-    """At least `num_bytes` of pixels in a file in `folder`, which are there for good. Thread-safe. Raises `OSError`."""
+def make_room(num_bytes: int) -> PixelRoom | None:
+    """None where that would leave little memory to others."""
+    if not 0 < num_bytes * PARTS_OF_FREE_MEMORY <= available_host_memory():
+        return None
+    try:
+        return PixelRoom(num_bytes)
+    except (OSError, AttributeError) as error:  # no memory after all, or no Linux
+        logger.warning("pictures take the slower way to the engine: %s", error)
+        return None
 
-    def __init__(self, folder: Path, num_bytes: int) -> None:
+
+class PixelRoom:
+    """At least `num_bytes` for pixels, which are taken now. There is no place until the engine is there. Thread-safe.
+
+    The file has no name: a container's /dev/shm holds 64 MiB. Raises `OSError`.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
         num_pieces = -(-num_bytes // PIECE_BYTES)
         size = NUM_TICKETS + num_pieces * PIECE_BYTES
-        path = folder / f"room-{next(_numbers)}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # later, a memory file system that is full would kill us
-            self._memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        self.announcement = UseRoom(str(path), size)
+        descriptor = os.memfd_create("qvl-pixels", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor).atexit = False
+        os.posix_fallocate(descriptor, 0, size)
+        self._memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        self.announcement = UseRoom(f"/proc/{os.getpid()}/fd/{descriptor}", size)
         self._address = address_of(np.frombuffer(self._memory, dtype=np.uint8))
         self._lock = threading.Lock()
         self._taken = bytearray(num_pieces)
         self._places: dict[int, _Place] = {}
-        self._tickets = list(range(NUM_TICKETS))
+        self._tickets = list(range(1, NUM_TICKETS))
 
     def empty(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
         """An array of `shape` with any numbers; None when there is no place for it."""
         size = math.prod(shape)
         count = max(1, -(-size // PIECE_BYTES))
+        if not self._memory[0]:
+            return None
         with self._lock:
             self._look_for_leavers()
             first = self._taken.find(bytes(count))

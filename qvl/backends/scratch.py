@@ -100,19 +100,6 @@ def socket_base() -> str:
     return usual if len(os.fsencode(usual)) < MAX_SOCKET_PATH - len(PREFIX) - 20 else "/tmp"
 
 
-def make_room(folders: Iterable[Path], num_bytes: int) -> PixelRoom | None:
-    """Memory to share with an engine, in the first of `folders`; None where that would leave little to others."""
-    from qvl.backends.room import PixelRoom
-
-    folder = next(iter(folders), None)
-    if folder is None or not num_bytes:
-        return None
-    with contextlib.suppress(OSError):
-        if _has_room(folder, num_bytes + ROOM_TO_KEEP):
-            return PixelRoom(folder, num_bytes)
-    return None
-
-
 class PixelStore:
     """Puts pixels where the engine finds them: into `room`, or into files that it maps and unlinks. Thread-safe.
 

@@ -220,15 +220,14 @@ class Hub:
                 connection.closed |= not data
             except BlockingIOError:
                 pass
-            except (OSError, ValueError, QvlError) as error:
+            except (OSError, QvlError) as error:
                 logger.error("closing a connection: %s", error)
                 connection.closed = True
 
     def _receive(self, connection: Connection, body: bytes) -> None:
         message = decode_to_engine(body)
         if isinstance(message, UseRoom):
-            room = connection.rooms[message.path] = Room(message)
-            self.events.put(Shares(connection, room))
+            self._share(connection, message)
             return
         if not isinstance(message, AddRequest):
             self.events.put(Received(connection, message))
@@ -240,6 +239,14 @@ class Hub:
             connection.send(refusal(message.request_id, "the pixels of its media were lost on the way to the engine"))
             return
         self.events.put(Received(connection, message, pixels))
+
+    def _share(self, connection: Connection, message: UseRoom) -> None:
+        try:
+            room = connection.rooms[message.path] = Room(message)
+        except (OSError, ValueError) as error:
+            logger.warning("pictures take the slower way, as their memory cannot be shared: %s", error)
+        else:
+            self.events.put(Shares(connection, room))
 
 
 def refusal(request_id: str, reason: str) -> Outputs:

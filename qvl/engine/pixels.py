@@ -33,7 +33,6 @@ class Room:
     def __init__(self, use: UseRoom) -> None:
         descriptor = os.open(use.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.unlink(use.path)
             if os.fstat(descriptor).st_size != use.num_bytes or use.num_bytes <= NUM_TICKETS:
                 raise ValueError(f"a room for pixels has not the {use.num_bytes} bytes that it should have")
             self._mapped = mmap.mmap(descriptor, use.num_bytes)
@@ -41,11 +40,15 @@ class Room:
             os.close(descriptor)
         self.memory: Pixels = np.frombuffer(self._mapped, dtype=np.uint8)
 
+    def enter(self) -> None:
+        """Tell the asker that its pixels are seen."""
+        self._mapped[0] = 1
+
     def pixels(self, file: PixelFile) -> Pixels:
         """uint8 [frames, h, w, 3], the asker's again once nobody has this array any more. Raises `ValueError`."""
         size = num_bytes(file)
         is_inside = NUM_TICKETS <= file.offset <= len(self.memory) - size
-        if not 0 <= file.ticket < NUM_TICKETS or min(file.shape) < 1 or not is_inside:
+        if not 0 < file.ticket < NUM_TICKETS or min(file.shape) < 1 or not is_inside:
             raise ValueError(f"{file.shape} at {file.offset} is not within a room for pixels")
         array = np.frombuffer(self._mapped, dtype=np.uint8, count=size, offset=file.offset)
         weakref.finalize(array, self._mapped.__setitem__, file.ticket, 0).atexit = False

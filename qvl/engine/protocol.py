@@ -3,7 +3,7 @@
 One frame is a 4-byte big-endian length and a msgpack body; nothing is ever pickled. Pixels do not travel in frames: a
 `PixelFile` names a file that the engine maps and then unlinks, or a place in memory that an asker shares with it:
 
-    | a byte for each ticket | pixels ...
+    | 1 when the engine is there too | a byte for each ticket | pixels ...
 
 Knows the shape of every message. Does not know sockets' lifetimes, the scheduler, or torch.
 """
@@ -19,7 +19,7 @@ from qvl.errors import QvlError
 from qvl.types import FinishReason, Grid, MediaKind, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-NUM_TICKETS = 4096  # bytes in front of the pixels of a `UseRoom`
+NUM_TICKETS = 4096  # bytes in front of the pixels of a `UseRoom`, the first of them no ticket
 OWN_FILE = -1
 GRAMMARS_READY = b"ready\n"  # the first line that `qvl.engine.grammar_worker` says
 _LENGTH = struct.Struct(">I")
@@ -84,7 +84,7 @@ class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class UseRoom(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Pixels will lie in this file too, which the engine maps and unlinks; shared as long as the connection lasts."""
+    """Pixels will lie in this file too, which the engine maps; shared as long as the connection lasts."""
 
     path: str
     num_bytes: int

@@ -163,6 +163,7 @@ class Loop:
             return bool(left)
         if isinstance(event, Shares):
             self._engine.share(event.room)
+            event.room.enter()
             return False
         message = event.message
         if isinstance(message, AddRequest):

@@ -147,18 +147,15 @@ async def test_the_engine_sees_the_pixels_that_were_sent(backend_of: Start) -> N
         assert leftovers(backend) == []
 
 
-async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(checkpoint: Path) -> None:
     """Decoded there, handed over there, given back; the same after the engine was replaced."""
-    monkeypatch.setattr("qvl.backends.scratch.ROOM_TO_KEEP", 0)
     options = EngineOptions.from_dict({"model": str(checkpoint), "mm_processor_kwargs": {"min_pixels": 1}})
     command = (sys.executable, "-m", "tests.engine.fake_engine", "gpu")
     backend = LocalBackend(options, command=command, kept_bytes=1 << 20)
     await backend.start()
     try:
         for life in range(2):
-            await until(lambda: backend._store.room is not None, "nothing is shared")
+            await until(lambda: backend._store.empty((1,)) is not None, "nothing is shared")
             room = backend._store.room
             assert room is not None
             for seed in (1, 2, 1):

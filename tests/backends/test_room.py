@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qvl.backends.room import PIECE_BYTES, PixelRoom
-from qvl.backends.scratch import PixelStore, make_room
+from qvl.backends.room import PIECE_BYTES, PixelRoom, make_room
+from qvl.backends.scratch import PixelStore
 from qvl.engine.pixels import Pixels, Room, map_pixels
 from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, PixelFile
 
@@ -22,9 +22,13 @@ FULL = (1, 4 * PIECE_BYTES // 768, 256, 3)  # the whole of a room of four pieces
 class Both:
     """A room of `num_pieces` and the engine's view of it."""
 
-    def __init__(self, folder: Path, num_pieces: int = 4) -> None:
-        self.room = PixelRoom(folder, num_pieces * PIECE_BYTES)
-        self._rooms = {self.room.announcement.path: Room(self.room.announcement)}
+    def __init__(self, num_pieces: int = 4) -> None:
+        self.room = PixelRoom(num_pieces * PIECE_BYTES)
+        engines = Room(self.room.announcement)
+        self._rooms = {self.room.announcement.path: engines}
+        assert self.room.empty(SHAPE) is None
+        assert self.room.hand_over(np.zeros(SHAPE, np.uint8)) == []
+        engines.enter()
 
     def taken(self, file: PixelFile) -> Pixels:
         """What the engine has then."""
@@ -40,9 +44,8 @@ def filled(room: PixelRoom, value: int, shape: tuple[int, ...] = SHAPE) -> Pixel
     return pixels
 
 
-def test_the_engine_sees_what_was_decoded_there_and_no_file_is_left(tmp_path: Path) -> None:
-    both = Both(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_the_engine_sees_what_was_decoded_there() -> None:
+    both = Both()
     pixels = both.room.empty((5, 7, 3))
     assert pixels is not None
     pixels[:] = np.arange(105, dtype=np.uint8).reshape(5, 7, 3)
@@ -54,8 +57,8 @@ def test_the_engine_sees_what_was_decoded_there_and_no_file_is_left(tmp_path: Pa
 
 
 @pytest.mark.parametrize("engine_first", [True, False])
-def test_a_place_is_free_when_both_have_let_go(engine_first: bool, tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_a_place_is_free_when_both_have_let_go(engine_first: bool) -> None:
+    both = Both()
     ours = filled(both.room, 1, FULL)
     (file,) = both.room.hand_over(ours)
     theirs = both.taken(file)
@@ -73,8 +76,8 @@ def test_a_place_is_free_when_both_have_let_go(engine_first: bool, tmp_path: Pat
     assert both.room.empty(FULL) is not None
 
 
-def test_what_was_handed_over_is_held_before_the_engine_has_heard_of_it(tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_what_was_handed_over_is_held_before_the_engine_has_heard_of_it() -> None:
+    both = Both()
     ours = filled(both.room, 1, FULL)
     (file,) = both.room.hand_over(ours)
     del ours
@@ -83,9 +86,9 @@ def test_what_was_handed_over_is_held_before_the_engine_has_heard_of_it(tmp_path
     assert both.room.empty((1,)) is not None
 
 
-def test_views_keep_a_place(tmp_path: Path) -> None:
+def test_views_keep_a_place() -> None:
     """What a decoder fills, `load` reshapes and a cache keeps: never the array that was made first."""
-    both = Both(tmp_path)
+    both = Both()
     whole = np.ascontiguousarray(filled(both.room, 3, FULL)[0])[None]
     (file,) = both.room.hand_over(whole)
     ours, theirs = whole[0][2:], both.taken(file)[0][2:]
@@ -99,8 +102,8 @@ def test_views_keep_a_place(tmp_path: Path) -> None:
     assert both.room.empty((1,)) is not None
 
 
-def test_one_place_is_handed_over_as_often_as_it_is_asked_for(tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_one_place_is_handed_over_as_often_as_it_is_asked_for() -> None:
+    both = Both()
     pixels = filled(both.room, 9)
     held = [both.taken(file) for _ in range(3) for file in both.room.hand_over(pixels, copies=2)]
     assert len({array.__array_interface__["data"][0] for array in held}) == 1
@@ -111,8 +114,8 @@ def test_one_place_is_handed_over_as_often_as_it_is_asked_for(tmp_path: Path) ->
     assert both.room.empty(FULL) is not None
 
 
-def test_other_pixels_are_copied_and_their_place_goes_with_the_engine(tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_other_pixels_are_copied_and_their_place_goes_with_the_engine() -> None:
+    both = Both()
     pixels = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
     (file,) = both.room.hand_over(pixels)
     seen = both.taken(file)
@@ -123,19 +126,19 @@ def test_other_pixels_are_copied_and_their_place_goes_with_the_engine(tmp_path: 
     assert both.room.hand_over(np.zeros((2, *FULL[1:]), np.uint8)) == [], "larger than the room"
 
 
-def test_a_part_that_begins_elsewhere_is_copied(tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_a_part_that_begins_elsewhere_is_copied() -> None:
+    both = Both()
     pixels = filled(both.room, 5)
     pixels[:, 1:] = 6
     (file,) = both.room.hand_over(pixels[:, 1:])
     assert np.array_equal(both.taken(file), pixels[:, 1:])
 
 
-def test_tickets_come_back_and_run_out(tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_tickets_come_back_and_run_out() -> None:
+    both = Both()
     pixels = filled(both.room, 1)
-    files = both.room.hand_over(pixels, NUM_TICKETS)
-    assert len({file.ticket for file in files}) == NUM_TICKETS
+    files = both.room.hand_over(pixels, NUM_TICKETS - 1)
+    assert {file.ticket for file in files} == set(range(1, NUM_TICKETS))
     assert both.room.hand_over(pixels) == []
     both.taken(files[17])  # and let go at once
     (file,) = both.room.hand_over(pixels)
@@ -147,6 +150,7 @@ def test_tickets_come_back_and_run_out(tmp_path: Path) -> None:
     [
         {"ticket": NUM_TICKETS},
         {"ticket": -2},
+        {"ticket": 0},
         {"offset": 0},
         {"offset": NUM_TICKETS + 4 * PIECE_BYTES},
         {"shape": (5, *FULL[1:])},
@@ -154,23 +158,23 @@ def test_tickets_come_back_and_run_out(tmp_path: Path) -> None:
         {"path": "/elsewhere"},
     ],
 )
-def test_what_lies_outside_is_refused(wrong: dict[str, object], tmp_path: Path) -> None:
-    both = Both(tmp_path)
+def test_what_lies_outside_is_refused(wrong: dict[str, object]) -> None:
+    both = Both()
     good = {"path": both.room.announcement.path, "shape": SHAPE, "offset": NUM_TICKETS, "ticket": 1}
     both.taken(PixelFile(**good))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="room"):
         both.taken(PixelFile(**{**good, **wrong}))  # type: ignore[arg-type]
 
 
-def test_a_room_of_another_size_is_not_shared(tmp_path: Path) -> None:
-    room = PixelRoom(tmp_path, PIECE_BYTES)
+def test_a_room_of_another_size_is_not_shared() -> None:
+    room = PixelRoom(PIECE_BYTES)
     with pytest.raises(ValueError, match="room"):
         Room(type(room.announcement)(room.announcement.path, room.announcement.num_bytes + 1))
 
 
-def test_threads_never_share_a_place(tmp_path: Path) -> None:
+def test_threads_never_share_a_place() -> None:
     """Whoever has a place finds its own number there, whoever else comes and goes; in the end all of it is free."""
-    both = Both(tmp_path, 16)
+    both = Both(16)
     begin = threading.Barrier(4)
 
     def work(seed: int) -> int:
@@ -196,7 +200,7 @@ def test_threads_never_share_a_place(tmp_path: Path) -> None:
 
 
 def test_a_store_uses_its_room_and_files_where_that_is_full(tmp_path: Path) -> None:
-    both = Both(tmp_path)
+    both = Both()
     store = PixelStore([tmp_path])
     assert store.empty(SHAPE) is None
     store.room = both.room
@@ -216,13 +220,22 @@ def test_a_store_uses_its_room_and_files_where_that_is_full(tmp_path: Path) -> N
     assert store.empty((1,)) is not None
 
 
-def test_a_room_is_made_where_much_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvl.backends.scratch._has_room", lambda folder, _: folder == tmp_path)
-    room = make_room([tmp_path], PIECE_BYTES)
+def test_a_room_is_made_where_much_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvl.backends.room.available_host_memory", lambda: 8 * PIECE_BYTES)
+    room = make_room(PIECE_BYTES)
     assert room is not None
     assert Path(room.announcement.path).stat().st_size == room.announcement.num_bytes
-    assert make_room([tmp_path / "full", tmp_path], PIECE_BYTES) is None
-    assert make_room([tmp_path], 0) is None
-    assert make_room([], PIECE_BYTES) is None
-    monkeypatch.setattr("qvl.backends.scratch._has_room", lambda folder, _: True)
-    assert make_room([tmp_path / "gone"], PIECE_BYTES) is None
+    del room
+    assert make_room(PIECE_BYTES + 1) is None
+    assert make_room(0) is None
+    monkeypatch.delattr("os.memfd_create")
+    assert make_room(PIECE_BYTES) is None
+
+
+def test_a_room_that_nobody_has_any_more_leaves_no_file_open() -> None:
+    both = Both()
+    path, pixels = Path(both.room.announcement.path), filled(both.room, 7)
+    assert path.exists()
+    del both
+    assert not path.exists()
+    assert int(pixels.min()) == 7, "its memory lasts as long as it is needed"

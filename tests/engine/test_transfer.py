@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -24,9 +22,10 @@ def test_pixels_are_shared_where_they_may_be() -> None:
     assert np.array_equal(tensor_of(frozen).numpy(), array)
 
 
-def test_a_cpu_reads_shared_memory_where_it_is(tmp_path: Path) -> None:
-    room = PixelRoom(tmp_path, PIECE_BYTES)
+def test_a_cpu_reads_shared_memory_where_it_is() -> None:
+    room = PixelRoom(PIECE_BYTES)
     engines = Room(room.announcement)
+    engines.enter()
     shared = SharedMemory(torch.device("cpu"))
     shared.add(engines.memory)
     (file,) = room.hand_over(pixels(2))
@@ -40,11 +39,12 @@ def test_a_cpu_reads_shared_memory_where_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_reads_shared_memory_by_itself_until_it_is_removed(tmp_path: Path) -> None:
+def test_a_gpu_reads_shared_memory_by_itself_until_it_is_removed() -> None:
     """Each place is written again as soon as it is given back, while a busy GPU has far more to do than to read it."""
     device = torch.device("cuda")
-    room = PixelRoom(tmp_path, 4 * PIECE_BYTES)
+    room = PixelRoom(4 * PIECE_BYTES)
     engines = Room(room.announcement)
+    engines.enter()
     shared = SharedMemory(device)
     shared.add(engines.memory)
     busy = torch.ones(4096, 4096, device=device)
