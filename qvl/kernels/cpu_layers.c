@@ -2,17 +2,13 @@
  *
  * All activations are fp32; the cache holds bf16 (0), fp16 (1) or fp32 (2). Does not know Python.
  */
+#include "cpu_attend.h"
 #include "cpu_layers.h"
 #include "cpu_threads.h"
-#include "cpu_vectors.h"
-#include <math.h>
 
 #define SMALL 16384 /* below so many numbers a second thread costs more than it saves */
 #define STRIP 4096  /* numbers of an activation that a thread takes at a time */
-#define FEW 4096    /* the same for numbers of queries, each against SPLIT tokens */
-#define RUN 16      /* tokens whose keys or values are widened at once */
-#define SPLIT 256   /* tokens of context that one thread attends to at a time */
-#define MAX_DIM 512
+#define FEW 131072  /* the same for products of queries and keys */
 
 typedef struct {
     const float *x, *weight;
@@ -152,71 +148,6 @@ void qvl_store(const float *new, long row_stride, void *cache, const int64_t *sl
     qvl_share(rows, rows * width > SMALL ? threads : 1, store_row, &p);
 }
 
-INLINE void widen(const void *from, long place, float *to, long n, int type) { /* n is a multiple of LANES */
-    for (long i = 0; i < n; i += LANES)
-        *(vf_u *)(to + i) = type == 2   ? f32_low((const float *)from + place + i)
-                            : type == 0 ? bf16_plain((const uint16_t *)from + place + i)
-                                        : f16_low((const uint16_t *)from + place + i);
-}
-
-/* A cache, and where token t of a sequence lies in it. */
-typedef struct {
-    const void *keys, *values;
-    const int32_t *blocks;
-    long block_size, kv_heads, dim;
-    int type;
-} pages;
-
-static void widen_run(const pages *p, const void *from, long head, long first, long count, float *to) {
-    for (long t = 0; t < count; t++) {
-        long token = first + t, slot = p->blocks[token / p->block_size] * p->block_size + token % p->block_size;
-        widen(from, (slot * p->kv_heads + head) * p->dim, to + t * p->dim, p->dim, p->type);
-    }
-}
-
-/* Queries q [group, dim] of one KV head against tokens [first, stop): weighted values [group, dim], then per query the
- * largest score and the sum of weights. */
-static void attend(const pages *p, long head, const float *q, long group, long first, long stop, float scale,
-                   float *out, float *top, float *total) {
-    float run[RUN * MAX_DIM] __attribute__((aligned(64))), scores[group][SPLIT + RUN];
-    long dim = p->dim, length = stop - first;
-    for (long t = 0; t < length; t += RUN) {
-        long count = length - t < RUN ? length - t : RUN;
-        widen_run(p, p->keys, head, first + t, count, run);
-        for (long g = 0; g < group; g++)
-            for (long i = 0; i < count; i++) {
-                vf dot = {0};
-                for (long d = 0; d < dim; d += LANES) dot += f32_low(q + g * dim + d) * f32_low(run + i * dim + d);
-                scores[g][t + i] = sum(dot) * scale;
-            }
-    }
-    for (long g = 0; g < group; g++) {
-        top[g] = -INFINITY;
-        total[g] = 0;
-        for (long t = 0; t < length; t++) {
-            float own = scores[g][t];
-            top[g] = own > top[g] || own != own ? own : top[g];
-        }
-        for (long t = length; t % LANES; t++) scores[g][t] = -INFINITY;
-        for (long t = 0; t < length; t += LANES) {
-            vf weights = exponential(f32_low(scores[g] + t) - top[g]);
-            *(vf_u *)(scores[g] + t) = weights;
-            total[g] += sum(weights);
-        }
-    }
-    memset(out, 0, group * dim * sizeof(float));
-    for (long t = 0; t < length; t += RUN) {
-        long count = length - t < RUN ? length - t : RUN;
-        widen_run(p, p->values, head, first + t, count, run);
-        for (long g = 0; g < group; g++)
-            for (long d = 0; d < dim; d += LANES) {
-                vf acc = f32_low(out + g * dim + d);
-                for (long i = 0; i < count; i++) acc += scores[g][t + i] * f32_low(run + i * dim + d);
-                *(vf_u *)(out + g * dim + d) = acc;
-            }
-    }
-}
-
 /* A step of decodes: q [sequences, heads, dim], block tables [sequences, stride], and scratch [sequence, KV head, part of
  * the context], of each the group's values, largest scores and sums of weights. */
 typedef struct {
@@ -266,7 +197,9 @@ void qvl_decode_attention(const float *q, const void *keys, const void *values, 
     long group = heads / kv_heads;
     const decoding p = {q,     {keys, values, table, block_size, kv_heads, dim, type}, lengths, scratch, table_stride,
                         group, splits, group * (dim + 2), scale};
-    qvl_share(sequences * kv_heads * splits, sequences * splits * heads * dim > FEW ? threads : 1, decode_part, &p);
+    long tokens = 0;
+    for (long s = 0; s < sequences; s++) tokens += lengths[s];
+    qvl_share(sequences * kv_heads * splits, tokens * heads * dim > FEW ? threads : 1, decode_part, &p);
     for (long s = 0; s < sequences; s++)
         for (long h = 0; h < heads; h++) join_parts(&p, s, h, out + (s * heads + h) * dim);
 }

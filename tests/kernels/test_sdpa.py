@@ -66,11 +66,16 @@ def unturned(rows: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def run_paged(
-    attention: PagedAttention, query: list[int], context: list[int], block_size: int, dtype: torch.dtype = torch.float32
+    attention: PagedAttention,
+    query: list[int],
+    context: list[int],
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int, int] = (6, 2, 16),
 ) -> tuple[Tensor, Tensor]:
     """(paged, written out), both [n, heads * dim], for random sequences of which all but the queries are cached."""
     torch.manual_seed(0)
-    heads, kv_heads, dim = 6, 2, 16
+    heads, kv_heads, dim = shape
     step = metadata(query, context, block_size)
     num_blocks = sum(-(-length // block_size) for length in context)
     cache = tuple(torch.randn(num_blocks, block_size, kv_heads, dim).to(dtype) for _ in range(2))
@@ -118,6 +123,16 @@ def test_a_narrow_cache_serves_wide_queries(attention: PagedAttention, dtype: to
 def test_long_contexts_are_joined_from_their_parts(attention: PagedAttention) -> None:
     out, expected = run_paged(attention, [1, 1, 1], [cpu_attention.SPLIT * 2 + 5, cpu_attention.SPLIT, 3], 16)
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 2, 48), (4, 1, 64), (10, 2, 80), (7, 1, 128), (16, 2, 512)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_of_any_number_share_keys_of_any_width(
+    attention: PagedAttention, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Registers hold a few queries, tokens and numbers at a time; what is over is done by itself."""
+    out, expected = run_paged(attention, [1, 1, 1], [5, 39, cpu_attention.SPLIT + 1], 16, dtype, shape)
+    assert torch.allclose(out, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
