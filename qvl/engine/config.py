@@ -1,7 +1,8 @@
 """Every number of an engine, resolved once: the user's options + the checkpoint + facts about the device.
 
-Knows the defaults and why they are what they are. Does not import torch: what is known about the device comes as
-`DeviceFacts`. One number may stay open, `num_blocks` on a GPU: the runner measures it and calls `with_kv_memory`.
+Knows the defaults and why they are what they are; what words such as "auto" come to stands in `choices`. Does not
+import torch: what is known about the device comes as `DeviceFacts`. One number may stay open, `num_blocks` on a GPU:
+the runner measures it and calls `with_kv_memory`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from qvl.engine.choices import DeviceFacts, device_of, dtype_of, length_of, name_of, policy_of, quantization_of
 from qvl.engine.locate import find_model
 from qvl.engine.options import EngineOptions
 from qvl.errors import ConfigError
@@ -27,8 +29,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bits of a weight with its part of a scale: in the decoder's layers, and in the vision tower and the head.
 QUANTISED_BITS = {"int8": (8.0, 8.0), "int4": (4.125, 8.0), "fp8": (8.0, 16.0)}
 GIB = 1 << 30
-BF16_CAPABILITY = (8, 0)
-FP8_CAPABILITY = (8, 9)
 # What a GPU step needs beside weights and KV cache; only for the estimate before anything is loaded.
 GPU_WORK_BYTES = 3 * GIB // 2
 CPU_KV_BYTES = 4 * GIB
@@ -38,21 +38,6 @@ BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 # On a GPU a step of so many tokens takes no longer than three of decodes alone, and more at once is hardly faster.
 MIXED_TOKENS = {"cpu": 2048, "cuda": 1024}
 NUM_SEQS = {"cpu": 64, "cuda": 256}
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """What must be known about a device before anything is loaded.
-
-    `capability` is (0, 0) for a CPU. `total_memory` in bytes: of the GPU, or what this process may still take on a CPU
-    (`engine.host_memory`). `preferred_cpu_dtype` is the faster of float32 and bfloat16 on this CPU.
-    """
-
-    kind: Literal["cpu", "cuda"]
-    capability: tuple[int, int]
-    total_memory: int
-    preferred_cpu_dtype: str
-    num_cores: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +145,20 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
     follows from a given `kv_cache_memory`.
     """
     spec = load_spec(find_model(options.model))
-    device = _resolve_device(options.device, facts)
-    dtype = _resolve_dtype(options.dtype, facts)
+    device = device_of(options.device, facts)
+    dtype = dtype_of(options.dtype, facts)
     batched = options.max_num_batched_tokens or BATCHED_TOKENS[device]
     config = EngineConfig(
         spec=spec,
-        served_name=options.served_model_name or _name_of(options.model, spec),
+        served_name=options.served_model_name or name_of(options.model, spec),
         device=device,
         dtype=dtype,
-        quantization=_resolve_quantization(options.quantization, facts, dtype),
+        quantization=quantization_of(options.quantization, facts, dtype),
         attention_backend=options.attention_backend,
         load_format=options.load_format,
-        max_model_len=_given_length(options, spec),
+        max_model_len=length_of(options, spec),
         max_model_len_given=options.max_model_len is not None,
-        max_num_seqs=_resolve_num_seqs(options, batched, device),
+        max_num_seqs=_num_seqs(options, batched, device),
         max_num_batched_tokens=batched,
         max_num_mixed_tokens=min(batched, options.max_num_mixed_tokens or MIXED_TOKENS[device]),
         block_size=options.block_size,
@@ -189,7 +174,7 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
         async_scheduling=device == "cuda" if options.async_scheduling is None else options.async_scheduling,
         num_threads=options.num_threads or facts.num_cores,
         seed=options.seed,
-        policy=_resolve_policy(options),
+        policy=policy_of(options),
     )
     _check_kv_memory(config, options, facts.total_memory)
     if device == "cpu":
@@ -198,52 +183,7 @@ def resolve(options: EngineOptions, facts: DeviceFacts) -> EngineConfig:
     return config if options.kv_cache_memory is None else config.with_kv_memory(options.kv_cache_memory)
 
 
-def _resolve_device(asked: str, facts: DeviceFacts) -> Literal["cpu", "cuda"]:
-    if asked not in ("auto", facts.kind):
-        has = "no CUDA GPU was found" if facts.kind == "cpu" else "the engine was told about a GPU"
-        raise ConfigError(f"'device' is '{asked}', but {has}", param="device")
-    return facts.kind
-
-
-def _resolve_dtype(asked: str, facts: DeviceFacts) -> str:
-    if facts.kind == "cpu":
-        return facts.preferred_cpu_dtype if asked == "auto" else asked
-    has_bf16 = facts.capability >= BF16_CAPABILITY
-    if asked == "bfloat16" and not has_bf16:
-        have = ".".join(map(str, facts.capability))
-        raise ConfigError(
-            f"'dtype' bfloat16 needs compute capability 8.0, this GPU has {have}; use --dtype half", param="dtype"
-        )
-    return asked if asked != "auto" else "bfloat16" if has_bf16 else "float16"
-
-
-def _resolve_quantization(asked: str | None, facts: DeviceFacts, dtype: str) -> str:
-    have = ".".join(map(str, facts.capability))
-    problem = None
-    if asked in ("int8", "int4") and facts.kind != "cpu":
-        problem = "runs on a CPU only in this version of qvl; leave it out, or use --device cpu"
-    elif asked == "fp8" and facts.kind == "cpu":
-        problem = "needs a GPU with fp8 instructions; on a CPU there are int8 and int4"
-    elif asked == "fp8" and facts.capability < FP8_CAPABILITY:
-        problem = f"needs compute capability 8.9 or newer (Ada, Hopper, Blackwell), this GPU has {have}; leave it out"
-    elif asked == "fp8" and dtype != "bfloat16":
-        problem = f"works beside bfloat16 only, not {dtype}; leave --dtype out"
-    if problem is not None:
-        raise ConfigError(f"'quantization' {asked} {problem}", param="quantization")
-    return asked or "none"
-
-
-def _given_length(options: EngineOptions, spec: ModelSpec) -> int:
-    longest = spec.text.max_position_embeddings
-    if options.max_model_len is not None and options.max_model_len > longest:
-        raise ConfigError(
-            f"'max_model_len' is {options.max_model_len}, but the checkpoint was trained for {longest} positions",
-            param="max_model_len",
-        )
-    return options.max_model_len or longest
-
-
-def _resolve_num_seqs(options: EngineOptions, batched: int, device: str) -> int:
+def _num_seqs(options: EngineOptions, batched: int, device: str) -> int:
     if options.max_num_seqs is not None and options.max_num_seqs > batched:
         raise ConfigError(
             f"'max_num_seqs' ({options.max_num_seqs}) is above 'max_num_batched_tokens' ({batched}), but every running "
@@ -251,29 +191,6 @@ def _resolve_num_seqs(options: EngineOptions, batched: int, device: str) -> int:
             param="max_num_seqs",
         )
     return options.max_num_seqs or min(NUM_SEQS[device], batched)
-
-
-def _resolve_policy(options: EngineOptions) -> MediaPolicy:
-    """The fetcher's own defaults, except for what the user set."""
-    root = options.allowed_local_media_path
-    if root is not None and not Path(root).expanduser().is_dir():
-        raise ConfigError(f"'allowed_local_media_path' is no folder: {root}", param="allowed_local_media_path")
-    policy = MediaPolicy(
-        allow_private_hosts=options.allow_private_hosts,
-        allow_any_local_path=options.allow_any_local_path,
-        allowed_local_path=Path(root).expanduser().resolve() if root is not None else None,
-    )
-    return dataclasses.replace(
-        policy,
-        max_bytes=options.max_media_bytes or policy.max_bytes,
-        max_image_pixels=options.max_image_pixels or policy.max_image_pixels,
-    )
-
-
-def _name_of(model: str, spec: ModelSpec) -> str:
-    """What clients call the model: the name the user wrote; for a path its last part."""
-    is_path = model.startswith((".", "/", "~")) or Path(model).expanduser().is_dir()
-    return spec.name if is_path else model
 
 
 def _check_kv_memory(config: EngineConfig, options: EngineOptions, total: int) -> None:
