@@ -131,9 +131,15 @@ class VisionBlock(nn.Module):
     ) -> None:
         """Adds to hidden_states in place. `normed` comes as this block's norm of it, and leaves as the following's."""
         heads = self.attn(hidden_states, self.norm1, normed, angles, segments)
-        for rows in chunks(len(heads), mlp_rows(len(heads))):
+        parts = list(chunks(len(heads), mlp_rows(len(heads))))
+        for rows in parts:
             part = hidden_states[rows]
-            following(part, self.mlp(self.norm2(part, self.attn.proj(heads[rows]))), out=normed[rows])
+            added = self.attn.proj(heads[rows])
+            if rows is parts[-1]:
+                del heads  # the queries, keys and values of all patches may lie there
+            between = self.norm2(part, added)
+            del added
+            following(part, self.mlp(between), out=normed[rows])
 
 
 class PatchEmbed(nn.Module):
