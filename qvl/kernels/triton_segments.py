@@ -1,9 +1,14 @@
 """Attention inside segments for compute capability 9.0, in Gluon, the part of Triton that says which warps do what.
 
 One program takes 64 query rows of one head. One warp fetches keys and values by TMA. Four others multiply on tensor
-cores while they take exponentials: the scores of the next keys are under way, and the last weights times values,
-while the softmax of these goes on. Two programs share a multiprocessor: where one waits, the other computes. head_dim
-is two powers of two (80 = 64 + 16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
+cores while they take exponentials: the last weights times values are under way while the softmax of these scores goes
+on. Two programs share a multiprocessor: where one waits, the other computes. head_dim is two powers of two (80 = 64 +
+16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
+
+A softmax may be shifted by any number: the row's maximum is subtracted only to keep exponentials in range. Here it is
+that of the first keys, for all others too: no search for a maximum in the loop, and nothing computed is scaled again.
+The sum can then not vanish, but overflow if a later score is far larger. Such rows are seen by their sum, and their
+tile is computed once more with a running maximum.
 
 Knows tensors of queries, keys and values. Does not know pictures. Importing this file imports Triton;
 `qvl.kernels.segments` does so only where such a GPU is.
@@ -15,6 +20,7 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from qvl.kernels.gpu import launch
 from qvl.kernels.segments import halves
-from qvl.kernels.triton_boxes import described
+from qvl.kernels.triton_boxes import described, meet
 
 ROWS = 64  # query rows of a program: what four warps multiply at a time
 KEYS = 128  # keys a turn
@@ -36,6 +42,8 @@ STAGES = 2  # tiles of keys, and of values, that are fetched ahead
 FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
 REGISTERS = 128  # of a thread at the start: two programs of 256 fit; then the four warps take those of the fetching
 LOG2E = 1.4426950408889634
+MARGIN = gl.constexpr(10.0)  # the largest weight of the first keys is 2**-10: later ones may be larger
+LIMITS = {torch.bfloat16: 2.0**64, torch.float16: 2.0**15}  # of a row's sum; below it no weight is out of range
 
 
 def tiles_of(lengths: Sequence[int]) -> np.ndarray:
@@ -61,7 +69,8 @@ def attend_segments(qkv: Tensor, tiles: Tensor) -> Tensor:
     launch(
         _segments, (count * heads,),
         *described(flat, *boxes_of(dim)), tiles, qkv, 3 * heads * dim, count, heads * dim,
-        dim**-0.5 * LOG2E, D=dim, KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
+        dim**-0.5 * LOG2E, LIMITS[qkv.dtype], D=dim, KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return flat[:, : heads * dim]
 
@@ -128,8 +137,22 @@ def _store(to_ptr, acc, total, live, stride):
 
 
 @gluon.jit
+def _part_sums(e):
+    """Sums of what each thread holds of a row: [rows, 8], so that no thread waits for another."""
+    return gl.sum(e.reshape([e.shape[0], e.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def _values(weights, v0, v1, acc0, acc1):
+    """Weights times values added, under way."""
+    w0 = gl.convert_layout(weights, gl.DotOperandLayout(0, acc0.type.layout, 2))
+    w1 = gl.convert_layout(weights, gl.DotOperandLayout(0, acc1.type.layout, 2))
+    return warpgroup_mma(w0, v0, acc0, is_async=True), warpgroup_mma(w1, v1, acc1, is_async=True)
+
+
+@gluon.jit
 def _attend(
-    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
+    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full, k0, k1, v0, v1,
     k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
@@ -147,21 +170,20 @@ def _attend(
     turns = gl.cdiv(length, KEYS)
     left = length - (turns - 1) * KEYS
 
-    q_full = q_full.index(0)
-    mbarrier.expect(q_full, ROWS * D * 2)
-    tma.async_copy_global_to_shared(q_low, [first_row, column], q_full, q0)
-    tma.async_copy_global_to_shared(q_high, [first_row, column + LOW], q_full, q1)
+    # From registers, tensor cores read the queries without asking shared memory for them at every turn.
+    _get(q_low, q_high, first_row, column, q_full, q0, q1)
     mbarrier.wait(q_full, 0)
+    a0 = q0.load(gl.DotOperandLayout(0, S, 2))
+    a1 = q1.load(gl.DotOperandLayout(0, S, 2))
 
     # The segment's last keys come first: only they need a mask.
     mbarrier.wait(k_full.index(0), 0)
-    under_way = _scores(q0, q1, k0.index(0), k1.index(0), ROWS, KEYS, S)
-    s = warpgroup_mma_wait(0, deps=(under_way,))
+    s = warpgroup_mma_wait(0, deps=(_scores(a0, a1, k0.index(0), k1.index(0), ROWS, KEYS, S),))
     mbarrier.arrive(k_empty.index(0))
     s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s, -1e30)
-    best = gl.max(s, 1) * scale
-    e = gl.exp2(s * scale - best[:, None])
-    total = gl.sum(e, 1)
+    shift = (gl.max(s, 1) * scale + MARGIN)[:, None]
+    e = gl.exp2(s * scale - shift)
+    total = _part_sums(e)
     weights = e.to(q_low.dtype)
     acc0 = gl.zeros((ROWS, LOW), gl.float32, O0)
     acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
@@ -171,36 +193,91 @@ def _attend(
         _clear(v1.index(0), left)
         fence_async_shared()
 
+    mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=turns > 1)
     for i in range(1, turns):
         at = i % STAGES
         last = (i - 1) % STAGES
-        mbarrier.wait(k_full.index(at), (i // STAGES) & 1)
-        under_way = _scores(q0, q1, k0.index(at), k1.index(at), ROWS, KEYS, S)
         mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
-        w0 = gl.convert_layout(weights, gl.DotOperandLayout(0, O0, 2))
-        w1 = gl.convert_layout(weights, gl.DotOperandLayout(0, O1, 2))
-        next0 = warpgroup_mma(w0, v0.index(last), acc0, is_async=True)
-        next1 = warpgroup_mma(w1, v1.index(last), acc1, is_async=True)
+        under_way = _scores(a0, a1, k0.index(at), k1.index(at), ROWS, KEYS, S)
+        next0, next1 = _values(weights, v0.index(last), v1.index(last), acc0, acc1)
         s = warpgroup_mma_wait(2, deps=(under_way,))
         mbarrier.arrive(k_empty.index(at))
-        new = gl.maximum(best, gl.max(s, 1) * scale)
-        e = gl.exp2(s * scale - new[:, None])
-        fade = gl.exp2(best - new)
-        total = total * fade + gl.sum(e, 1)
-        best = new
-        acc0, acc1, w0, w1 = warpgroup_mma_wait(0, deps=(next0, next1, w0, w1))
+        e = gl.exp2(s * scale - shift)
+        total += _part_sums(e)
+        # Stands between the softmax and the end of the products, which the assembler would else wait for before it.
+        mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < turns)
+        acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
         mbarrier.arrive(v_empty.index(last))
-        acc0 = acc0 * gl.convert_layout(fade, gl.SliceLayout(1, O0))[:, None]
-        acc1 = acc1 * gl.convert_layout(fade, gl.SliceLayout(1, O1))[:, None]
         weights = e.to(q_low.dtype)
 
     last = (turns - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)
-    acc0 = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, O0, 2)), v0.index(last), acc0)
-    acc1 = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, O1, 2)), v1.index(last), acc1)
+    next0, next1 = _values(weights, v0.index(last), v1.index(last), acc0, acc1)
+    whole = gl.sum(total, 1)
+    acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
+    if _beyond(whole, limit, live):
+        acc0, acc1, whole = _attend_again(
+            q_low, q_high, a0, a1, q0, q1, q_full, gl.load(tile + 2), length, width + column, width, scale,
+            acc0, acc1, whole,
+        )  # fmt: skip
     to_ptr = out_ptr + first_row.to(gl.int64) * stride + column
-    _store(to_ptr, acc0, total, live, stride)
-    _store(to_ptr + LOW, acc1, total, live, stride)
+    _store(to_ptr, acc0, whole, live, stride)
+    _store(to_ptr + LOW, acc1, whole, live, stride)
+
+
+@gluon.jit
+def _beyond(total, limit, live):
+    """Whether a row's sum reached the limit, or is not a number."""
+    row = gl.arange(0, total.shape[0], total.type.layout)
+    return gl.max(gl.where((row >= live) | (total < limit), 0, 1), 0) > 0
+
+
+@gluon.jit
+def _get(low, high, row, column, full, to0, to1):
+    """Rows of both parts of a head fetched, and `full` told to expect them."""
+    mbarrier.expect(full, to0.shape[0] * (to0.shape[1] + to1.shape[1]) * 2)
+    tma.async_copy_global_to_shared(low, [row, column], full, to0)
+    tma.async_copy_global_to_shared(high, [row, column + to0.shape[1]], full, to1)
+
+
+@gluon.jit
+def _attend_again(low, high, a0, a1, x0, x1, full, first_key, length, k_column, width, scale, acc0, acc1, like):
+    """The same with a running maximum, slowly: the four warps fetch for themselves, to where the queries were."""
+    ROWS: gl.constexpr = x0.shape[0]
+    KEYS: gl.constexpr = x0.shape[0]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    a0 = gl.convert_layout(a0, A)
+    a1 = gl.convert_layout(a1, A)
+    acc0 = gl.zeros_like(acc0)
+    acc1 = gl.zeros_like(acc1)
+    best = gl.full((ROWS,), -1e30, gl.float32, gl.SliceLayout(1, S))
+    total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
+    for start in range(0, length, KEYS):
+        meet()
+        _get(low, high, first_key + start, k_column, full, x0, x1)
+        mbarrier.wait(full, 1)
+        s = warpgroup_mma_wait(0, deps=(_scores(a0, a1, x0, x1, ROWS, KEYS, S),))
+        meet()
+        _get(low, high, first_key + start, k_column + width, full, x0, x1)
+        s = gl.where((start + key < length)[None, :], s * scale, -1e30)
+        new = gl.maximum(best, gl.max(s, 1))
+        e = gl.exp2(s - new[:, None])
+        fade = gl.exp2(best - new)
+        total = total * fade + gl.sum(e, 1)
+        best = new
+        acc0 *= gl.convert_layout(fade, gl.SliceLayout(1, acc0.type.layout))[:, None]
+        acc1 *= gl.convert_layout(fade, gl.SliceLayout(1, acc1.type.layout))[:, None]
+        mbarrier.wait(full, 0)
+        if start + KEYS > length:
+            _clear(x0, length - start)
+            _clear(x1, length - start)
+            fence_async_shared()
+            meet()
+        next0, next1 = _values(e.to(low.dtype), x0, x1, acc0, acc1)
+        acc0, acc1 = warpgroup_mma_wait(0, deps=(next0, next1))
+    return acc0, acc1, gl.convert_layout(total, like.type.layout)
 
 
 @gluon.jit
@@ -223,6 +300,7 @@ def _segments(
     tiles,
     width,  # heads * D
     scale,
+    limit,  # of LIMITS
     D: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -249,8 +327,8 @@ def _segments(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, scale, q0, q1, q_full, k0, k1, v0, v1,
-                       k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full.index(0),
+                       k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
             (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
                       k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
         ],

@@ -97,6 +97,21 @@ def test_what_lies_behind_a_segment_does_not_reach_it() -> None:
     assert out[200:256].isnan().all()
 
 
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[300, 200], [1000]])
+def test_scores_far_above_those_of_the_last_keys_are_right(lengths: list[int], dtype: torch.dtype) -> None:
+    """Our kernel shifts all exponentials by the maximum of a segment's last keys, with which it begins."""
+    torch.manual_seed(0)
+    rows = sum(lengths)
+    qkv, angles = torch.randn(rows, 3, 4, 80, device="cuda"), some_angles(rows, 80, CUDA)
+    qkv[:150, 1] *= 40
+    exact = each_alone(qkv.to(dtype).float(), angles, lengths)
+    out = segment_attention(qkv.to(dtype), angles, Segments.of(lengths, CUDA, dtype, 80))
+    assert relative_error(out, exact) < 1e-2
+
+
 @pytest.mark.parametrize(
     ("capability", "words", "cudnn"),
     [
@@ -181,7 +196,7 @@ def compiled_segments(dtype: torch.dtype, name: str) -> Any:
         )
     }
     types |= {"tiles_ptr": "*i32", "out_ptr": f"*{name}", "stride": "i32", "tiles": "i32", "width": "i32"}
-    types |= {"scale": "fp32"}
+    types |= {"scale": "fp32", "limit": "fp32"}
     constants = {"D": dim, "KEYS": segments.KEYS, "STAGES": segments.STAGES, "FIELDS": segments.FIELDS}
     aligned = ("tiles_ptr", "out_ptr", "stride", "width")
     return compiled_for_hopper(segments._segments, types, constants, aligned, segments.REGISTERS)
