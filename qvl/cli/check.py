@@ -54,7 +54,7 @@ def check(
     network = _network(config)
     rows = [
         ("versions", _versions()),
-        *_device_rows(config, facts, network),
+        *_device_rows(config, facts, network, asked=options.dtype != "auto"),
         *_model_rows(config, network),
         *_memory_rows(config),
     ]
@@ -80,14 +80,14 @@ def _network(config: EngineConfig) -> Qwen2VLForConditionalGeneration:
 
 
 def _device_rows(
-    config: EngineConfig, facts: DeviceFacts, network: Qwen2VLForConditionalGeneration
+    config: EngineConfig, facts: DeviceFacts, network: Qwen2VLForConditionalGeneration, *, asked: bool
 ) -> list[tuple[str, str]]:
     from qvl.engine.device import device_name
 
     memory = f"{facts.total_memory / GIB:.1f} GiB {'free' if facts.kind == 'cpu' else 'in all'}"
     return [
         ("device", f"{device_name(network.device)}, {facts.num_cores} cores, {memory}"),
-        ("dtype", f"{config.dtype}: {_dtype_reason(config, facts)}"),
+        ("dtype", f"{config.dtype}: {'as asked for' if asked else _dtype_reason(config, facts)}"),
         ("attention", network.attention_reason),
         ("in pictures", network.vision_reason),
         ("matrices", network.linear_reason),
