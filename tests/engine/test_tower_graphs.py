@@ -5,25 +5,36 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qvl.bench.shape import write_shape
 from qvl.engine import tower_graphs
+from qvl.engine.config import EngineOptions, resolve
 from qvl.engine.device import own_stream
 from qvl.engine.graphs import CudaRecorder
+from qvl.engine.memory import vision_bytes
 from qvl.engine.tower_graphs import AMONG, MOST_PATCHES, OFTEN, Shape, TowerSteps
 from qvl.kernels.fused import rotate
 from qvl.kernels.segments import Segments, segment_kernel
+from qvl.layers import linear as layers
+from qvl.layers import norm as norms
+from qvl.layers import rotary
 from qvl.models import vision
 from qvl.models.vision import VisionTower
 from qvl.specs import VisionSpec
 from qvl.types import Grid
 from tests.engine.test_graphs import Tracer, torch_only  # noqa: F401  # a fixture
+from tests.engine.test_memory import H200
 
 ROWS = 64
 SPEC = VisionSpec(
@@ -214,3 +225,45 @@ def test_recorded_towers_are_those_run_kernel_by_kernel(monkeypatch: pytest.Monk
                 other()
         torch.cuda.current_stream().synchronize()
     assert len(recorded) > len(steps.replays) == 3
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors hold at a time inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.live:
+                self.live[key] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, key, None)
+        self.most = max(self.most, sum(self.live.values()))
+        return result
+
+
+@torch.inference_mode()
+def test_a_recording_holds_what_is_reckoned_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The largest one of the true shape, on no device: with kernels that work in place, as on a GPU."""
+    monkeypatch.setattr(
+        vision, "segment_attention", lambda qkv, angles, segments: qkv.flatten(1)[:, : qkv[0, 0].numel()]
+    )
+    monkeypatch.setattr(vision, "quick_gelu_linear", F.linear)
+    monkeypatch.setattr(layers, "linear", F.linear)
+    monkeypatch.setattr(norms, "add_layer_norm", lambda x, delta, weight, bias, eps, out: x.new_empty(x.shape))
+    monkeypatch.setattr(rotary, "frequencies_on", lambda device, dim: torch.empty(dim // 2, device=device))
+    config = resolve(EngineOptions(model=str(write_shape("7b", tmp_path))), H200)
+    tower = VisionTower(config.spec.vision, torch.bfloat16, torch.bfloat16)
+    segments = Segments([], torch.empty(0), None, 0)
+    with Held() as held:
+        patches = torch.empty(MOST_PATCHES, tower.spec.patch_dim, dtype=torch.bfloat16, device="meta")
+        positions = torch.empty(MOST_PATCHES, 2, device="meta")
+        before = held.most
+        tower.compute([patches], positions, segments)
+    reckoned = vision_bytes(config, MOST_PATCHES, in_place=True)
+    assert 0.99 * reckoned < held.most - before <= reckoned
