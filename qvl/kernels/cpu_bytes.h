@@ -27,7 +27,8 @@
 #define PATH "portable"
 #endif
 
-#define ROWS 4
+#define ROWS 4   /* of a tile of W of 8 bits */
+#define TILE4 16 /* rows of one of 4 bits */
 #define BLOCK8 64
 #define BLOCK4 128
 #define SPAN 512
@@ -75,7 +76,7 @@ INLINE vd dot_us(vd sum, vu u, vb x) { /* 255 * 127 fits into 16 bits; even and 
 #endif
 
 /* 8-bit weights as the unsigned factor: by their size, the sign moved to x (AVX2); or 128 more, taken off by adding
- * START8 times the sum of x. 4-bit weights are 8 more than they stand for. */
+ * START8 times the sum of x. */
 #if defined(WIDE)
 #define START8 0
 INLINE vu unsigned8(vb w) { return (vu)_mm256_abs_epi8((__m256i)w); }
@@ -85,29 +86,6 @@ INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, (vb)_mm256_sign
 INLINE vu unsigned8(vb w) { return (vu)w ^ 128; }
 INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, x); }
 #endif
-#define START4 (-8)
-
-/* A block of 4-bit weights as bytes, and against BLOCK4 numbers of x. */
-INLINE void unpack4(const int8_t *block, vu *u) {
-    UNROLL for (int j = 0; j < BLOCK4 / BYTES / 2; j++) {
-        vu both = (vu)LOAD(block + j * BYTES);
-        u[j] = both & 15;
-        u[BLOCK4 / BYTES / 2 + j] = (vu)((vh)both >> 4) & 15;
-    }
-}
-
-INLINE vd dot4(const vu *u, const int8_t *x) {
-#if defined(WIDE) /* eight products of at most 15 * 127 fit into 16 bits */
-    vw sum = (vw)_mm256_maddubs_epi16((__m256i)u[0], (__m256i)LOAD(x));
-    UNROLL for (int j = 1; j < BLOCK4 / BYTES; j++)
-        sum += (vw)_mm256_maddubs_epi16((__m256i)u[j], (__m256i)LOAD(x + j * BYTES));
-    return (vd)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
-#else
-    vd sum = {0};
-    UNROLL for (int j = 0; j < BLOCK4 / BYTES; j++) sum = dot_us(sum, u[j], LOAD(x + j * BYTES));
-    return sum;
-#endif
-}
 
 /* The sums of the lanes of four vectors. */
 INLINE vd4 totals(const vd *v) {
@@ -127,19 +105,5 @@ INLINE vd4 totals(const vd *v) {
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < BYTES / 4; j++) sum[i] += v[i][j];
     return sum;
-#endif
-}
-
-INLINE vf4 steps_of(const uint16_t *from) { /* of ROWS rows */
-#if defined(__F16C__)
-    return (vf4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)from));
-#else
-    vf4 out;
-    for (int i = 0; i < ROWS; i++) {
-        _Float16 h;
-        memcpy(&h, from + i, 2);
-        out[i] = (float)h;
-    }
-    return out;
 #endif
 }

@@ -7,6 +7,31 @@
 #include "cpu_bytes.h"
 #include <math.h>
 
+#define K_CHUNK 2048
+#define AHEAD 1024 /* bytes of W that are fetched before they are needed */
+
+/* What one call computes. Of x: codes [m, k] of 8 bits or, `wide`, of 16; of every span a scale [m / 4, spans, 4] and the
+ * norm that cpu_masked.h needs [m, spans]; of every BLOCK4 codes their sum [m / 4, blocks, 4]. `tiles` of W,
+ * of `tile` rows each, are a piece of work. */
+typedef struct {
+    int bits, wide;
+    const int8_t *w;
+    const uint16_t *steps; /* of blocks of 4 bits; rows of 8 bits have scales */
+    const float *from, *row_scales, *bias;
+    float *y;
+    int8_t *codes;
+    float *scales, *norms;
+    int32_t *sums;
+    long ldx, m, n, width, k, spans, tile, tiles;
+} product;
+
+INLINE float *scales_of(const product *p, long row, long span) {
+    return p->scales + (row / 4 * p->spans + span) * 4 + row % 4;
+}
+INLINE int32_t *sums_of(const product *p, long row, long at) {
+    return p->sums + (row / 4 * p->spans * PER_SPAN + at / BLOCK4) * 4 + row % 4;
+}
+
 typedef int8_t vc_u __attribute__((vector_size(LANES), aligned(1))); /* LANES codes */
 
 INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffffu); }
@@ -124,13 +149,14 @@ static void write4(const void *what, long i) {
     long row = p->first + i;
     for (long g = 0; g * BLOCK4 < p->k; g++) {
         float part[BLOCK4] = {0};
-        long place = (row / ROWS * (p->k / BLOCK4) + g) * ROWS + row % ROWS, own = p->width - g * BLOCK4;
+        long block = row / TILE4 * (p->k / BLOCK4) + g, place = block * TILE4 + row % TILE4, own = p->width - g * BLOCK4;
         memcpy(part, p->x + i * p->width + g * BLOCK4, (own < BLOCK4 ? own : BLOCK4) * sizeof(float));
         float step = best_step(part), back = step != 0 ? 1 / step : 0;
         _Float16 half = (_Float16)step;
         memcpy((uint16_t *)p->scales + place, &half, 2);
         for (int j = 0; j < BLOCK4; j += LANES) *(vf_u *)(part + j) = code4(f32_low(part + j) * back) + 8;
-        uint8_t *to = (uint8_t *)p->w + place * (BLOCK4 / 2);
-        for (int j = 0; j < BLOCK4 / 2; j++) to[j] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
+        uint8_t *to = (uint8_t *)p->w + block * TILE4 * (BLOCK4 / 2) + row % TILE4 * 4;
+        for (int j = 0; j < BLOCK4 / 2; j++)
+            to[j / 4 * (4 * TILE4) + j % 4] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
     }
 }

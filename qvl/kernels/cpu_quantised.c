@@ -3,19 +3,17 @@
  * Knows caches and threads. Does not know Python. What a scale covers is summed in whole numbers, exactly; above that
  * stand fp32 sums in one order, so an answer does not depend on its company in a batch.
  *
- * W lies in tiles of ROWS rows, block after block along k: 64 bytes of each row, then the next block. A tile is read
- * from its first byte to its last. With 4 bits a block is BLOCK4 numbers: byte i holds number i below, 64 + i above.
+ * W of 8 bits lies in tiles of ROWS rows, block after block along k: 64 bytes of each row, then the next block. A tile is
+ * read from its first byte to its last. How 4 bits lie is told in cpu_four.h.
  */
-#include "cpu_bytes.h"
 #include "cpu_codes.h"
+#include "cpu_four.h"
 #include "cpu_threads.h"
 #ifdef WIDE
 #include "cpu_masked.h"
 #include "cpu_wide.h"
 #endif
 
-#define K_CHUNK 2048
-#define AHEAD 1024               /* bytes of W that are fetched before they are needed */
 #define BLOCK_BYTES (192 * 1024) /* a block of W stays in the second-level cache while all of x passes */
 #define STREAMS 2                /* tiles that one row of x meets at a time: a processor follows more than one */
 #if BYTES == 64
@@ -23,28 +21,6 @@
 #else
 #define COLUMNS8 3 /* 4 x 3 sums and what they need fill sixteen registers */
 #endif
-
-/* What one call computes. Of x: codes [m, k] of 8 bits or, `wide`, of 16; of every span a scale [m / 4, spans, 4] and the
- * norm that cpu_masked.h needs [m, spans]; of every BLOCK4 codes their sum [m / 4, blocks, 4]. `tiles` of W are a piece
- * of work. */
-typedef struct {
-    int bits, wide;
-    const int8_t *w;
-    const uint16_t *steps; /* of blocks of 4 bits; rows of 8 bits have scales */
-    const float *from, *row_scales, *bias;
-    float *y;
-    int8_t *codes;
-    float *scales, *norms;
-    int32_t *sums;
-    long ldx, m, n, width, k, spans, tiles;
-} product;
-
-INLINE float *scales_of(const product *p, long row, long span) {
-    return p->scales + (row / 4 * p->spans + span) * 4 + row % 4;
-}
-INLINE int32_t *sums_of(const product *p, long row, long at) {
-    return p->sums + (row / 4 * p->spans * PER_SPAN + at / BLOCK4) * 4 + row % 4;
-}
 
 static void round_piece(const void *what, long row) {
     const product *p = what;
@@ -113,44 +89,15 @@ INLINE void span8(const int tiles, const int columns, const product *p, const in
     }
 }
 
-/* The same with 4 bits. */
-INLINE void span4(const int tiles, const int columns, const product *p, const int8_t *w, long apart, long t, long column,
-                  long at, long length, vf4 *sum) {
-    vf4 acc[4] = {0};
-    for (long b = at / BLOCK4; b < (at + length) / BLOCK4; b++)
-        UNROLL for (int s = 0; s < tiles; s++) {
-            const int8_t *block = w + s * apart + (b - at / BLOCK4) * (ROWS * BLOCK4 / 2);
-            vf4 step = steps_of(p->steps + ((t + s * (apart * 2 / ROWS / p->k)) * (p->k / BLOCK4) + b) * ROWS);
-            vd dot[4][ROWS];
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                vu u[BLOCK4 / BYTES];
-                __builtin_prefetch(block + r * (BLOCK4 / 2) + AHEAD, 0, 2);
-                unpack4(block + r * (BLOCK4 / 2), u);
-                UNROLL for (int c = 0; c < columns; c++)
-                    dot[c][r] = dot4(u, p->codes + (column + c) * p->k + b * BLOCK4);
-            }
-            UNROLL for (int c = 0; c < columns; c++) {
-                vd4 all = totals(dot[c]) + START4 * *sums_of(p, column + c, b * BLOCK4);
-                acc[s + c] = scaled_add(acc[s + c], __builtin_convertvector(all, vf4), step);
-            }
-        }
-    UNROLL for (int i = 0; i < tiles + columns - 1; i++)
-        sum[i] = scaled_add(sum[i], acc[i], *scales_of(p, column + (columns > 1 ? i : 0), at / SPAN) - (vf4){0});
-}
-
 /* Tiles t, t + apart, ... (`tiles` of them) over [from, stop) of k for `columns` rows of x; one of both numbers is 1. */
-INLINE void strip(const int bits, const int tiles, const int columns, const product *p, long column, long t, long apart,
+INLINE void strip(const int tiles, const int columns, const product *p, long column, long t, long apart,
                   long from, long stop) {
     vf4 sum[COLUMNS8 > 4 ? COLUMNS8 : 4];
     UNROLL for (int i = 0; i < tiles + columns - 1; i++)
         sum[i] = begun(p, column + (columns > 1 ? i : 0), t + (tiles > 1 ? i * apart : 0), from);
     for (long i = from; i < stop; i += SPAN) {
-        const int8_t *w = p->w + (t * p->k + i) * ROWS * bits / 8;
-        long length = stop - i < SPAN ? stop - i : SPAN, bytes = apart * p->k * ROWS * bits / 8;
-        if (bits == 8)
-            span8(tiles, columns, p, w, bytes, column, i, length, sum);
-        else
-            span4(tiles, columns, p, w, bytes, t, column, i, length, sum);
+        const int8_t *w = p->w + (t * p->k + i) * ROWS;
+        span8(tiles, columns, p, w, apart * p->k * ROWS, column, i, stop - i < SPAN ? stop - i : SPAN, sum);
     }
     UNROLL for (int i = 0; i < tiles + columns - 1; i++)
         keep(p, column + (columns > 1 ? i : 0), t + (tiles > 1 ? i * apart : 0), sum[i], stop);
@@ -204,50 +151,45 @@ static long masked_block(const product *p, long first, long last, long from, lon
 INLINE long masked_block(const product *p, long first, long last, long from, long stop) { return 0; }
 #endif
 
-#define DEFINE(BITS, MOST)                                                                                             \
-    static void block##BITS(const product *p, long first, long last) {                                                 \
-        for (long from = 0; from < p->k; from += K_CHUNK) {                                                            \
-            long stop = p->k - from < K_CHUNK ? p->k : from + K_CHUNK;                                                 \
-            long c = BITS == 8 ? masked_block(p, first, last, from, stop) : 0;                                         \
-            for (; c < p->m; c += MOST)                                                                                \
-                for (long t = first; t < last; t++) switch (p->m - c) {                                                \
-                    case 1: strip(BITS, 1, 1, p, c, t, 0, from, stop); break;                                          \
-                    case 2: strip(BITS, 1, 2, p, c, t, 0, from, stop); break;                                          \
-                    case 3: strip(BITS, 1, 3, p, c, t, 0, from, stop); break;                                          \
-                    case 4: strip(BITS, 1, MOST < 4 ? MOST : 4, p, c, t, 0, from, stop); break;                        \
-                    case 5: strip(BITS, 1, MOST < 5 ? MOST : 5, p, c, t, 0, from, stop); break;                        \
-                    default: strip(BITS, 1, MOST, p, c, t, 0, from, stop);                                             \
-                    }                                                                                                  \
-        }                                                                                                              \
-    }                                                                                                                  \
-    static void lone##BITS(const product *p, long first, long last) { /* one row of x */                               \
-        long apart = (last - first) / STREAMS;                                                                         \
-        for (long i = first; i < first + apart; i++) strip(BITS, STREAMS, 1, p, 0, i, apart, 0, p->k);                 \
-        for (long i = first + apart * STREAMS; i < last; i++) strip(BITS, 1, 1, p, 0, i, 0, 0, p->k);                  \
+/* Tiles [first, last) of 8 bits times all of x. */
+static void tiles8(const product *p, long first, long last) {
+    for (long from = 0; from < p->k; from += K_CHUNK) {
+        long stop = p->k - from < K_CHUNK ? p->k : from + K_CHUNK;
+        for (long c = masked_block(p, first, last, from, stop); c < p->m; c += COLUMNS8)
+            for (long t = first; t < last; t++) switch (p->m - c) {
+                case 1: strip(1, 1, p, c, t, 0, from, stop); break;
+                case 2: strip(1, 2, p, c, t, 0, from, stop); break;
+                case 3: strip(1, 3, p, c, t, 0, from, stop); break;
+                case 4: strip(1, COLUMNS8 < 4 ? COLUMNS8 : 4, p, c, t, 0, from, stop); break;
+                case 5: strip(1, COLUMNS8 < 5 ? COLUMNS8 : 5, p, c, t, 0, from, stop); break;
+                default: strip(1, COLUMNS8, p, c, t, 0, from, stop);
+                }
     }
+}
 
-DEFINE(8, COLUMNS8)
-DEFINE(4, 4)
+/* The same for one row of x. */
+static void lone8(const product *p, long first, long last) {
+    long apart = (last - first) / STREAMS;
+    for (long i = first; i < first + apart; i++) strip(STREAMS, 1, p, 0, i, apart, 0, p->k);
+    for (long i = first + apart * STREAMS; i < last; i++) strip(1, 1, p, 0, i, 0, 0, p->k);
+}
 
 static void tile_piece(const void *what, long piece) {
     const product *p = what;
-    long all = (p->n + ROWS - 1) / ROWS, first = piece * p->tiles, last = all - first < p->tiles ? all : first + p->tiles;
-    if (p->m == 1)
-        (p->bits == 8 ? lone8 : lone4)(p, first, last);
-    else
-        (p->bits == 8 ? block8 : block4)(p, first, last);
+    long all = (p->n + p->tile - 1) / p->tile, first = piece * p->tiles, last = all - first < p->tiles ? all : first + p->tiles;
+    (p->bits == 4 ? tiles4 : p->m == 1 ? lone8 : tiles8)(p, first, last);
 }
 
 /* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
 void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
                           const float *row_scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
-    long spans = (k + SPAN - 1) / SPAN, padded = m + 8, all = (n + ROWS - 1) / ROWS;
+    long spans = (k + SPAN - 1) / SPAN, padded = m + 8, tile = bits == 8 ? ROWS : TILE4, all = (n + tile - 1) / tile;
     long chunk = k < K_CHUNK || m == 1 ? k : K_CHUNK;
-    long tiles = BLOCK_BYTES * 8 / bits / (chunk * ROWS), fair = all / (4 * threads);
+    long tiles = BLOCK_BYTES * 8 / bits / (chunk * tile), fair = all / (4 * threads);
     if (tiles > fair) tiles = fair;
     if (tiles < 1) tiles = 1;
-    product p = {bits, 0, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, 0, ldx, m, n, width, k, spans, tiles};
+    product p = {bits, 0, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, 0, ldx, m, n, width, k, spans, tile, tiles};
     p.norms = p.scales + padded * spans;
     p.sums = (int32_t *)(p.norms + padded * spans);
     p.codes = (int8_t *)(p.sums + padded * spans * PER_SPAN);

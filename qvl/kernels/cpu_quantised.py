@@ -23,7 +23,8 @@ from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 SOURCE = Path(__file__).with_name("cpu_quantised.c")
 FLAGS = ("-ffp-contract=off",)  # a sum is rounded alike whatever loop the compiler puts it into
 PORTABLE = ("-DQVL_PORTABLE=16",)
-ROWS, BLOCK_BYTES, SPAN = 4, 64, 512  # as in the C file: rows of a tile, bytes of a row in a block, one scale of x
+# As in the C files: rows of a tile by bits, bytes of a row in a block, numbers of x for one scale.
+ROWS, BLOCK_BYTES, SPAN = {8: 4, 4: 16}, 64, 512
 STEP_PARTS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # of the step that just reaches the largest number
 PANEL_NUMBERS = 2 * 1024 * 1024
 SMALLEST = 1e-30
@@ -36,9 +37,11 @@ _log = logging.getLogger("qvl.kernels")
 class QuantisedMatrix:
     """A matrix [rows, width] as codes and scales; all zero until `write`.
 
-    `codes` int8 [tiles, blocks, 4, 64]: four rows stand in a tile, a block is 64 numbers of a row in 8 bits or 128 in 4
-    (byte i holds number i in its low half, 64 + i in its high half, both plus 8). `scales`: fp32 [tiles, 4] of whole
-    rows, or fp16 [tiles, blocks, 4] of blocks. Rows and width are filled up with zeros.
+    8 bits: `codes` int8 [tiles, blocks, 4, 64], four rows in a tile and 64 numbers in a block; `scales` fp32
+    [tiles, 4].
+    4 bits: `codes` int8 [tiles, blocks, 16, 16, 4], sixteen rows in a tile and 128 numbers in a block: four bytes of
+    every row, then the next four. Byte i of a row holds number i in its low half and 64 + i in its high half, both
+    plus 8. `scales` fp16 [tiles, blocks, 16]. Rows and width are filled up with zeros.
     """
 
     bits: int
@@ -50,10 +53,12 @@ class QuantisedMatrix:
     @classmethod
     def empty(cls, bits: int, rows: int, width: int) -> QuantisedMatrix:
         assert bits in (4, 8), bits
-        tiles, blocks = -(-rows // ROWS), -(-width * bits // (8 * BLOCK_BYTES))
-        codes = in_large_pages(torch.empty(tiles, blocks, ROWS, BLOCK_BYTES, dtype=torch.int8)).zero_()
-        per_row = torch.zeros(tiles, ROWS) if bits == 8 else torch.zeros(tiles, blocks, ROWS, dtype=torch.float16)
-        return cls(bits, rows, width, codes, per_row)
+        tile = ROWS[bits]
+        tiles, blocks = -(-rows // tile), -(-width * bits // (8 * BLOCK_BYTES))
+        inside = (tile, BLOCK_BYTES) if bits == 8 else (BLOCK_BYTES // 4, tile, 4)
+        codes = in_large_pages(torch.empty(tiles, blocks, *inside, dtype=torch.int8)).zero_()
+        scales = torch.zeros(tiles, tile) if bits == 8 else torch.zeros(tiles, blocks, tile, dtype=torch.float16)
+        return cls(bits, rows, width, codes, scales)
 
     @property
     def padded_width(self) -> int:
@@ -77,11 +82,10 @@ class QuantisedMatrix:
 
     def read(self, ids: Tensor) -> Tensor:
         """The rows `ids` (int [n]) as fp32 [n, width]: what the codes stand for."""
-        tile, lane = ids // ROWS, ids % ROWS
-        codes = self.codes[tile, :, lane]  # [n, blocks, 64]
+        tile, lane = ids // ROWS[self.bits], ids % ROWS[self.bits]
         if self.bits == 8:
-            return codes.flatten(1)[:, : self.width] * self.scales[tile, lane, None]
-        both = codes.view(torch.uint8)
+            return self.codes[tile, :, lane].flatten(1)[:, : self.width] * self.scales[tile, lane, None]
+        both = self.codes[tile, :, :, lane].flatten(2).view(torch.uint8)  # [n, blocks, 64]
         numbers = torch.cat((both & 15, both >> 4), dim=-1).float() - 8
         return (numbers * self.scales[tile, :, lane, None].float()).flatten(1)[:, : self.width]
 
@@ -195,7 +199,7 @@ def product_with_torch(matrix: QuantisedMatrix, x: Tensor, bias: Tensor | None) 
 def write_with_torch(matrix: QuantisedMatrix, first: int, values: Tensor) -> None:
     """`QuantisedMatrix.write` without a compiled library."""
     rows = torch.arange(first, first + values.shape[0])
-    tile, lane = rows // ROWS, rows % ROWS
+    tile, lane = rows // ROWS[matrix.bits], rows % ROWS[matrix.bits]
     padded = torch.zeros(values.shape[0], matrix.padded_width)
     padded[:, : matrix.width] = values
     if matrix.bits == 8:
@@ -207,7 +211,7 @@ def write_with_torch(matrix: QuantisedMatrix, first: int, values: Tensor) -> Non
     blocks = padded.unflatten(-1, (-1, 2 * BLOCK_BYTES))  # [n, blocks, 128]
     step = best_steps(blocks)
     low, high = (codes_of(blocks, step) + 8).to(torch.uint8).chunk(2, dim=-1)
-    matrix.codes[tile, :, lane] = (low | high << 4).view(torch.int8)
+    matrix.codes[tile, :, :, lane] = (low | high << 4).view(torch.int8).unflatten(-1, (-1, 4))
     matrix.scales[tile, :, lane] = step
 
 
