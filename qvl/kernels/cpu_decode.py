@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,18 @@ class _Step(ctypes.Structure):
     ]
 
 
+class Table:
+    """Where every layer's weights and cache lie: the structs `layer` of cpu_decode.c, one after the other. It keeps the
+    weights' memory, and whoever owns the cache keeps that."""
+
+    def __init__(self, layers: Sequence[Sequence[Tensor | None]], kv_cache: KVCache) -> None:
+        tensors = [tensor for own, kv in zip(layers, kv_cache, strict=True) for tensor in (*own, *kv)]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self.pointers = (_P * len(addresses))(*addresses)
+        self.num_layers, self.cache_dtype = len(kv_cache), kv_cache[0][0].dtype
+        self._memory = [tensor.data for own in layers for tensor in own if tensor is not None]
+
+
 class CpuDecode:
     """The call for one decoder."""
 
@@ -87,51 +99,35 @@ class CpuDecode:
 
     def run(
         self,
-        weights: Sequence[Tensor | None],  # of every layer its pointers in the order of cpu_decode.c
+        table: Table,
         last_norm: Tensor,
         x: Tensor,  # fp32 [n, hidden], overwritten
         angles: tuple[Tensor, Tensor],  # cos, sin fp32 [n, 1, head_dim]
-        kv_cache: KVCache,
         plan: Plan,
     ) -> Tensor:
-        """x after all layers and the last norm [n, hidden]; the cache gains n tokens."""
+        """x after all layers and the last norm [n, hidden]; the caches of the table gain n tokens."""
         x, cos, sin = x.contiguous(), *(angle.contiguous() for angle in angles)
         rows, out = len(x), torch.empty_like(x)
-        decoder = self._decoder(len(kv_cache), kv_cache[0][0].dtype)
+        decoder = self._decoder(table)
         widest = max(self.sizes.hidden, self.sizes.inner, self.sizes.heads.num_heads * self.sizes.heads.head_dim)
         scratch = self.products.scratch(rows, widest)
         memory = torch.empty(self.library.qvl_decode_memory(decoder, rows, plan.splits, scratch))
-        pointers = _pointers(weights, kv_cache)
         step = _Step(
-            ctypes.addressof(pointers), last_norm.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.data_ptr(),
+            ctypes.addressof(table.pointers), last_norm.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.data_ptr(),
             out.data_ptr(), plan.slots.data_ptr(), plan.table.data_ptr(), plan.lengths.data_ptr(), memory.data_ptr(),
             rows, plan.table.stride(0), plan.block_size, plan.splits, scratch, torch.get_num_threads(),
         )  # fmt: skip
         self.library.qvl_decode(decoder, step)
         return out
 
-    def _decoder(self, layers: int, cache_dtype: torch.dtype) -> _Decoder:
+    def _decoder(self, table: Table) -> _Decoder:
         sizes, products = self.sizes, self.products
         plain, coded = (None, products.function) if products.bits else (products.function, None)
         heads = sizes.heads
         return _Decoder(
-            plain, coded, products.split, products.bits, layers, sizes.hidden, heads.num_heads, heads.num_kv_heads,
-            heads.head_dim, sizes.inner, TYPES[cache_dtype], sizes.eps, heads.head_dim**-0.5,
+            plain, coded, products.split, products.bits, table.num_layers, sizes.hidden, heads.num_heads,
+            heads.num_kv_heads, heads.head_dim, sizes.inner, TYPES[table.cache_dtype], sizes.eps, heads.head_dim**-0.5,
         )  # fmt: skip
-
-
-def _pointers(weights: Sequence[Tensor | None], kv_cache: KVCache) -> ctypes.Array[ctypes.c_void_p]:
-    """The structs `layer` of cpu_decode.c, one after the other."""
-    each = len(weights) // len(kv_cache)
-    addresses: list[int | None] = []
-    for i, kv in enumerate(kv_cache):
-        addresses += _addresses(weights[i * each : (i + 1) * each])
-        addresses += _addresses(kv)
-    return (_P * len(addresses))(*addresses)
-
-
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def choose(sizes: Sizes, dtype: torch.dtype, quantization: str) -> CpuDecode | None:

@@ -7,8 +7,8 @@
 #include "cpu_threads.h"
 
 #define SMALL 16384 /* below so many numbers a second thread costs more than it saves */
-#define STRIP 4096  /* numbers of an activation that a thread takes at a time */
-#define FEW 131072  /* the same for products of queries and keys */
+#define STRIP 2560  /* numbers of an activation that a thread takes at a time: what is in it costs more than in a norm */
+#define FEW 65536   /* the same for products of queries and keys */
 
 typedef struct {
     const float *x, *weight;
@@ -65,7 +65,7 @@ static void silu_strip(const void *what, long piece) {
 
 void qvl_silu_and_mul(const float *gate_up, float *out, long rows, long size, int threads) {
     const activation p = {gate_up, out, size, (size + STRIP - 1) / STRIP};
-    qvl_share(rows * p.strips, rows * size > SMALL ? threads : 1, silu_strip, &p);
+    qvl_share(rows * p.strips, rows * size > STRIP ? threads : 1, silu_strip, &p);
 }
 
 static void gelu_strip(const void *what, long piece) {

@@ -7,14 +7,15 @@ decoder of `qvl.models.qwen2_vl`, and in which order the call wants its weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from qvl.kernels import cpu_decode
 from qvl.kernels.cpu_attention import CpuAttention
-from qvl.kernels.cpu_decode import CpuDecode, Sizes
+from qvl.kernels.cpu_decode import CpuDecode, Sizes, Table
 from qvl.layers.attention import Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.specs import TextSpec
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
 
 class CpuDecoder:
-    """The call, and the weights of a decoder in its order once they are there."""
+    """The call, and what it reads: where all weights lie and the cache that they were used with last.
+
+    To look all of them up for each step takes as long as the rest of Python does in it. So weights must not move while
+    a cache is in use; they may change.
+    """
 
     def __init__(self, call: CpuDecode) -> None:
         self.call = call
-        self.weights: list[Tensor | None] = []
+        self._table: Table | None = None
+        self._keys: weakref.ref[Tensor] | None = None
 
     def decode(
         self,
@@ -41,9 +47,14 @@ class CpuDecoder:
         """As `Qwen2VLForConditionalGeneration.forward`; None: the step is not of few decodes alone."""
         if not self.call.takes(len(hidden_states), plan):
             return None
-        if not self.weights:  # modules are slow to ask: as long as three products of a small model
-            self.weights = [weight for layer in decoder.layers for weight in weights_of(layer)]  # type: ignore[arg-type]
-        return self.call.run(self.weights, decoder.norm.weight, hidden_states, angles, kv_cache, plan)
+        return self.call.run(self._table_for(decoder, kv_cache), decoder.norm.weight, hidden_states, angles, plan)
+
+    def _table_for(self, decoder: Decoder, kv_cache: KVCache) -> Table:
+        keys = kv_cache[0][0]
+        if self._table is None or self._keys is None or self._keys() is not keys:
+            layers = cast("list[DecoderLayer]", list(decoder.layers))
+            self._table, self._keys = Table([weights_of(layer) for layer in layers], kv_cache), weakref.ref(keys)
+        return self._table
 
 
 def weights_of(layer: DecoderLayer) -> list[Tensor | None]:
