@@ -143,7 +143,7 @@ def _cut(
         tl.store(joins_ptr + seq * FIELDS + 3, 0, mask=left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode(
     q_ptr,  # [n, KH * GROUP, D]
     k_ptr,  # [blocks, PAGE, KH, D]

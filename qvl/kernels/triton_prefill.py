@@ -82,7 +82,7 @@ def attend_keys(
     return acc / total[:, None], best + tl.log2(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
     q_ptr,  # [n, KH * GROUP, D]
     k_ptr,  # [blocks, PAGE, KH, D]

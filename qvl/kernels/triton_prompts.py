@@ -231,7 +231,7 @@ def _attend(
         gl.store(to + HALF, (acc1 * over).to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride"])
 def _prompts(
     k_box, v_box,  # the cache as rows of tokens [slots, KH * 128], in boxes of a block and half a head
     q_ptr,  # [n, KH * GROUP, 128]
