@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Callable
 from qvl.engine.answers import LiveAnswers
 from qvl.engine.intake import Prepared
 from qvl.engine.protocol import TokenOutput
-from qvl.errors import QvlError
 from qvl.tokenizer import Tokenizer
 from qvl.types import Delta
 
@@ -27,7 +26,7 @@ class LiveRequest:
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer, prefix: str = "") -> None:
         self._answers = LiveAnswers(len(prepared.prompt.token_ids), prepared.sampling, tokenizer, prefix)
         self._pending: dict[int, list[TokenOutput]] = {}
-        self._error: QvlError | None = None
+        self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, index: int, output: TokenOutput) -> None:
@@ -39,7 +38,7 @@ class LiveRequest:
             pending.append(output)
         self._wake()
 
-    def fail(self, error: QvlError) -> None:
+    def fail(self, error: BaseException) -> None:
         """No more will come: `deltas` raises `error` once what has arrived is read."""
         self._error = error
         self._wake()

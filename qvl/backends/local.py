@@ -11,10 +11,9 @@ import asyncio
 import itertools
 import logging
 import os
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +24,7 @@ from qvl.backends.answers import LiveRequest
 from qvl.backends.base import BackendInfo, Observer
 from qvl.backends.engines import WORKER, Engine, OwnEngine
 from qvl.backends.grammar_check import GrammarCheck
+from qvl.backends.preparing import Preparing
 from qvl.backends.room import make_room
 from qvl.backends.scratch import PixelStore
 from qvl.backends.submit import Submission, submission
@@ -33,9 +33,8 @@ from qvl.engine.intake import Intake, Prepared
 from qvl.engine.loading import Loading
 from qvl.engine.locate import find_model
 from qvl.engine.options import EngineOptions
-from qvl.engine.protocol import OWN_FILE, AbortRequest, EngineInfo, EngineStats, Outputs, Ready
+from qvl.engine.protocol import OWN_FILE, AbortRequest, AddRequest, EngineInfo, EngineStats, Outputs, Ready
 from qvl.errors import InvalidRequest, QvlError, Unavailable
-from qvl.media.given_up import given_up_by
 from qvl.media.kept import DEFAULT_BYTES
 from qvl.media.load import keep_pictures
 from qvl.media.stages import heard_by
@@ -189,72 +188,78 @@ class LocalBackend:
         if constraint is not None and self._grammars is not None:
             await self._grammars.check(constraint)
         begun = time.perf_counter()
-        ready = await self._in_thread(request, lambda: self._submit(request, request_id))
-        self._observe("prepare", begun)
-        live = LiveRequest(ready.prepared, self._ready_tokenizer(), self._prefix(request))
-        unheard = ready.files
+        preparing = self._preparing(request, request_id)
+        adds: Sequence[AddRequest] = ()
         try:
+            ready = await preparing.known()
+            self._observe("prepare", begun)
+            live = LiveRequest(ready.prepared, self._ready_tokenizer(), self._prefix(request))
             if self._reason is not None:
                 raise Unavailable(self._reason)
-            for index, add in enumerate(ready.adds):
+            adds = ready.adds
+            for index, add in enumerate(adds):
                 self._live[add.request_id] = (live, index)
                 self._engine.send(add)
-            unheard = tuple(file for file in ready.files if file.ticket == OWN_FILE)
+            preparing.used(live.fail)
             sent: float | None = time.perf_counter()
-            async with aclosing(live.deltas(lambda index: self._abort(ready, index))) as deltas:
+            async with aclosing(live.deltas(lambda index: self._abort(adds[index]))) as deltas:
                 async for delta in deltas:
                     if sent is not None:
                         self._observe("first_token", sent)
                         sent = None
                     yield delta
         finally:
-            for index in range(len(ready.adds)):
-                self._abort(ready, index)
-            self._store.discard(unheard)
+            preparing.leave()
+            for add in adds:
+                self._abort(add)
+            if adds:
+                self._store.discard(file for file in ready.files if file.ticket == OWN_FILE)
 
     def _observe(self, stage: str, since: float) -> None:
         if self.observer is not None:
             self.observer.request_stage(stage, time.perf_counter() - since)
 
-    def _abort(self, ready: Submission, index: int) -> None:
+    def _abort(self, add: AddRequest) -> None:
         """Tell the engine to forget one answer, unless it has ended by itself."""
-        request_id = ready.adds[index].request_id
-        if self._live.pop(request_id, None) is not None:
-            self._engine.send(AbortRequest(request_id))
+        if self._live.pop(add.request_id, None) is not None:
+            self._engine.send(AbortRequest(add.request_id))
 
     async def _in_thread(self, request: Request, work: Callable[[], T]) -> T:
-        """`work` in a thread. When this task is cancelled first, the thread is told, and what it makes thrown away."""
+        """`work` in a thread, which is told when this task is cancelled first."""
         if self._reason is not None:
             raise Unavailable(self._reason)
-        left = threading.Event()
-
-        def wanted_work() -> T:
-            with given_up_by(left):
-                return work()
-
-        future = (self._media_pool if _has_media(request) else self._text_pool).submit(wanted_work)
+        preparing = Preparing(self._pool_for(request), lambda _: work(), lambda _: None)
         try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            left.set()
-            future.add_done_callback(self._throw_away)
-            raise
+            return await preparing.known()
+        finally:
+            preparing.leave()
 
-    def _throw_away(self, future: Future[T]) -> None:
-        made = None if future.cancelled() or future.exception() is not None else future.result()
-        if isinstance(made, Submission):
-            self._store.discard(made.files)
-
-    def _prepare(self, request: Request) -> Prepared:
-        assert self._intake is not None
-        if isinstance(request, CompletionRequest):
-            return self._intake.prepare_completion(request)
-        with heard_by(None if self.observer is None else self.observer.media_stage):
-            return self._intake.prepare_chat(request)
-
-    def _submit(self, request: Request, request_id: str) -> Submission:
+    def _preparing(self, request: Request, request_id: str) -> Preparing[Submission]:
+        if self._reason is not None:
+            raise Unavailable(self._reason)
         unique = f"{request_id}/{os.getpid()}-{next(self._numbers)}"  # also among processes that share an engine
-        return submission(self._prepare(request), unique, self._store, self.observer)
+
+        def work(announce: Callable[[Submission], None]) -> Submission:
+            with heard_by(None if self.observer is None else self.observer.media_stage):
+                made = submission(self._prepare(request, later=True), unique, self._store, self.observer)
+                if made.promises:
+                    announce(made)
+                    made.keep_promises(self._ready_intake())
+            return made
+
+        return Preparing(self._pool_for(request), work, lambda made: self._store.discard(made.files))
+
+    def _pool_for(self, request: Request) -> ThreadPoolExecutor:
+        return self._media_pool if _has_media(request) else self._text_pool
+
+    def _prepare(self, request: Request, *, later: bool = False) -> Prepared:
+        if isinstance(request, CompletionRequest):
+            return self._ready_intake().prepare_completion(request)
+        return self._ready_intake().prepare_chat(request, later=later)
+
+    def _ready_intake(self) -> Intake:
+        assert self._intake is not None
+        return self._intake
 
     def _prefix(self, request: Request) -> str:
         """The prompt itself, where it is asked for in front of the answer."""

@@ -13,13 +13,14 @@ import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from qvl.engine.host_memory import available_host_memory
-from qvl.engine.protocol import NUM_TICKETS, PixelFile, UseRoom
+from qvl.engine.protocol import NUM_TICKETS, ROOM_HEAD, PixelFile, UseRoom
 
 logger = logging.getLogger("qvl.backend")
 
@@ -29,12 +30,16 @@ PARTS_OF_FREE_MEMORY = 8
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """`count` pieces. `wanted` while our array lives; `tickets`: those that have not come back, when last looked at."""
+    """`count` pieces. `wanted` while our array lives; `tickets`: those that have not come back, when last looked at.
+
+    Those that are `promised` are kept until it is settled what came of it.
+    """
 
     first: int
     count: int
     wanted: bool = True
     tickets: list[int] = field(default_factory=list)
+    promised: set[int] = field(default_factory=set)
 
     def leave(self) -> None:
         """Runs within any statement, so that it must not wait for a lock."""
@@ -60,7 +65,7 @@ class PixelRoom:
 
     def __init__(self, num_bytes: int) -> None:
         num_pieces = -(-num_bytes // PIECE_BYTES)
-        size = NUM_TICKETS + num_pieces * PIECE_BYTES
+        size = ROOM_HEAD + num_pieces * PIECE_BYTES
         descriptor = os.memfd_create("qvl-pixels", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, descriptor).atexit = False
         os.posix_fallocate(descriptor, 0, size)
@@ -89,13 +94,16 @@ class PixelRoom:
         weakref.finalize(array, place.leave).atexit = False  # views of it keep it alive
         return array.reshape(shape)
 
-    def hand_over(self, pixels: npt.NDArray[np.uint8], copies: int = 1) -> list[PixelFile]:
+    def hand_over(self, pixels: npt.NDArray[np.uint8], copies: int = 1, *, promised: bool = False) -> list[PixelFile]:
         """Names for `pixels`, uint8 [frames, h, w, 3], each for the engine to take once; empty when there is no place.
 
-        Pixels that lie elsewhere are copied. What lies here must not be written any more.
+        Pixels that lie elsewhere are copied. What lies here must not be written any more, but where it is `promised`:
+        then it is not read before `settle`, which must follow whatever happens.
         """
         frames, height, width, channels = pixels.shape
         place = self._place_of(pixels)
+        if place is None and promised:
+            return []
         if place is None:
             copy = self.empty(pixels.shape)
             if copy is None:
@@ -109,23 +117,34 @@ class PixelRoom:
                 return []
             tickets = [self._tickets.pop() for _ in range(copies)]
             place.tickets += tickets
+            place.promised.update(tickets if promised else ())
             for ticket in tickets:
+                self._memory[NUM_TICKETS + ticket] = not promised
                 self._memory[ticket] = 1
         path, offset = self.announcement.path, _offset(place.first)
         return [PixelFile(path, (frames, height, width, channels), offset, ticket) for ticket in tickets]
+
+    def settle(self, files: Iterable[PixelFile], *, kept: bool) -> None:
+        """The pixels of `files`, all that were promised at once, have come; or never will, and the engine is told."""
+        with self._lock:
+            for file in files:
+                place = self._places[(file.offset - ROOM_HEAD) // PIECE_BYTES]
+                if kept and file.ticket in place.promised:
+                    self._memory[NUM_TICKETS + file.ticket] = 1
+                place.promised.discard(file.ticket)
 
     def take_back(self, file: PixelFile) -> None:
         """`file` was never said to the engine, nor will it be."""
         self._memory[file.ticket] = 0
 
     def _place_of(self, pixels: npt.NDArray[np.uint8]) -> _Place | None:
-        piece, rest = divmod(address_of(pixels) - self._address - NUM_TICKETS, PIECE_BYTES)
+        piece, rest = divmod(address_of(pixels) - self._address - ROOM_HEAD, PIECE_BYTES)
         return self._places.get(piece) if rest == 0 and pixels.flags.c_contiguous else None
 
     def _look_for_leavers(self) -> None:
         """Tickets that have come back, and places that nobody has any more."""
         for place in list(self._places.values()):
-            held = [ticket for ticket in place.tickets if self._memory[ticket]]
+            held = [ticket for ticket in place.tickets if self._memory[ticket] or ticket in place.promised]
             self._tickets += set(place.tickets).difference(held)
             place.tickets = held
             if not held and not place.wanted:
@@ -139,4 +158,4 @@ def address_of(array: npt.NDArray[np.uint8]) -> int:
 
 
 def _offset(piece: int) -> int:
-    return NUM_TICKETS + piece * PIECE_BYTES
+    return ROOM_HEAD + piece * PIECE_BYTES

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from qvl.engine.protocol import OWN_FILE, PixelFile
 from qvl.errors import Overloaded
@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # a server's start does not wait for it
     import numpy.typing as npt
 
     from qvl.backends.room import PixelRoom
+
+# Names of pixels that are still to come, and where what came of it is said.
+Promise: TypeAlias = "tuple[PixelRoom, list[PixelFile]]"
 
 PREFIX = "qvl-run-"
 # A folder this young may be about to be locked by the process that has just made it.
@@ -116,6 +119,12 @@ class PixelStore:
         """An array that need not be written once more, if there is a place for one."""
         room = self.room
         return None if room is None else room.empty(shape)
+
+    def promise(self, pixels: npt.NDArray[np.uint8], copies: int) -> Promise | None:
+        """As `write`, of what an array of `empty` will hold; None where that cannot be."""
+        room = self.room
+        files = [] if room is None else room.hand_over(pixels, copies, promised=True)
+        return (room, files) if room is not None and files else None
 
     def write(self, pixels: npt.NDArray[np.uint8], copies: int = 1, *, keep: bool = False) -> list[PixelFile]:
         """`copies` names (for one set of bytes) of `pixels`, uint8 [frames, h, w, 3] in C order.

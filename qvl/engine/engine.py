@@ -32,7 +32,7 @@ from qvl.engine.transfer import SharedMemory
 from qvl.errors import InvalidRequest
 from qvl.specs import ModelSpec
 
-GRAMMAR_WAIT_SECONDS = 0.005  # nothing else to do; but new requests must be heard
+WAIT_SECONDS = 0.001  # nothing else to do; but new requests must be heard
 
 
 class Engine:
@@ -93,8 +93,8 @@ class Engine:
         With `async_scheduling` that is what the pass before found, and nothing the first time.
         """
         batch = self.scheduler.schedule()
-        if not batch and self._flight is None and (grammar := self.scheduler.unprepared) is not None:
-            grammar.wait(GRAMMAR_WAIT_SECONDS)
+        if not batch and self._flight is None and (awaited := self.scheduler.awaited) is not None:
+            awaited.wait(WAIT_SECONDS)
         flight = self.runner.launch(batch) if batch else None
         outputs = self._take_in()
         if flight is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qvl.engine.config import EngineConfig
@@ -17,7 +18,7 @@ from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
 from qvl.media.image import Empty
 from qvl.media.kept import Kept
-from qvl.media.load import LoadedMedia, frame_size, keep_pictures, load, picture_size
+from qvl.media.load import LoadedMedia, finish, frame_size, keep_pictures, load, picture_size
 from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import MediaSlot, Tokenizer
@@ -93,8 +94,8 @@ class Intake:
         self.tokenizer = tokenizer
         self.spec = config.spec
 
-    def prepare_chat(self, request: ChatRequest) -> Prepared:
-        """Render, load every picture and video in order, lay out the prompt.
+    def prepare_chat(self, request: ChatRequest, *, later: bool = False) -> Prepared:
+        """Render, load every picture and video in order, lay out the prompt. With `later` call `finish` afterwards.
 
         Raises `TooManyMedia` before anything is fetched; `BadMedia`, `MediaRefused` and the like, saying which one;
         `PromptTooLong`; `InvalidRequest` for what template or sampling cannot take.
@@ -108,7 +109,7 @@ class Intake:
             continue_final_message=request.continue_final_message,
             add_vision_id=request.add_vision_id,
         )
-        media = self._load(parts, request.limits.over(self.config.limits))
+        media = self._load(parts, request.limits.over(self.config.limits), later)
         waiting = iter(media)
         segments: list[Segment] = [
             _vision(next(waiting)) if isinstance(piece, MediaSlot) else piece for piece in pieces
@@ -167,7 +168,19 @@ class Intake:
             if count > limit:
                 raise TooManyMedia(kind, count, limit)
 
-    def _load(self, parts: Sequence[MediaPart], limits: PixelLimits) -> tuple[LoadedMedia, ...]:
+    def finish(self, media: Sequence[LoadedMedia], come: Callable[[int], None]) -> None:
+        """Decode what was left for later; `come` hears, in any thread, which pixels are there. Raises `BadMedia`."""
+
+        def finish_one(numbered: tuple[int, str]) -> None:
+            number, name = numbered
+            with _said_of(name):
+                finish(media[number], self._loading.gate)
+            come(number)
+
+        for _ in self._loading.in_order(finish_one, list(enumerate(_names(media)))):
+            pass
+
+    def _load(self, parts: Sequence[MediaPart], limits: PixelLimits, later: bool = False) -> tuple[LoadedMedia, ...]:
         """Pictures have their final size on a CPU engine; a GPU resizes them itself."""
         resize_here = self.config.device == "cpu"
         processor, policy, gate, kept = self.spec.processor, self.config.policy, self._loading.gate, self._kept
@@ -175,13 +188,11 @@ class Intake:
 
         def load_one(named: tuple[str, MediaPart]) -> LoadedMedia:
             name, part = named
-            try:
-                return load(part, processor, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty)
-            except InvalidRequest as error:
-                error.message = f"{name}: {error.message}"
-                error.args = (error.message,)
-                error.param = error.param or "messages"
-                raise
+            with _said_of(name):
+                return load(
+                    part, processor, policy, limits,
+                    resize_here=resize_here, gate=gate, kept=kept, empty=empty, later=later,
+                )  # fmt: skip
 
         return tuple(self._loading.in_order(load_one, list(zip(_names(parts), parts, strict=True))))
 
@@ -229,6 +240,18 @@ class Intake:
         if pixels is None:
             return f"{says}. They do not fit at any size: send fewer pictures or less text"
         return f"{says}. With max_pixels {pixels} all of it would fit"
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """What is wrong inside is said of the medium of this name."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.message = f"{name}: {error.message}"
+        error.args = (error.message,)
+        error.param = error.param or "messages"
+        raise
 
 
 class _BoundedEncoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Mapping
 from io import FileIO
@@ -16,7 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, PixelFile, UseRoom
+from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, ROOM_HEAD, PixelFile, UseRoom
+
+SOON_SECONDS = 0.02  # most pictures are decoded then
+NAP_SECONDS = 0.0005
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -27,13 +31,33 @@ class FilePixels(np.ndarray[Any, np.dtype[np.uint8]]):
     file: FileIO | None = None
 
 
+class PromisedPixels(np.ndarray[Any, np.dtype[np.uint8]]):
+    """An array that another process still fills. What is made of it does not know that."""
+
+    room: mmap.mmap
+    place: int
+    soon: float
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self.room[self.place])
+
+    def wait(self, seconds: float) -> None:
+        """Until it is ready, or for so long. Who comes soon is met awake: waking up takes longer than a look."""
+        now = time.monotonic()
+        end = now + seconds
+        while not self.is_ready and now < end:
+            time.sleep(0 if now < self.soon else NAP_SECONDS)
+            now = time.monotonic()
+
+
 class Room:
     """An asker's memory, see `protocol`. Raises `OSError` when the file is not there, `ValueError` for a wrong size."""
 
     def __init__(self, use: UseRoom) -> None:
         descriptor = os.open(use.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if os.fstat(descriptor).st_size != use.num_bytes or use.num_bytes <= NUM_TICKETS:
+            if os.fstat(descriptor).st_size != use.num_bytes or use.num_bytes <= ROOM_HEAD:
                 raise ValueError(f"a room for pixels has not the {use.num_bytes} bytes that it should have")
             self._mapped = mmap.mmap(descriptor, use.num_bytes)
         finally:
@@ -47,12 +71,17 @@ class Room:
     def pixels(self, file: PixelFile) -> Pixels:
         """uint8 [frames, h, w, 3], the asker's again once nobody has this array any more. Raises `ValueError`."""
         size = num_bytes(file)
-        is_inside = NUM_TICKETS <= file.offset <= len(self.memory) - size
+        is_inside = ROOM_HEAD <= file.offset <= len(self.memory) - size
         if not 0 < file.ticket < NUM_TICKETS or min(file.shape) < 1 or not is_inside:
             raise ValueError(f"{file.shape} at {file.offset} is not within a room for pixels")
         array = np.frombuffer(self._mapped, dtype=np.uint8, count=size, offset=file.offset)
         weakref.finalize(array, self._mapped.__setitem__, file.ticket, 0).atexit = False
-        return array.reshape(file.shape)
+        if self._mapped[NUM_TICKETS + file.ticket]:
+            return array.reshape(file.shape)
+        promised = array.reshape(file.shape).view(PromisedPixels)
+        promised.room, promised.place = self._mapped, NUM_TICKETS + file.ticket
+        promised.soon = time.monotonic() + SOON_SECONDS
+        return promised
 
 
 def num_bytes(file: PixelFile) -> int:

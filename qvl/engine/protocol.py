@@ -3,7 +3,7 @@
 One frame is a 4-byte big-endian length and a msgpack body; nothing is ever pickled. Pixels do not travel in frames: a
 `PixelFile` names a file that the engine maps and then unlinks, or a place in memory that an asker shares with it:
 
-    | 1 when the engine is there too | a byte for each ticket | pixels ...
+    | 1: the engine is there, 1 for each ticket that it has | 1 for each ticket whose pixels have come | pixels ...
 
 Knows the shape of every message. Does not know sockets' lifetimes, the scheduler, or torch.
 """
@@ -19,7 +19,8 @@ from qvl.errors import QvlError
 from qvl.types import FinishReason, Grid, MediaKind, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-NUM_TICKETS = 4096  # bytes in front of the pixels of a `UseRoom`, the first of them no ticket
+NUM_TICKETS = 4096  # from 1 on
+ROOM_HEAD = 2 * NUM_TICKETS  # bytes in front of the pixels of a `UseRoom`
 OWN_FILE = -1
 GRAMMARS_READY = b"ready\n"  # the first line that `qvl.engine.grammar_worker` says
 _LENGTH = struct.Struct(">I")
@@ -34,8 +35,8 @@ class ProtocolError(QvlError):
 class PixelFile(msgspec.Struct, frozen=True, array_like=True):
     """Raw uint8 pixels in a file that both processes can map: `shape` is [frames, h, w, 3], C order.
 
-    They fill the file, or they begin at byte `offset` of a `UseRoom` whose byte `ticket` is 1: it becomes 0 when the
-    engine has done with them. Until then they do not change.
+    They fill the file, or they begin at byte `offset` of a `UseRoom`. The byte of `ticket` is 1 there, and becomes 0
+    when the engine has done with them. Once they have come they do not change until then.
     """
 
     path: str

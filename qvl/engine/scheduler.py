@@ -21,6 +21,7 @@ from qvl.engine.batch import ScheduledBatch, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.grammar import AnswerGrammar
+from qvl.engine.pixels import PromisedPixels
 from qvl.engine.protocol import EngineStats, TokenOutput
 from qvl.engine.sequence import Sequence, Status
 from qvl.engine.step import SchedulerConfig, Step
@@ -53,10 +54,9 @@ class Scheduler:
         return bool(self._active)
 
     @property
-    def unprepared(self) -> AnswerGrammar | None:
-        """A grammar that a sequence waits for; None when all are ready."""
-        grammars = (seq.grammar for seq in self.waiting if seq.grammar is not None)
-        return next((grammar for grammar in grammars if not grammar.is_ready), None)
+    def awaited(self) -> AnswerGrammar | PromisedPixels | None:
+        """What a sequence waits for; None when all are ready."""
+        return next((awaited for seq in self.waiting if (awaited := seq.awaited) is not None), None)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence. Raises `PromptTooLong`; `InvalidRequest` for an empty prompt or an id in use."""
@@ -86,7 +86,7 @@ class Scheduler:
     # -- planning a step
 
     def schedule(self) -> ScheduledBatch:
-        """The next step; empty only when there is no work, or all of it waits for a step in flight or a grammar."""
+        """The next step; empty only when there is no work, or all of it waits for what is to come."""
         step = Step(self.config)
         self._schedule_decodes(step)
         step.batch.num_decodes = len(step.batch.seqs)
@@ -143,7 +143,7 @@ class Scheduler:
                     step.add(seq, num_tokens)
 
     def _schedule_waiting(self, step: Step) -> None:
-        """Admit in order of arrival, until one must wait; who waits for a prefix or a grammar lets others pass."""
+        """Admit in order of arrival, until one must wait; who waits for a prefix or for pixels lets others pass."""
         if not self.waiting or step.tokens_left == 0 or len(self.running) >= self.config.max_num_seqs:
             return
         promised = {key for seq in self.running for key in seq.keys[seq.num_registered :]}
@@ -151,7 +151,7 @@ class Scheduler:
         for seq in tuple(self.waiting):
             if step.tokens_left == 0 or max(len(self.running), num_patient) >= self.config.max_num_seqs:
                 return
-            if seq.grammar is not None and not seq.grammar.is_ready:
+            if seq.awaited is not None:
                 step.unprepared = True
                 continue
             # The last token is computed in any case: its logits choose the next one.

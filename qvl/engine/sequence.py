@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qvl.engine.grammar import AnswerGrammar
+from qvl.engine.pixels import PromisedPixels
 from qvl.engine.protocol import AddRequest, MediaInput
 from qvl.prompt import Span, block_keys, extend_key, mrope_positions, root_key
 from qvl.specs import ModelSpec
@@ -161,6 +162,13 @@ class Sequence:
             keys=block_keys(ids, spans, block_size, request.salt),
             grammar=grammar,
         )
+
+    @property
+    def awaited(self) -> AnswerGrammar | PromisedPixels | None:
+        """What is to come before anything can be computed: its grammar, or pixels that are still being decoded."""
+        if self.grammar is not None and not self.grammar.is_ready:
+            return self.grammar
+        return next((one for one in self.pixels if isinstance(one, PromisedPixels) and not one.is_ready), None)
 
     @property
     def num_tokens(self) -> int:

@@ -36,7 +36,7 @@ class Step:
         self.tokens_left = config.max_num_batched_tokens
         self.encoder_left = config.encoder_budget_tokens
         self.preempted = False
-        self.unprepared = False  # somebody's grammar is not compiled yet
+        self.unprepared = False  # somebody's grammar or picture is still to come
         self._members: set[str] = set()
 
     def __contains__(self, seq: Sequence) -> bool:

@@ -84,6 +84,38 @@ def decode_image(data: bytes | Image.Image | Pixels, *, max_pixels: int, empty: 
     return np.ascontiguousarray(pixels)
 
 
+def decode_later(data: bytes, *, max_pixels: int, empty: Empty) -> tuple[Pixels, Callable[[], None]] | None:
+    """Where the pixels [h, w, 3] of a usual JPEG will be, and who decodes them; None for others, and without a place.
+
+    Raises BadMedia as `decode_image` does; both of them do, since a file's faults may lie behind its head.
+    """
+    try:
+        picture = _open(data)
+        _check_size(picture.width, picture.height, max_pixels)
+        if not _is_usual(picture) or _turn(picture) is not None:
+            return None
+        pixels = empty((picture.height, picture.width, 3))
+    except QvlError:
+        raise
+    except (*_DECODE_ERRORS, Image.DecompressionBombError):
+        return None  # whatever it is, `decode_image` will say it
+    if pixels is None:
+        return None
+    return pixels, stage("decode")(functools.partial(_fill, pixels, data, max_pixels))
+
+
+def _fill(pixels: Pixels, data: bytes, max_pixels: int) -> None:
+    try:
+        if simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape == pixels.shape:
+            return
+    except ValueError:
+        pass
+    decoded = decode_image(data, max_pixels=max_pixels)
+    if decoded.shape != pixels.shape:
+        raise BadMedia("the picture is damaged and cannot be decoded")
+    np.copyto(pixels, decoded)
+
+
 class _Pieces(io.BytesIO):
     """A file's bytes, read in at most so many pieces as their number makes plausible.
 
@@ -157,7 +189,7 @@ def _usual_jpeg(data: bytes, picture: Image.Image, empty: Empty | None) -> Pixel
     The same library decodes in one call, without the interpreter's lock, and straight to where the pixels stay. None
     for all other files: what to make of them is Pillow's to say.
     """
-    if picture.format != "JPEG" or picture.mode not in ("RGB", "L"):
+    if not _is_usual(picture):
         return None
     turn = _turn(picture)
     shape = (picture.height, picture.width, 3)
@@ -169,6 +201,10 @@ def _usual_jpeg(data: bytes, picture: Image.Image, empty: Empty | None) -> Pixel
     except ValueError:
         return None
     return pixels if turn is None else _placed(np.asarray(Image.fromarray(pixels).transpose(turn)), empty)
+
+
+def _is_usual(picture: Image.Image) -> bool:
+    return picture.format == "JPEG" and picture.mode in ("RGB", "L")
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ from qvl.errors import BadMedia, InvalidRequest
 from qvl.media import fetch
 from qvl.media.fetch import MediaPolicy
 from qvl.media.given_up import turn
-from qvl.media.image import Empty, decode_image
+from qvl.media.image import Empty, decode_image, decode_later
 from qvl.media.kept import DEFAULT_BYTES, Kept
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.media.stages import reported, stage
@@ -32,6 +33,22 @@ from qvl.types import Grid, MediaKind, MediaPart, PictureRule, PixelLimits
 DIGEST_BYTES = 16
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+
+class Decoding:
+    """Of a picture whose size is known: done once, by who comes first, also where several have it."""
+
+    def __init__(self, decode: Callable[[], None]) -> None:
+        self.is_over = False
+        self._decode = decode
+        self._lock = threading.Lock()
+
+    def finish(self) -> None:
+        """Raises BadMedia, to everybody who comes."""
+        with self._lock:
+            if not self.is_over:
+                self._decode()
+                self.is_over = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +68,7 @@ class LoadedMedia:
     digest: bytes
     original_size: tuple[int, int]
     num_tokens: int
+    decoding: Decoding | None = None  # until that is over `pixels` hold anything
 
     @property
     def num_bytes(self) -> int:
@@ -89,12 +107,13 @@ def load(
     gate: threading.Semaphore | None = None,
     kept: Kept[LoadedMedia] | None = None,
     empty: Empty | None = None,
+    later: bool = False,
 ) -> LoadedMedia:
     """Read, decode, size and digest one part. `limits` fill what the part's own limits leave open.
 
     Where a `gate` is given, everything but waiting for the network happens within it. `kept`: pictures of the same
     `spec`, `policy` and `resize_here`, so that the same file is decoded once for several requests. `empty`: where the
-    pixels of pictures shall lie that are not resized here.
+    pixels of pictures shall lie that are not resized here; with `later` they may still have to come there: `finish`.
 
     No request goes above the checkpoint's `max_pixels` (a larger wish is served with the checkpoint's). With
     `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
@@ -106,7 +125,7 @@ def load(
         if loaded is None:
             inner = replace(part, source=once.source)
             once.loaded = loaded = load(
-                inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty
+                inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty, later=later
             )
         return loaded
     limits = part.limits.over(limits)
@@ -116,10 +135,20 @@ def load(
     if fetch.is_remote(part.source):
         data = fetch.read(part.source, policy, expect=part.kind)
         part = replace(part, source=data)
-    if gate is None or _has_remote_frames(part):
-        return _load(part, spec, policy, limits, resize_here, kept, empty)
-    with turn(gate):
-        return _load(part, spec, policy, limits, resize_here, kept, empty)
+    place = None if resize_here else empty
+    with nullcontext() if gate is None or _has_remote_frames(part) else turn(gate):
+        loaded = _load(part, spec, policy, limits, resize_here, kept, place)
+        if loaded.decoding is not None and not later:
+            loaded.decoding.finish()
+    return loaded
+
+
+@reported
+def finish(media: LoadedMedia, gate: threading.Semaphore) -> None:
+    """Its pixels are there afterwards. Raises BadMedia."""
+    if media.decoding is not None and not media.decoding.is_over:
+        with turn(gate):
+            media.decoding.finish()
 
 
 def _has_remote_frames(part: MediaPart) -> bool:
@@ -142,7 +171,14 @@ def _load(
         return _loaded("video", pixels, _content_of(pixels), size, target, spec)
 
     def picture(source: Any, content: bytes) -> LoadedMedia:
-        pixels = decode_image(source, max_pixels=policy.max_image_pixels, empty=None if resize_here else empty)
+        if empty is not None and content:
+            begun = decode_later(source, max_pixels=policy.max_image_pixels, empty=empty)
+            if begun is not None:
+                pixels, decode = begun
+                size = (pixels.shape[0], pixels.shape[1])
+                target = picture_size(*size, spec, limits)
+                return _loaded("image", pixels[None], content, size, target, spec, Decoding(decode))
+        pixels = decode_image(source, max_pixels=policy.max_image_pixels, empty=empty)
         size = (pixels.shape[0], pixels.shape[1])
         target = picture_size(*size, spec, limits)
         pixels = np.ascontiguousarray(resize_bicubic(pixels, *target) if resize_here else pixels)[None]
@@ -165,6 +201,7 @@ def _loaded(
     original_size: tuple[int, int],
     target: tuple[int, int],
     spec: ProcessorSpec,
+    decoding: Decoding | None = None,
 ) -> LoadedMedia:
     height, width = target
     slices = -(-len(pixels) // spec.temporal_patch_size)  # an odd last frame is shown twice
@@ -178,6 +215,7 @@ def _loaded(
         digest=_digest(kind, content, target, spec),
         original_size=original_size,
         num_tokens=grid.num_tokens(spec.merge_size),
+        decoding=decoding,
     )
 
 

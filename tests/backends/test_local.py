@@ -8,7 +8,11 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +21,8 @@ from PIL import Image
 from qvl.backends.base import collect
 from qvl.backends.local import LocalBackend
 from qvl.engine.options import EngineOptions
-from qvl.errors import ConfigError, InvalidRequest, PromptTooLong, QvlError, RequestFailed, Unavailable
+from qvl.errors import BadMedia, ConfigError, InvalidRequest, PromptTooLong, QvlError, RequestFailed, Unavailable
+from qvl.media import image
 from qvl.media.image import decode_image
 from qvl.types import (
     ChatRequest,
@@ -173,6 +178,62 @@ async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(checkpoint
             assert (backend._store.room is room) == (life == 1)
     finally:
         await backend.stop()
+
+
+@asynccontextmanager
+async def sharing(checkpoint: Path) -> AsyncIterator[LocalBackend]:
+    """A backend whose engine shares memory with it."""
+    command = (sys.executable, "-m", "tests.engine.fake_engine", "gpu")
+    backend = LocalBackend(EngineOptions(model=str(checkpoint)), command=command, kept_bytes=1 << 20)
+    await backend.start()
+    try:
+        await until(lambda: backend._store.empty((1,)) is not None, "nothing is shared")
+        yield backend
+    finally:
+        await backend.stop()
+
+
+async def test_a_jpeg_whose_end_is_missing_is_refused_by_name(checkpoint: Path) -> None:
+    """The engine has heard of it by then, since its head is good."""
+    async with sharing(checkpoint) as backend:
+        room = backend._store.room
+        assert room is not None
+        for _ in range(2):
+            with pytest.raises(BadMedia, match="picture 2: the picture is damaged"):
+                await collect(backend.chat(show(jpeg(1), jpeg(2)[:-400]), "r"))
+        with pytest.raises(BadMedia):
+            await backend.tokenize(show(jpeg(2)[:-400]))
+        await until(lambda: backend.stats()["waiting"] == 0, "the engine still waits for it")
+        assert (await collect(backend.chat(show(jpeg(1)), "r"))).answers[0].finish_reason == "stop"
+        await until(lambda: not any(place.promised for place in room._places.values()), "it is still promised")
+
+
+async def test_who_leaves_while_a_picture_is_decoded_leaves_nothing_behind(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, proceed = threading.Event(), threading.Event()
+    real = image._fill
+
+    def slow(*args: Any) -> None:
+        begun.set()
+        assert proceed.wait(120)
+        real(*args)
+
+    monkeypatch.setattr(image, "_fill", slow)
+    async with sharing(checkpoint) as backend:
+        room = backend._store.room
+        assert room is not None
+        asking = asyncio.ensure_future(collect(backend.chat(show(jpeg(1)), "r")))
+        assert await asyncio.to_thread(begun.wait, 120)
+        await until(lambda: backend.stats()["waiting"] == 1, "the engine knows of it before its pixels have come")
+        assert (await collect(backend.complete(ask("pass by"), "t"))).text == "pass by"
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await until(lambda: backend.stats()["waiting"] == 0, "the engine still waits for it")
+        assert any(place.promised for place in room._places.values()), "it is still written to"
+        proceed.set()
+        await until(lambda: not any(place.promised for place in room._places.values()), "it is still promised")
 
 
 async def test_pictures_are_counted_in_the_prompt(backend_of: Start) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from qvl.backends.room import PIECE_BYTES, PixelRoom, make_room
 from qvl.backends.scratch import PixelStore
-from qvl.engine.pixels import Pixels, Room, map_pixels
-from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, PixelFile
+from qvl.engine.pixels import Pixels, PromisedPixels, Room, map_pixels
+from qvl.engine.protocol import NUM_TICKETS, OWN_FILE, ROOM_HEAD, PixelFile
 
 SHAPE = (1, 128, 512, 3)  # three quarters of a piece
 FULL = (1, 4 * PIECE_BYTES // 768, 256, 3)  # the whole of a room of four pieces
@@ -152,7 +152,7 @@ def test_tickets_come_back_and_run_out() -> None:
         {"ticket": -2},
         {"ticket": 0},
         {"offset": 0},
-        {"offset": NUM_TICKETS + 4 * PIECE_BYTES},
+        {"offset": ROOM_HEAD + 4 * PIECE_BYTES},
         {"shape": (5, *FULL[1:])},
         {"shape": (-1, -4, 4, 3)},
         {"path": "/elsewhere"},
@@ -160,7 +160,7 @@ def test_tickets_come_back_and_run_out() -> None:
 )
 def test_what_lies_outside_is_refused(wrong: dict[str, object]) -> None:
     both = Both()
-    good = {"path": both.room.announcement.path, "shape": SHAPE, "offset": NUM_TICKETS, "ticket": 1}
+    good = {"path": both.room.announcement.path, "shape": SHAPE, "offset": ROOM_HEAD, "ticket": 1}
     both.taken(PixelFile(**good))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="room"):
         both.taken(PixelFile(**{**good, **wrong}))  # type: ignore[arg-type]
@@ -170,6 +170,67 @@ def test_a_room_of_another_size_is_not_shared() -> None:
     room = PixelRoom(PIECE_BYTES)
     with pytest.raises(ValueError, match="room"):
         Room(type(room.announcement)(room.announcement.path, room.announcement.num_bytes + 1))
+
+
+def test_promised_pixels_are_ready_when_they_have_come() -> None:
+    both = Both()
+    ours = filled(both.room, 0, FULL)
+    files = both.room.hand_over(ours, 2, promised=True)
+    theirs = [both.taken(file) for file in files]
+    assert all(isinstance(one, PromisedPixels) and not one.is_ready for one in theirs)
+    (late,) = both.room.hand_over(ours, promised=True)
+    ours.fill(8)
+    both.room.settle(files, kept=True)
+    assert all(isinstance(one, PromisedPixels) and one.is_ready and int(one.min()) == 8 for one in theirs)
+    other = both.taken(late)
+    assert isinstance(other, PromisedPixels)
+    assert not other.is_ready, "another decoding's word is awaited"
+    both.room.settle([late], kept=True)
+    both.room.settle(files, kept=False)
+    assert other.is_ready
+    assert theirs[0].is_ready
+    again = both.taken(both.room.hand_over(ours)[0])
+    assert not isinstance(again, PromisedPixels)
+
+
+def test_who_waits_for_pixels_goes_on_when_they_come_or_time_is_up() -> None:
+    both = Both()
+    ours = filled(both.room, 0, FULL)
+    files = both.room.hand_over(ours, promised=True)
+    theirs = both.taken(files[0])
+    assert isinstance(theirs, PromisedPixels)
+    theirs.wait(0.001)
+    assert not theirs.is_ready
+    timer = threading.Timer(0.05, both.room.settle, (files,), {"kept": True})
+    timer.start()
+    theirs.wait(600)
+    assert theirs.is_ready
+    timer.join()
+
+
+@pytest.mark.parametrize("engine_first", [True, False])
+def test_a_place_that_is_still_written_to_is_nobody_elses(engine_first: bool) -> None:
+    """The engine lets go of an aborted request while its picture is still being decoded."""
+    both = Both()
+    ours = filled(both.room, 0, FULL)
+    files = both.room.hand_over(ours, promised=True)
+    theirs = both.taken(files[0])
+    del ours
+    if engine_first:
+        del theirs
+        assert both.room.empty((1,)) is None
+        both.room.settle(files, kept=False)
+    else:
+        both.room.settle(files, kept=False)
+        assert not theirs.is_ready  # type: ignore[attr-defined]
+        assert both.room.empty((1,)) is None
+        del theirs
+    assert both.room.empty(FULL) is not None
+
+
+def test_only_what_will_be_decoded_here_is_promised() -> None:
+    both = Both()
+    assert both.room.hand_over(np.zeros(SHAPE, np.uint8), promised=True) == []
 
 
 def test_threads_never_share_a_place() -> None:
@@ -216,7 +277,7 @@ def test_a_store_uses_its_room_and_files_where_that_is_full(tmp_path: Path) -> N
     del pixels
     (unheard,) = store.write(np.ones(FULL, np.uint8))
     assert store.empty((1,)) is None
-    store.discard([unheard, PixelFile("/an/earlier/room", SHAPE, NUM_TICKETS, unheard.ticket)])
+    store.discard([unheard, PixelFile("/an/earlier/room", SHAPE, ROOM_HEAD, unheard.ticket)])
     assert store.empty((1,)) is not None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qvl.engine.config import DeviceFacts, resolve
 from qvl.engine.options import EngineOptions
-from qvl.engine.pixels import Pixels, Room
+from qvl.engine.pixels import Pixels, PromisedPixels, Room
 from qvl.engine.protocol import AddRequest, EngineInfo, EngineStats, TokenOutput
 from qvl.errors import ConfigError, InvalidRequest
 from qvl.types import TokenLogprob
@@ -47,14 +47,25 @@ class FakeEngine:
     steps: int = 0
     info: EngineInfo = INFO
     brief: bool = False
+    waiting: dict[str, tuple[AddRequest, Sequence[Pixels | None]]] = field(default_factory=dict)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running)
+        return bool(self.running or self.waiting)
 
     def add(self, request: AddRequest, pixels: Sequence[Pixels | None] = ()) -> None:
         if BAD in request.token_ids:
             raise InvalidRequest("a bad token")
+        self.waiting[request.request_id] = (request, pixels)
+        self.begin_what_has_come()
+
+    def begin_what_has_come(self) -> None:
+        for request, pixels in list(self.waiting.values()):
+            if all(not isinstance(array, PromisedPixels) or array.is_ready for array in pixels):
+                del self.waiting[request.request_id]
+                self.begin(request, pixels)
+
+    def begin(self, request: AddRequest, pixels: Sequence[Pixels | None]) -> None:
         sums = [97 + int(array.sum()) % 26 if array is not None else 0 for array in pixels]
         middle = len(request.token_ids) // 2
         said = request.token_ids[middle : middle + 4] if self.brief else request.token_ids
@@ -64,11 +75,13 @@ class FakeEngine:
 
     def abort(self, request_id: str) -> bool:
         self.aborted += 1
-        return self.running.pop(request_id, None) is not None
+        waited = self.waiting.pop(request_id, None) is not None
+        return self.running.pop(request_id, None) is not None or waited
 
     def step(self) -> list[TokenOutput]:
         time.sleep(self.seconds_per_step)
         self.steps += 1
+        self.begin_what_has_come()
         if self.held_until is not None and self.held_until.exists():
             self.held_until, self.seconds_per_step = None, 0.0
         held = self.held_until is not None
@@ -96,7 +109,7 @@ class FakeEngine:
         """The same."""
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.running), steps=self.steps, aborted=self.aborted)
+        return EngineStats(running=len(self.running), waiting=len(self.waiting), steps=self.steps, aborted=self.aborted)
 
 
 def load(options: EngineOptions) -> tuple[FakeEngine, str]:

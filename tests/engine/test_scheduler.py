@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from qvl.engine.batch import ScheduledBatch, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
+from qvl.engine.pixels import PromisedPixels
 from qvl.engine.protocol import AddRequest, TokenOutput
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
@@ -493,3 +496,24 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(ConfigError, match="fewer than max_model_len"):
         Bench(Limits(max_model_len=65))
     bench.run()
+
+
+def test_who_waits_for_pixels_lets_others_pass_and_comes_when_they_have_come() -> None:
+    bench = Bench()
+    room = mmap.mmap(-1, 8192)
+    promised = np.zeros((1, 28, 28, 3), np.uint8).view(PromisedPixels)
+    promised.room, promised.place, promised.soon = room, 7, 0.0
+    late = request("late", [1, (2, b"p"), 2])
+    seq = bench.add(late)
+    seq.pixels[0] = promised
+    bench.add(request("other", [1, 2]))
+    assert [entry.seq.request_id for entry in bench.step().seqs] == ["other"]
+    while len(bench.tokens("other")) < 4:
+        bench.step()
+    assert not bench.schedule()
+    assert bench.scheduler.awaited is promised
+    room[7] = 1
+    assert bench.scheduler.awaited is None
+    bench.run()
+    assert bench.tokens("late") == expected(late, bench.limits)
+    bench.idle()

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from qvl.errors import BadMedia
 from qvl.media import image
-from qvl.media.image import decode_image
+from qvl.media.image import decode_image, decode_later
 
 CAP = 178_956_970
 
@@ -416,3 +416,49 @@ def test_a_file_of_tiny_pieces_is_refused(kind, size):
 )
 def test_a_file_of_many_pieces_is_read(kind, count, size):
     assert decode_image(_in_pieces(kind, count, size), max_pixels=CAP).shape == (30, 40, 3)
+
+
+NOISE = np.random.default_rng(3).integers(0, 256, size=(48, 80, 3), dtype=np.uint8)
+
+
+def places(shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape, 77, np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_usual_jpeg_is_decoded_later_to_the_same_pixels(mode: str) -> None:
+    data = encoded(Image.fromarray(NOISE).convert(mode), "JPEG")
+    begun = decode_later(data, max_pixels=10**6, empty=places)
+    assert begun is not None
+    pixels, decode = begun
+    assert (pixels == 77).all()
+    decode()
+    assert np.array_equal(pixels, decode_image(data, max_pixels=10**6))
+
+
+def test_what_else_there_is_is_not_left_for_later() -> None:
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    files = [
+        encoded(Image.fromarray(NOISE), "PNG"),
+        encoded(Image.fromarray(NOISE).convert("CMYK"), "JPEG"),
+        encoded(Image.fromarray(NOISE), "JPEG", exif=turned),
+    ]
+    for data in files:
+        assert decode_later(data, max_pixels=10**6, empty=places) is None
+        found = decode_image(data, max_pixels=10**6, empty=places)
+        assert np.array_equal(found, decode_image(data, max_pixels=10**6))
+    assert decode_later(encoded(Image.fromarray(NOISE), "JPEG"), max_pixels=10**6, empty=lambda _: None) is None
+
+
+def test_faults_of_a_jpeg_are_told_at_once_or_when_it_is_decoded() -> None:
+    data = encoded(Image.fromarray(NOISE), "JPEG")
+    with pytest.raises(BadMedia, match="at most 10 pixels"):
+        decode_later(data, max_pixels=10, empty=places)
+    with pytest.raises(BadMedia, match="not a picture"):
+        decode_later(b"nothing of the kind", max_pixels=10**6, empty=places)
+    begun = decode_later(data[: len(data) // 2], max_pixels=10**6, empty=places)
+    assert begun is not None
+    for _ in range(2):
+        with pytest.raises(BadMedia, match="damaged"):
+            begun[1]()
