@@ -5,6 +5,7 @@ Knows devices and tensors. Decides nothing: which tokens, which blocks and which
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,6 +43,8 @@ from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.registry import build_model
 from qvl.models.weights import LoadFormat, load_weights
 from qvl.types import TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE = (
     "the model's scores for this request are not finite numbers (an overflow of the number format); "
@@ -300,6 +303,9 @@ def load_model(config: EngineConfig, device: torch.device, clock: StartClock) ->
     try_kernels_out(config, device)
     model = build_model(config.spec, dtype, device, config.quantization, config.attention_backend)
     clock.passed("kernels")
+    logger.info("attention: %s", model.attention_reason)
+    logger.info("attention in pictures: %s", model.vision_reason)
+    logger.info("matrices: %s", model.linear_reason)
     load_weights(model, config.spec.folder, device=device, dtype=dtype, load_format=load_format)
     clock.passed("weights")
     return model

@@ -18,7 +18,7 @@ from qvl.engine.runner import Flight, healthy_part, result_of
 from qvl.engine.sequence import Sequence, Status
 from qvl.errors import ConfigError
 from qvl.types import TokenLogprob
-from tests.engine.harness import greedy, pixels, read_spec
+from tests.engine.harness import greedy, make_engine, pixels, read_spec
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -193,3 +193,15 @@ def test_a_failed_allocation_is_recognised() -> None:
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize(("backend", "named"), [("auto", "attention: "), ("sdpa", "attention: gather+sdpa")])
+def test_a_start_tells_what_runs_and_why(
+    backend: str, named: str, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="qvl.engine"):
+        model = make_engine(checkpoint, attention_backend=backend).runner.model
+    told = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith(named) and line.endswith(model.attention_reason) for line in told)
+    assert f"attention in pictures: {model.vision_reason}" in told
+    assert f"matrices: {model.linear_reason}" in told
