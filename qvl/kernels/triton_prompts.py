@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from qvl.kernels.gpu import launch
 from qvl.kernels.triton_boxes import described, meet
-from qvl.kernels.triton_segments import LOG2E, _barriers, _clear, _scores
+from qvl.kernels.triton_turns import LOG2E, barriers, clear, scores
 from qvl.layers.attention import TILE_FIELDS as FIELDS
 from qvl.layers.attention import Heads
 
@@ -143,7 +143,7 @@ def _turn(
     mbarrier.wait(k_full.index(at), (i // STAGES) & 1)
     mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
     _wait_for_turn(turn, team, i)
-    under_way = _scores(q0, q1, k0.index(at), k1.index(at), TEAM_ROWS, KEYS, S)
+    under_way = scores(q0, q1, k0.index(at), k1.index(at), KEYS, S)
     w = gl.convert_layout(weights, gl.DotOperandLayout(0, A, 2))
     next0 = warpgroup_mma(w, v0.index(last), acc0, is_async=True)
     next1 = warpgroup_mma(w, v1.index(last), acc1, is_async=True)
@@ -192,7 +192,7 @@ def _attend(
         first = (turns - 1) * KEYS
         mbarrier.wait(k_full.index(0), 0)
         _wait_for_turn(turn, team, 0)
-        under_way = _scores(q0, q1, k0.index(0), k1.index(0), TEAM_ROWS, KEYS, S)
+        under_way = scores(q0, q1, k0.index(0), k1.index(0), KEYS, S)
         mbarrier.arrive(turn.index(1 - team))
         s = warpgroup_mma_wait(0, deps=(under_way,))
         mbarrier.arrive(k_empty.index(0))
@@ -205,8 +205,8 @@ def _attend(
         acc1 = gl.zeros((TEAM_ROWS, HALF), gl.float32, A)
         mbarrier.wait(v_full.index(0), 0)
         if stop - first < KEYS:  # what lies behind the last key may be anything; both teams write the same
-            _clear(v0.index(0), stop - first)
-            _clear(v1.index(0), stop - first)
+            clear(v0.index(0), stop - first)
+            clear(v1.index(0), stop - first)
             fence_async_shared()
             meet()
 
@@ -255,11 +255,11 @@ def _prompts(
     k1 = gl.allocate_shared_memory(k_box.dtype, [STAGES, KEYS, HALF], L)
     v0 = gl.allocate_shared_memory(k_box.dtype, [STAGES, KEYS, HALF], L)
     v1 = gl.allocate_shared_memory(k_box.dtype, [STAGES, KEYS, HALF], L)
-    k_full = _barriers(STAGES)
-    k_empty = _barriers(STAGES)
-    v_full = _barriers(STAGES)
-    v_empty = _barriers(STAGES)
-    turn = _barriers(TEAMS)
+    k_full = barriers(STAGES)
+    k_empty = barriers(STAGES)
+    v_full = barriers(STAGES)
+    v_empty = barriers(STAGES)
+    turn = barriers(TEAMS)
     for i in gl.static_range(TEAMS):
         mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):

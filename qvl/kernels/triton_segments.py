@@ -5,11 +5,6 @@ cores while they take exponentials: the last weights times values are under way 
 on. Two programs share a multiprocessor: where one waits, the other computes. head_dim is two powers of two (80 = 64 +
 16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
 
-A softmax may be shifted by any number: the row's maximum is subtracted only to keep exponentials in range. Here it is
-that of the first keys, for all others too: no search for a maximum in the loop, and nothing computed is scaled again.
-The sum can then not vanish, but overflow if a later score is far larger. Such rows are seen by their sum, and their
-tile is computed once more with a running maximum.
-
 Knows tensors of queries, keys and values. Does not know pictures. Importing this file imports Triton;
 `qvl.kernels.segments` does so only where such a GPU is.
 """
@@ -20,7 +15,6 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,22 +22,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from qvl.kernels.gpu import launch
 from qvl.kernels.segments import halves
 from qvl.kernels.triton_boxes import described, meet
+from qvl.kernels.triton_turns import (
+    LIMITS,
+    LOG2E,
+    NOTHING,
+    add_values,
+    barriers,
+    beyond,
+    clear,
+    part_sums,
+    running,
+    scores,
+)
 
 ROWS = 64  # query rows of a program: what four warps multiply at a time
 KEYS = 128  # keys a turn
 STAGES = 2  # tiles of keys, and of values, that are fetched ahead
 FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
 REGISTERS = 128  # of a thread at the start: two programs of 256 fit; then the four warps take those of the fetching
-LOG2E = 1.4426950408889634
-MARGIN = gl.constexpr(10.0)  # the largest weight of the first keys is 2**-10: later ones may be larger
-LIMITS = {torch.bfloat16: 2.0**64, torch.float16: 2.0**15}  # of a row's sum; below it no weight is out of range
 
 
 def tiles_of(lengths: Sequence[int]) -> np.ndarray:
@@ -110,22 +112,6 @@ def _fetch(
 
 
 @gluon.jit
-def _scores(q0, q1, k0, k1, ROWS: gl.constexpr, KEYS: gl.constexpr, S: gl.constexpr):
-    """Queries times keys, under way."""
-    s = warpgroup_mma(q0, k0.permute((1, 0)), gl.zeros((ROWS, KEYS), gl.float32, S), use_acc=False, is_async=True)
-    return warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
-
-
-@gluon.jit
-def _clear(values, live):
-    """Zeros from row `live` on: what lies behind a segment may be anything, and 0 * nan is nan."""
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    row = gl.arange(0, values.shape[0], gl.SliceLayout(1, L))
-    old = values.load(L)
-    values.store(gl.where((row < live)[:, None], old, gl.zeros_like(old)))
-
-
-@gluon.jit
 def _store(to_ptr, acc, total, live, stride):
     """Rows of the result that are in the segment."""
     L: gl.constexpr = acc.type.layout
@@ -134,20 +120,6 @@ def _store(to_ptr, acc, total, live, stride):
     out = acc / gl.convert_layout(total, gl.SliceLayout(1, L))[:, None]
     at = to_ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
     gl.store(at, out.to(to_ptr.dtype.element_ty), mask=(row < live)[:, None])
-
-
-@gluon.jit
-def _part_sums(e):
-    """Sums of what each thread holds of a row: [rows, 8], so that no thread waits for another."""
-    return gl.sum(e.reshape([e.shape[0], e.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
-def _values(weights, v0, v1, acc0, acc1):
-    """Weights times values added, under way."""
-    w0 = gl.convert_layout(weights, gl.DotOperandLayout(0, acc0.type.layout, 2))
-    w1 = gl.convert_layout(weights, gl.DotOperandLayout(0, acc1.type.layout, 2))
-    return warpgroup_mma(w0, v0, acc0, is_async=True), warpgroup_mma(w1, v1, acc1, is_async=True)
 
 
 @gluon.jit
@@ -178,19 +150,19 @@ def _attend(
 
     # The segment's last keys come first: only they need a mask.
     mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=(_scores(a0, a1, k0.index(0), k1.index(0), ROWS, KEYS, S),))
+    s = warpgroup_mma_wait(0, deps=(scores(a0, a1, k0.index(0), k1.index(0), KEYS, S),))
     mbarrier.arrive(k_empty.index(0))
-    s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s, -1e30)
-    shift = (gl.max(s, 1) * scale + MARGIN)[:, None]
-    e = gl.exp2(s * scale - shift)
-    total = _part_sums(e)
-    weights = e.to(q_low.dtype)
+    s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s * scale, NOTHING)
+    none = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
     acc0 = gl.zeros((ROWS, LOW), gl.float32, O0)
     acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
+    e, shift, _total, acc0, acc1 = running(s, none + NOTHING, none, acc0, acc1)
+    total = part_sums(e)
+    weights = e.to(q_low.dtype)
     mbarrier.wait(v_full.index(0), 0)
     if left < KEYS:
-        _clear(v0.index(0), left)
-        _clear(v1.index(0), left)
+        clear(v0.index(0), left)
+        clear(v1.index(0), left)
         fence_async_shared()
 
     mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=turns > 1)
@@ -198,12 +170,12 @@ def _attend(
         at = i % STAGES
         last = (i - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
-        under_way = _scores(a0, a1, k0.index(at), k1.index(at), ROWS, KEYS, S)
-        next0, next1 = _values(weights, v0.index(last), v1.index(last), acc0, acc1)
+        under_way = scores(a0, a1, k0.index(at), k1.index(at), KEYS, S)
+        next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
         s = warpgroup_mma_wait(2, deps=(under_way,))
         mbarrier.arrive(k_empty.index(at))
-        e = gl.exp2(s * scale - shift)
-        total += _part_sums(e)
+        e = gl.exp2(s * scale - shift[:, None])
+        total += part_sums(e)
         # Stands between the softmax and the end of the products, which the assembler would else wait for before it.
         mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < turns)
         acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
@@ -212,10 +184,10 @@ def _attend(
 
     last = (turns - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)
-    next0, next1 = _values(weights, v0.index(last), v1.index(last), acc0, acc1)
+    next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
     whole = gl.sum(total, 1)
     acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
-    if _beyond(whole, limit, live):
+    if beyond(whole, limit, live):
         acc0, acc1, whole = _attend_again(
             q_low, q_high, a0, a1, q0, q1, q_full, gl.load(tile + 2), length, width + column, width, scale,
             acc0, acc1, whole,
@@ -223,13 +195,6 @@ def _attend(
     to_ptr = out_ptr + first_row.to(gl.int64) * stride + column
     _store(to_ptr, acc0, whole, live, stride)
     _store(to_ptr + LOW, acc1, whole, live, stride)
-
-
-@gluon.jit
-def _beyond(total, limit, live):
-    """Whether a row's sum reached the limit, or is not a number."""
-    row = gl.arange(0, total.shape[0], total.type.layout)
-    return gl.max(gl.where((row >= live) | (total < limit), 0, 1), 0) > 0
 
 
 @gluon.jit
@@ -243,40 +208,31 @@ def _get(low, high, row, column, full, to0, to1):
 @gluon.jit
 def _attend_again(low, high, a0, a1, x0, x1, full, first_key, length, k_column, width, scale, acc0, acc1, like):
     """The same with a running maximum, slowly: the four warps fetch for themselves, to where the queries were."""
-    ROWS: gl.constexpr = x0.shape[0]
     KEYS: gl.constexpr = x0.shape[0]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    a0 = gl.convert_layout(a0, A)
-    a1 = gl.convert_layout(a1, A)
+    a0 = gl.convert_layout(a0, gl.DotOperandLayout(0, S, 2))
+    a1 = gl.convert_layout(a1, gl.DotOperandLayout(0, S, 2))
     acc0 = gl.zeros_like(acc0)
     acc1 = gl.zeros_like(acc1)
-    best = gl.full((ROWS,), -1e30, gl.float32, gl.SliceLayout(1, S))
-    total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
+    total = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, S))
+    best = total + NOTHING
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
     for start in range(0, length, KEYS):
         meet()
         _get(low, high, first_key + start, k_column, full, x0, x1)
         mbarrier.wait(full, 1)
-        s = warpgroup_mma_wait(0, deps=(_scores(a0, a1, x0, x1, ROWS, KEYS, S),))
+        s = warpgroup_mma_wait(0, deps=(scores(a0, a1, x0, x1, KEYS, S),))
         meet()
         _get(low, high, first_key + start, k_column + width, full, x0, x1)
-        s = gl.where((start + key < length)[None, :], s * scale, -1e30)
-        new = gl.maximum(best, gl.max(s, 1))
-        e = gl.exp2(s - new[:, None])
-        fade = gl.exp2(best - new)
-        total = total * fade + gl.sum(e, 1)
-        best = new
-        acc0 *= gl.convert_layout(fade, gl.SliceLayout(1, acc0.type.layout))[:, None]
-        acc1 *= gl.convert_layout(fade, gl.SliceLayout(1, acc1.type.layout))[:, None]
+        s = gl.where((start + key < length)[None, :], s * scale, NOTHING)
+        e, best, total, acc0, acc1 = running(s, best, total, acc0, acc1)
         mbarrier.wait(full, 0)
         if start + KEYS > length:
-            _clear(x0, length - start)
-            _clear(x1, length - start)
+            clear(x0, length - start)
+            clear(x1, length - start)
             fence_async_shared()
             meet()
-        next0, next1 = _values(e.to(low.dtype), x0, x1, acc0, acc1)
-        acc0, acc1 = warpgroup_mma_wait(0, deps=(next0, next1))
+        acc0, acc1 = warpgroup_mma_wait(0, deps=add_values(e.to(low.dtype), x0, x1, acc0, acc1))
     return acc0, acc1, gl.convert_layout(total, like.type.layout)
 
 
@@ -284,11 +240,6 @@ def _attend_again(low, high, a0, a1, x0, x1, full, first_key, length, k_column, 
 def _places(box, count: gl.constexpr):
     """Shared memory for so many boxes."""
     return gl.allocate_shared_memory(box.dtype, [count] + box.block_shape, box.layout)  # noqa: RUF005
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr):
-    return gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
 
 
 @gluon.jit(do_not_specialize=["tiles"])
@@ -313,11 +264,11 @@ def _segments(
     k1 = _places(k_high, STAGES)
     v0 = _places(k_low, STAGES)
     v1 = _places(k_high, STAGES)
-    q_full = _barriers(1)
-    k_full = _barriers(STAGES)
-    k_empty = _barriers(STAGES)
-    v_full = _barriers(STAGES)
-    v_empty = _barriers(STAGES)
+    q_full = barriers(1)
+    k_full = barriers(STAGES)
+    k_empty = barriers(STAGES)
+    v_full = barriers(STAGES)
+    v_empty = barriers(STAGES)
     mbarrier.init(q_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)

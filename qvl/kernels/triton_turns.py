@@ -1,0 +1,79 @@
+"""What attention by teams of four warps is made of, in Gluon: the products and the weights of a turn of keys.
+
+A softmax may be shifted by any number: a row's maximum is subtracted only to keep exponentials in range. So the kernels
+shift all weights of a row by the maximum of its first keys (`running`): then no turn searches for a maximum, no thread
+waits for another, and nothing computed is scaled again. The sum of the weights cannot vanish, as the first keys are in
+it; but where a later score is far larger, it overflows. `beyond` sees that, and the kernel computes the tile once more
+with a running maximum.
+
+Knows tiles of scores, weights and values. Does not know where they come from. Importing this file imports Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+
+LOG2E = 1.4426950408889634
+NOTHING = gl.constexpr(-1e30)  # the score of a key that a row may not see
+MARGIN = gl.constexpr(10.0)  # the largest weight of the first keys is 2**-10: there is room for larger ones
+LIMITS = {torch.bfloat16: 2.0**64, torch.float16: 2.0**15}  # of a row's sum: below it each weight is in range
+
+
+@gluon.jit
+def barriers(count: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def scores(q0, q1, k0, k1, KEYS: gl.constexpr, S: gl.constexpr):
+    """Queries times keys, under way; each in two parts of head_dim."""
+    ROWS: gl.constexpr = q0.shape[0]
+    s = gl.zeros((ROWS, KEYS), gl.float32, S)
+    s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
+    return warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def add_values(weights, v0, v1, acc0, acc1):
+    """Weights times values added to what was summed, under way."""
+    w0 = gl.convert_layout(weights, gl.DotOperandLayout(0, acc0.type.layout, 2))
+    w1 = gl.convert_layout(weights, gl.DotOperandLayout(0, acc1.type.layout, 2))
+    return warpgroup_mma(w0, v0, acc0, is_async=True), warpgroup_mma(w1, v1, acc1, is_async=True)
+
+
+@gluon.jit
+def clear(values, live):
+    """Zeros from row `live` on: what lies behind the last key may be anything, and 0 * nan is nan."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    row = gl.arange(0, values.shape[0], gl.SliceLayout(1, L))
+    old = values.load(L)
+    values.store(gl.where((row < live)[:, None], old, gl.zeros_like(old)))
+
+
+@gluon.jit
+def running(s, shift, total, acc0, acc1):
+    """Scores to weights by the largest score of a row until now: (weights, their shift, and what was summed before
+    these, in the same measure).
+    """
+    new = gl.maximum(shift, gl.max(s, 1) + MARGIN)
+    fade = gl.exp2(shift - new)
+    f0 = gl.convert_layout(fade, gl.SliceLayout(1, acc0.type.layout))[:, None]
+    f1 = gl.convert_layout(fade, gl.SliceLayout(1, acc1.type.layout))[:, None]
+    e = gl.exp2(s - new[:, None])
+    return e, new, total * fade + gl.sum(e, 1), acc0 * f0, acc1 * f1
+
+
+@gluon.jit
+def part_sums(e):
+    """Of a row, what each thread holds: [rows, 8]."""
+    return gl.sum(e.reshape([e.shape[0], e.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def beyond(total, limit, live):
+    """Whether the sum of one of the first `live` rows reached the limit, or is not a number."""
+    row = gl.arange(0, total.shape[0], total.type.layout)
+    return gl.max(gl.where((row >= live) | (total < limit), 0, 1), 0) > 0
