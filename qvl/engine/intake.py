@@ -18,7 +18,7 @@ from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
 from qvl.media.image import Empty
 from qvl.media.kept import Kept
-from qvl.media.load import LoadedMedia, finish, frame_size, keep_pictures, load, picture_size
+from qvl.media.load import LoadedMedia, frame_size, keep_pictures, load, picture_size
 from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import MediaSlot, Tokenizer
@@ -95,7 +95,7 @@ class Intake:
         self.spec = config.spec
 
     def prepare_chat(self, request: ChatRequest, *, later: bool = False) -> Prepared:
-        """Render, load every picture and video in order, lay out the prompt. With `later` call `finish` afterwards.
+        """Load every picture and video in order, render, lay out the prompt. With `later` call `finish` afterwards.
 
         Raises `TooManyMedia` before anything is fetched; `BadMedia`, `MediaRefused` and the like, saying which one;
         `PromptTooLong`; `InvalidRequest` for what template or sampling cannot take.
@@ -103,13 +103,13 @@ class Intake:
         parts = _media_parts(request.messages)
         self._check_counts(parts)
         self._check_constraint(request.sampling)
-        pieces = self.tokenizer.chat(
+        media = self._load(parts, request.limits.over(self.config.limits), later)
+        pieces = self.tokenizer.chat(  # while pictures may still be decoded
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_vision_id=request.add_vision_id,
         )
-        media = self._load(parts, request.limits.over(self.config.limits), later)
         waiting = iter(media)
         segments: list[Segment] = [
             _vision(next(waiting)) if isinstance(piece, MediaSlot) else piece for piece in pieces
@@ -169,16 +169,12 @@ class Intake:
                 raise TooManyMedia(kind, count, limit)
 
     def finish(self, media: Sequence[LoadedMedia], come: Callable[[int], None]) -> None:
-        """Decode what was left for later; `come` hears, in any thread, which pixels are there. Raises `BadMedia`."""
-
-        def finish_one(numbered: tuple[int, str]) -> None:
-            number, name = numbered
-            with _said_of(name):
-                finish(media[number], self._loading.gate)
+        """Wait for what was left for later; `come` hears whose pixels are there. Raises `BadMedia`."""
+        for number, (name, one) in enumerate(zip(_names(media), media, strict=True)):
+            if one.decoding is not None:
+                with _said_of(name):
+                    one.decoding.finish(self._loading.gate)
             come(number)
-
-        for _ in self._loading.in_order(finish_one, list(enumerate(_names(media)))):
-            pass
 
     def _load(self, parts: Sequence[MediaPart], limits: PixelLimits, later: bool = False) -> tuple[LoadedMedia, ...]:
         """Pictures have their final size on a CPU engine; a GPU resizes them itself."""
@@ -189,10 +185,13 @@ class Intake:
         def load_one(named: tuple[str, MediaPart]) -> LoadedMedia:
             name, part = named
             with _said_of(name):
-                return load(
+                loaded = load(
                     part, processor, policy, limits,
                     resize_here=resize_here, gate=gate, kept=kept, empty=empty, later=later,
                 )  # fmt: skip
+            if later and loaded.decoding is not None:
+                loaded.decoding.begin(gate, self._loading.begin)
+            return loaded
 
         return tuple(self._loading.in_order(load_one, list(zip(_names(parts), parts, strict=True))))
 

@@ -10,7 +10,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 P = TypeVar("P")
@@ -41,6 +41,10 @@ class Loading:
         finally:
             for future in later:
                 future.cancel()
+
+    def begin(self, work: Callable[[], T]) -> Future[T]:
+        """`work` in another thread, beside who calls."""
+        return self._pool.submit(contextvars.copy_context().run, work)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from qvl.media.fetch import MediaPolicy
 from qvl.media.given_up import turn
 from qvl.media.image import Empty, decode_image, decode_later
 from qvl.media.kept import DEFAULT_BYTES, Kept
+from qvl.media.later import Decoding
 from qvl.media.resize import resize_bicubic, smart_resize
 from qvl.media.stages import reported, stage
 from qvl.media.video import FrameStack, check_sampling, decode_video, sample_indices
@@ -33,22 +34,6 @@ from qvl.types import Grid, MediaKind, MediaPart, PictureRule, PixelLimits
 DIGEST_BYTES = 16
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
-
-
-class Decoding:
-    """Of a picture whose size is known: done once, by who comes first, also where several have it."""
-
-    def __init__(self, decode: Callable[[], None]) -> None:
-        self.is_over = False
-        self._decode = decode
-        self._lock = threading.Lock()
-
-    def finish(self) -> None:
-        """Raises BadMedia, to everybody who comes."""
-        with self._lock:
-            if not self.is_over:
-                self._decode()
-                self.is_over = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +98,7 @@ def load(
 
     Where a `gate` is given, everything but waiting for the network happens within it. `kept`: pictures of the same
     `spec`, `policy` and `resize_here`, so that the same file is decoded once for several requests. `empty`: where the
-    pixels of pictures shall lie that are not resized here; with `later` they may still have to come there: `finish`.
+    pixels of pictures shall lie that are not resized here; with `later` they may still have to come there (`Decoding`).
 
     No request goes above the checkpoint's `max_pixels` (a larger wish is served with the checkpoint's). With
     `resize_here` the pixels already have the model's size. Blocks on network and disk; decoding, resizing and
@@ -141,14 +126,6 @@ def load(
         if loaded.decoding is not None and not later:
             loaded.decoding.finish()
     return loaded
-
-
-@reported
-def finish(media: LoadedMedia, gate: threading.Semaphore) -> None:
-    """Its pixels are there afterwards. Raises BadMedia."""
-    if media.decoding is not None and not media.decoding.is_over:
-        with turn(gate):
-            media.decoding.finish()
 
 
 def _has_remote_frames(part: MediaPart) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import threading
 import tracemalloc
 
 import numpy as np
@@ -15,9 +14,8 @@ from PIL import Image
 from qvl.errors import BadMedia, InvalidRequest, MediaRefused, PayloadTooLarge
 from qvl.media import load as load_module
 from qvl.media.fetch import MediaPolicy
-from qvl.media.load import LoadedMedia, Once, finish, frame_size, keep_pictures, load, picture_size
+from qvl.media.load import LoadedMedia, Once, frame_size, keep_pictures, load, picture_size
 from qvl.media.resize import resize_bicubic, smart_resize
-from qvl.media.stages import heard_by
 from qvl.specs import ProcessorSpec
 from qvl.types import Grid, MediaPart, PixelLimits
 from tests.media.conftest import clip, png
@@ -416,32 +414,6 @@ def test_frames_from_the_network_share_one_time_limit(site):
     with pytest.raises(BadMedia, match=r"in time|too long"):
         take([site.url("slow")] * 20, "video", policy=policy)
     assert len(site.seen) < 10
-
-
-def test_a_picture_whose_pixels_come_later_is_the_same_picture():
-    data = jpeg()
-    now = take(data, here=False)
-    gate = threading.BoundedSemaphore(1)
-    kept = keep_pictures()
-
-    def begin(later: bool) -> LoadedMedia:
-        part, empty = MediaPart("image", data), lambda shape: np.zeros(shape, np.uint8)
-        return load(
-            part, SPEC, POLICY, PixelLimits(), resize_here=False, gate=gate, kept=kept, empty=empty, later=later
-        )
-
-    first, second = begin(True), begin(True)
-    assert first is second
-    assert first.decoding is not None
-    assert not first.decoding.is_over
-    assert not first.pixels.any()
-    assert (first.digest, first.grid, first.num_tokens) == (now.digest, now.grid, now.num_tokens)
-    heard: list[str] = []
-    with heard_by(lambda kind, stage, seconds: heard.append(stage)):
-        finish(first, gate)
-        finish(second, gate)
-    assert heard == ["decode"], "once for both"
-    assert np.array_equal(first.pixels, now.pixels)
 
 
 def test_who_does_not_ask_for_later_gets_pixels():
