@@ -2,7 +2,7 @@
  *
  * `BYTES` is the width of a vector. The portable way is also what tests run to check the logic of instructions that
  * their machine lacks (-DQVL_PORTABLE=64). WIDE: bytes have no product of their own that sums into 32 bits (AVX2), so
- * that codes of 16 bits are faster for several rows of x; see cpu_wide.h.
+ * that codes of 16 bits are faster for several rows of x; see cpu_eight.h.
  */
 #pragma once
 #include "cpu_vectors.h"
@@ -27,8 +27,7 @@
 #define PATH "portable"
 #endif
 
-#define ROWS 4   /* of a tile of W of 8 bits */
-#define TILE4 16 /* rows of one of 4 bits */
+#define TILE 16 /* rows of a tile of W */
 #define BLOCK8 64
 #define BLOCK4 128
 #define SPAN 512
@@ -40,22 +39,9 @@ typedef uint16_t vh __attribute__((vector_size(BYTES)));
 typedef int16_t vw __attribute__((vector_size(BYTES)));
 typedef uint32_t vu32 __attribute__((vector_size(BYTES)));
 typedef int32_t vd __attribute__((vector_size(BYTES)));
-typedef float vf4 __attribute__((vector_size(4 * ROWS)));
-typedef int32_t vd4 __attribute__((vector_size(4 * ROWS)));
 typedef vb vb_u __attribute__((aligned(1)));
-typedef vf4 vf4_u __attribute__((aligned(4)));
-typedef vd4 vd4_u __attribute__((aligned(4)));
 #define LOAD(p) (*(const vb_u *)(p))
 #define UNROLL _Pragma("GCC unroll 8")
-
-/* sum + dot * scale, rounded once where the processor can. */
-INLINE vf4 scaled_add(vf4 sum, vf4 dot, vf4 scale) {
-#if defined(__FMA__)
-    return (vf4)_mm_fmadd_ps((__m128)dot, (__m128)scale, (__m128)sum);
-#else
-    return sum + dot * scale;
-#endif
-}
 
 /* sum + four products of unsigned u and signed x in every lane. Saturation: none in VNNI's form, nor in C. */
 #if defined(VNNI) && BYTES == 64
@@ -86,24 +72,3 @@ INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, (vb)_mm256_sign
 INLINE vu unsigned8(vb w) { return (vu)w ^ 128; }
 INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, x); }
 #endif
-
-/* The sums of the lanes of four vectors. */
-INLINE vd4 totals(const vd *v) {
-#if !defined(QVL_PORTABLE) && BYTES >= 32
-    __m256i half[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-#if BYTES == 64
-        half[i] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v[i]), _mm512_extracti64x4_epi64((__m512i)v[i], 1));
-#else
-        half[i] = (__m256i)v[i];
-#endif
-    }
-    __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
-    return (vd4)_mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-#else
-    vd4 sum = {0};
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < BYTES / 4; j++) sum[i] += v[i][j];
-    return sum;
-#endif
-}

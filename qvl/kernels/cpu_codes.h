@@ -7,12 +7,8 @@
 #include "cpu_bytes.h"
 #include <math.h>
 
-#define K_CHUNK 2048
-#define AHEAD 1024 /* bytes of W that are fetched before they are needed */
-
-/* What one call computes. Of x: codes [m, k] of 8 bits or, `wide`, of 16; of every span a scale [m / 4, spans, 4] and the
- * norm that cpu_masked.h needs [m, spans]; of every BLOCK4 codes their sum [m / 4, blocks, 4]. `tiles` of W,
- * of `tile` rows each, are a piece of work. */
+/* What one call computes. Of x: codes [m, k] of 8 bits or, `wide`, of 16; of every span a scale [m, spans]; of every
+ * BLOCK4 codes their sum [m, spans, PER_SPAN]. `tiles` of W are a piece of work. */
 typedef struct {
     int bits, wide;
     const int8_t *w;
@@ -20,16 +16,14 @@ typedef struct {
     const float *from, *row_scales, *bias;
     float *y;
     int8_t *codes;
-    float *scales, *norms;
+    float *scales;
     int32_t *sums;
-    long ldx, m, n, width, k, spans, tile, tiles;
+    long ldx, m, n, width, k, spans, tiles;
 } product;
 
-INLINE float *scales_of(const product *p, long row, long span) {
-    return p->scales + (row / 4 * p->spans + span) * 4 + row % 4;
-}
+INLINE float *scales_of(const product *p, long row, long span) { return p->scales + row * p->spans + span; }
 INLINE int32_t *sums_of(const product *p, long row, long at) {
-    return p->sums + (row / 4 * p->spans * PER_SPAN + at / BLOCK4) * 4 + row % 4;
+    return p->sums + row * p->spans * PER_SPAN + at / BLOCK4;
 }
 
 typedef int8_t vc_u __attribute__((vector_size(LANES), aligned(1))); /* LANES codes */
@@ -51,7 +45,7 @@ INLINE float largest(const float *v, long n) {
     return out + sum(odd);
 }
 
-/* `length` numbers, a multiple of BLOCK8, times `back` to codes; their sum per BLOCK4 into every fourth of `sums`. */
+/* `length` numbers, a multiple of BLOCK8, times `back` to codes; their sum per BLOCK4 into `sums`. */
 INLINE void round_span(const float *x, long length, float back, int8_t *codes, int32_t *sums) {
     for (long i = 0; i < length; i += BLOCK8) {
         vs sum = {0};
@@ -67,15 +61,14 @@ INLINE void round_span(const float *x, long length, float back, int8_t *codes, i
         }
         int32_t all = 0;
         for (int l = 0; l < LANES; l++) all += sum[l];
-        if (i % BLOCK4 == 0) sums[i / BLOCK4 * 4] = 0;
-        sums[i / BLOCK4 * 4] += all;
+        if (i % BLOCK4 == 0) sums[i / BLOCK4] = 0;
+        sums[i / BLOCK4] += all;
     }
 }
 
-/* n numbers to codes, zero-filled to k, with scales and sums in every fourth place. A scale that is not a number makes
- * every result so. */
+/* n numbers to codes, zero-filled to k, with scales and sums. A scale that is not a number makes every result so. */
 static void round_row(const float *x, long n, long k, int8_t *codes, float *scales, int32_t *sums) {
-    for (long i = 0; i < k; i += SPAN, scales += 4, sums += 4 * PER_SPAN) {
+    for (long i = 0; i < k; i += SPAN, scales++, sums += PER_SPAN) {
         long length = k - i < SPAN ? k - i : SPAN, own = n - i < length ? n - i : length;
         float part[SPAN];
         const float *in = x + i;
@@ -89,7 +82,7 @@ static void round_row(const float *x, long n, long k, int8_t *codes, float *scal
         if (most == most)
             round_span(in, length, most > 1e-30f ? 127 / most : 0, codes + i, sums);
         else /* no number can be converted: nothing, times a scale that is none */
-            memset(codes + i, 0, length), memset(sums, 0, 4 * PER_SPAN * sizeof *sums);
+            memset(codes + i, 0, length), memset(sums, 0, PER_SPAN * sizeof *sums);
     }
 }
 
@@ -104,16 +97,18 @@ static void write8(const void *what, long i) {
     const writing *p = what;
     const float *in = p->x + i * p->width;
     long row = p->first + i, whole = p->width - p->width % BLOCK8;
-    int8_t *to = (int8_t *)p->w + row / ROWS * ROWS * p->k + row % ROWS * BLOCK8;
+    int8_t *to = (int8_t *)p->w + row / TILE * TILE * p->k + row % TILE * 4, codes[BLOCK8];
     float rest[BLOCK8] = {0};
     memcpy(rest, in + whole, (p->width - whole) * sizeof(float));
     float most = largest(in, whole), other = largest(rest, BLOCK8);
     most = other > most ? other : most;
     float back = most > 1e-30f ? 127 / most : 0;
     ((float *)p->scales)[row] = most / 127;
-    for (long j = 0; j < p->k; j += BLOCK8, to += ROWS * BLOCK8)
+    for (long j = 0; j < p->k; j += BLOCK8) {
         for (long b = 0; b < BLOCK8; b += LANES)
-            store_codes(to + b, rounded(f32_low(j < whole ? in + j + b : rest + b) * back));
+            store_codes(codes + b, rounded(f32_low(j < whole ? in + j + b : rest + b) * back));
+        for (long b = 0; b < BLOCK8; b += 4, to += 4 * TILE) memcpy(to, codes + b, 4);
+    }
 }
 
 INLINE vf code4(vf v) { /* the nearest of -8..7 */
@@ -149,14 +144,14 @@ static void write4(const void *what, long i) {
     long row = p->first + i;
     for (long g = 0; g * BLOCK4 < p->k; g++) {
         float part[BLOCK4] = {0};
-        long block = row / TILE4 * (p->k / BLOCK4) + g, place = block * TILE4 + row % TILE4, own = p->width - g * BLOCK4;
+        long block = row / TILE * (p->k / BLOCK4) + g, place = block * TILE + row % TILE, own = p->width - g * BLOCK4;
         memcpy(part, p->x + i * p->width + g * BLOCK4, (own < BLOCK4 ? own : BLOCK4) * sizeof(float));
         float step = best_step(part), back = step != 0 ? 1 / step : 0;
         _Float16 half = (_Float16)step;
         memcpy((uint16_t *)p->scales + place, &half, 2);
         for (int j = 0; j < BLOCK4; j += LANES) *(vf_u *)(part + j) = code4(f32_low(part + j) * back) + 8;
-        uint8_t *to = (uint8_t *)p->w + block * TILE4 * (BLOCK4 / 2) + row % TILE4 * 4;
+        uint8_t *to = (uint8_t *)p->w + block * TILE * (BLOCK4 / 2) + row % TILE * 4;
         for (int j = 0; j < BLOCK4 / 2; j++)
-            to[j / 4 * (4 * TILE4) + j % 4] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
+            to[j / 4 * (4 * TILE) + j % 4] = (uint8_t)((int)part[j] | (int)part[BLOCK4 / 2 + j] << 4);
     }
 }

@@ -1,26 +1,13 @@
-/* Products with W of 4 bits.
+/* Products with W of 4 bits, over one span of x.
  *
- * W lies in tiles of TILE4 rows: four numbers of every row, then the next four. So a vector holds rows side by side,
- * each of its sums belongs to one row, and nothing is added across a vector. x comes four numbers at a time, the same for
- * all rows. A block is BLOCK4 numbers of k in STEPS4 steps: byte i of a row in step s holds number 4 s + i below and
+ * A block is BLOCK4 numbers of k in STEPS4 steps of four bytes: byte i of a row in step s holds number 4 s + i below and
  * 64 + 4 s + i above, both plus 8.
  */
 #pragma once
-#include "cpu_codes.h"
+#include "cpu_tiles.h"
 
 #define STEPS4 (BLOCK4 / 8)
-#define BESIDE (4 * TILE4 / BYTES) /* vectors beside each other for the rows of a tile */
-#define COLUMNS4 4
 #define START4 (-8) /* what a code of 0 stands for */
-
-typedef float vn __attribute__((vector_size(BYTES))); /* a number for each of some rows */
-typedef float vn_u __attribute__((vector_size(BYTES), aligned(4)));
-
-INLINE vb four(const int8_t *x) {
-    int32_t same;
-    memcpy(&same, x, 4);
-    return (vb)((vd){0} + same);
-}
 
 INLINE vn numbers_of(const uint16_t *halves) {
 #if defined(__F16C__) && BYTES == 32
@@ -38,25 +25,14 @@ INLINE vn numbers_of(const uint16_t *halves) {
 #endif
 }
 
-/* sum + dots * scale, rounded once where the processor can. */
-INLINE vn weighed_add(vn sum, vn dots, vn scale) {
-#if defined(__FMA__) && BYTES == 32
-    return (vn)_mm256_fmadd_ps((__m256)dots, (__m256)scale, (__m256)sum);
-#elif defined(__AVX512F__) && BYTES == 64
-    return (vn)_mm512_fmadd_ps((__m512)dots, (__m512)scale, (__m512)sum);
-#else
-    return sum + dots * scale;
-#endif
-}
-
 /* Some steps of a block of W times `columns` rows of x, k apart. Sixteen products of at most 15 * 127 fit into 16 bits,
  * which is four steps. */
 #define TOGETHER 4
 INLINE void steps4(const int columns, const int8_t *w, const int8_t *x, long k, vd (*sum)[BESIDE]) {
 #if defined(WIDE)
-    vw pairs[COLUMNS4][BESIDE] = {0};
+    vw pairs[STRIP][BESIDE] = {0};
 #endif
-    UNROLL for (int s = 0; s < TOGETHER; s++, w += 4 * TILE4, x += 4) {
+    UNROLL for (int s = 0; s < TOGETHER; s++, w += 4 * TILE, x += 4) {
         vu low[BESIDE], high[BESIDE];
         UNROLL for (int v = 0; v < BESIDE; v++) {
             vu both = (vu)LOAD(w + v * BYTES);
@@ -83,54 +59,24 @@ INLINE void steps4(const int columns, const int8_t *w, const int8_t *x, long k, 
 #endif
 }
 
-/* Tile t times `columns` rows of x over [from, stop) of k. */
-INLINE void tile4(const int columns, const product *p, long column, long t, long from, long stop) {
-    const int8_t *w = p->w + (t * p->k + from) * TILE4 / 2;
-    const uint16_t *steps = p->steps + (t * p->k + from) / BLOCK4 * TILE4;
-    long rows = p->n - t * TILE4 < TILE4 ? p->n - t * TILE4 : TILE4;
-    float y[COLUMNS4][TILE4] = {0};
-    for (int c = 0; from && c < columns; c++)
-        memcpy(y[c], p->y + (column + c) * p->n + t * TILE4, rows * sizeof(float));
-    for (long span = from; span < stop; span += SPAN) {
-        long end = stop - span < SPAN ? stop : span + SPAN;
-        vn some[COLUMNS4][BESIDE] = {0};
-        for (long at = span; at < end; at += BLOCK4, steps += TILE4) {
-            const int8_t *x = p->codes + column * p->k + at;
-            vd sum[COLUMNS4][BESIDE];
-            UNROLL for (int c = 0; c < columns; c++)
-                UNROLL for (int v = 0; v < BESIDE; v++) sum[c][v] = (vd){0} + START4 * *sums_of(p, column + c, at);
-            for (int s = 0; s < STEPS4; s += TOGETHER, w += TOGETHER * 4 * TILE4) {
-                UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(w + AHEAD + f * 64, 0, 2);
-                steps4(columns, w, x + 4 * s, p->k, sum);
-            }
-            UNROLL for (int v = 0; v < BESIDE; v++) {
-                vn step = numbers_of(steps + v * (BYTES / 4));
-                UNROLL for (int c = 0; c < columns; c++)
-                    some[c][v] = weighed_add(some[c][v], __builtin_convertvector(sum[c][v], vn), step);
-            }
-        }
+/* Numbers [at, at + length) of k of a tile times `columns` rows of x: to `out`, still to be scaled as x is. */
+INLINE void span4(const int columns, const product *p, const int8_t *w, const uint16_t *steps, long column, long at,
+                  long length, vn (*out)[BESIDE]) {
+    UNROLL for (int c = 0; c < columns; c++)
+        UNROLL for (int v = 0; v < BESIDE; v++) out[c][v] = (vn){0};
+    for (long b = at; b < at + length; b += BLOCK4, steps += TILE) {
+        const int8_t *x = p->codes + column * p->k + b;
+        vd sum[STRIP][BESIDE];
         UNROLL for (int c = 0; c < columns; c++)
-            UNROLL for (int v = 0; v < BESIDE; v++) {
-                vn_u *to = (vn_u *)(y[c] + v * (BYTES / 4));
-                *to = weighed_add(*to, some[c][v], *scales_of(p, column + c, span / SPAN) - (vn){0});
-            }
-    }
-    for (int c = 0; c < columns; c++)
-        for (long r = 0, row = t * TILE4; r < rows; r++, row++)
-            p->y[(column + c) * p->n + row] = stop == p->k && p->bias ? y[c][r] + p->bias[row] : y[c][r];
-}
-
-/* Tiles [first, last) times all of x. */
-static void tiles4(const product *p, long first, long last) {
-    long chunk = p->m == 1 ? p->k : K_CHUNK;
-    for (long from = 0; from < p->k; from += chunk) {
-        long stop = p->k - from < chunk ? p->k : from + chunk;
-        for (long t = first; t < last; t++)
-            for (long c = 0; c < p->m; c += COLUMNS4) switch (p->m - c) {
-                case 1: tile4(1, p, c, t, from, stop); break;
-                case 2: tile4(2, p, c, t, from, stop); break;
-                case 3: tile4(3, p, c, t, from, stop); break;
-                default: tile4(4, p, c, t, from, stop);
-                }
+            UNROLL for (int v = 0; v < BESIDE; v++) sum[c][v] = (vd){0} + START4 * *sums_of(p, column + c, b);
+        for (int s = 0; s < STEPS4; s += TOGETHER, w += TOGETHER * 4 * TILE) {
+            UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(w + AHEAD + f * 64, 0, 2);
+            steps4(columns, w, x + 4 * s, p->k, sum);
+        }
+        UNROLL for (int v = 0; v < BESIDE; v++) {
+            vn step = numbers_of(steps + v * (BYTES / 4));
+            UNROLL for (int c = 0; c < columns; c++)
+                out[c][v] = weighed_add(out[c][v], __builtin_convertvector(sum[c][v], vn), step);
+        }
     }
 }

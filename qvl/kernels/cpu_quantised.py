@@ -23,8 +23,7 @@ from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 SOURCE = Path(__file__).with_name("cpu_quantised.c")
 FLAGS = ("-ffp-contract=off",)  # a sum is rounded alike whatever loop the compiler puts it into
 PORTABLE = ("-DQVL_PORTABLE=16",)
-# As in the C files: rows of a tile by bits, bytes of a row in a block, numbers of x for one scale.
-ROWS, BLOCK_BYTES, SPAN = {8: 4, 4: 16}, 64, 512
+ROWS, BLOCK_BYTES, SPAN = 16, 64, 512  # as in the C files: rows of a tile, bytes of a row in a block, one scale of x
 STEP_PARTS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # of the step that just reaches the largest number
 PANEL_NUMBERS = 2 * 1024 * 1024
 SMALLEST = 1e-30
@@ -37,11 +36,10 @@ _log = logging.getLogger("qvl.kernels")
 class QuantisedMatrix:
     """A matrix [rows, width] as codes and scales; all zero until `write`.
 
-    8 bits: `codes` int8 [tiles, blocks, 4, 64], four rows in a tile and 64 numbers in a block; `scales` fp32
-    [tiles, 4].
-    4 bits: `codes` int8 [tiles, blocks, 16, 16, 4], sixteen rows in a tile and 128 numbers in a block: four bytes of
-    every row, then the next four. Byte i of a row holds number i in its low half and 64 + i in its high half, both
-    plus 8. `scales` fp16 [tiles, blocks, 16]. Rows and width are filled up with zeros.
+    `codes` int8 [tiles, blocks, 16, 16, 4]: sixteen rows stand in a tile, four bytes of every row and then the next
+    four, 64 of each in a block. With 8 bits a byte is a number; with 4, byte i holds number i in its low half and
+    64 + i in its high half, both plus 8. `scales`: fp32 [tiles, 16] of whole rows, or fp16 [tiles, blocks, 16] of
+    blocks. Rows and width are filled up with zeros.
     """
 
     bits: int
@@ -53,11 +51,9 @@ class QuantisedMatrix:
     @classmethod
     def empty(cls, bits: int, rows: int, width: int) -> QuantisedMatrix:
         assert bits in (4, 8), bits
-        tile = ROWS[bits]
-        tiles, blocks = -(-rows // tile), -(-width * bits // (8 * BLOCK_BYTES))
-        inside = (tile, BLOCK_BYTES) if bits == 8 else (BLOCK_BYTES // 4, tile, 4)
-        codes = in_large_pages(torch.empty(tiles, blocks, *inside, dtype=torch.int8)).zero_()
-        scales = torch.zeros(tiles, tile) if bits == 8 else torch.zeros(tiles, blocks, tile, dtype=torch.float16)
+        tiles, blocks = -(-rows // ROWS), -(-width * bits // (8 * BLOCK_BYTES))
+        codes = in_large_pages(torch.empty(tiles, blocks, BLOCK_BYTES // 4, ROWS, 4, dtype=torch.int8)).zero_()
+        scales = torch.zeros(tiles, ROWS) if bits == 8 else torch.zeros(tiles, blocks, ROWS, dtype=torch.float16)
         return cls(bits, rows, width, codes, scales)
 
     @property
@@ -82,10 +78,11 @@ class QuantisedMatrix:
 
     def read(self, ids: Tensor) -> Tensor:
         """The rows `ids` (int [n]) as fp32 [n, width]: what the codes stand for."""
-        tile, lane = ids // ROWS[self.bits], ids % ROWS[self.bits]
+        tile, lane = ids // ROWS, ids % ROWS
+        codes = self.codes[tile, :, :, lane].flatten(2)  # [n, blocks, 64]
         if self.bits == 8:
-            return self.codes[tile, :, lane].flatten(1)[:, : self.width] * self.scales[tile, lane, None]
-        both = self.codes[tile, :, :, lane].flatten(2).view(torch.uint8)  # [n, blocks, 64]
+            return codes.flatten(1)[:, : self.width] * self.scales[tile, lane, None]
+        both = codes.view(torch.uint8)
         numbers = torch.cat((both & 15, both >> 4), dim=-1).float() - 8
         return (numbers * self.scales[tile, :, lane, None].float()).flatten(1)[:, : self.width]
 
@@ -199,13 +196,13 @@ def product_with_torch(matrix: QuantisedMatrix, x: Tensor, bias: Tensor | None) 
 def write_with_torch(matrix: QuantisedMatrix, first: int, values: Tensor) -> None:
     """`QuantisedMatrix.write` without a compiled library."""
     rows = torch.arange(first, first + values.shape[0])
-    tile, lane = rows // ROWS[matrix.bits], rows % ROWS[matrix.bits]
+    tile, lane = rows // ROWS, rows % ROWS
     padded = torch.zeros(values.shape[0], matrix.padded_width)
     padded[:, : matrix.width] = values
     if matrix.bits == 8:
         most = padded.abs().amax(-1)
         codes = (padded * torch.where(most > SMALLEST, 127 / most, torch.zeros(()))[:, None]).round()
-        matrix.codes[tile, :, lane] = codes.to(torch.int8).unflatten(-1, (-1, BLOCK_BYTES))
+        matrix.codes[tile, :, :, lane] = codes.to(torch.int8).unflatten(-1, (-1, BLOCK_BYTES // 4, 4))
         matrix.scales[tile, lane] = most / 127
         return
     blocks = padded.unflatten(-1, (-1, 2 * BLOCK_BYTES))  # [n, blocks, 128]
