@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -93,9 +93,9 @@ class CpuDecode:
         self.sizes = sizes
         self.products = products
 
-    def takes(self, rows: int, plan: Plan) -> bool:
-        """Whether the step is of decodes alone, and few enough."""
-        return 0 < rows <= MOST and plan.num_decodes == rows
+    def takes(self, rows: int, plan: Any) -> TypeGuard[Plan]:
+        """Whether a step was planned for compiled attention, is of decodes alone, and few enough."""
+        return isinstance(plan, Plan) and 0 < rows <= MOST and plan.num_decodes == rows
 
     def run(
         self,

@@ -114,6 +114,9 @@ def test_other_steps_go_layer_by_layer(checkpoints: tuple[Path, ...]) -> None:
     assert not counted.made[-1]  # a decode beside a prompt
     pages.step([(0, hidden[:1], positions[:, :1])])
     assert counted.made[-1]
+    model.attention = GatherAttention()
+    pages.step([(0, hidden[:1], positions[:, :1])])
+    assert not counted.made[-1]  # what another attention has planned
 
 
 @torch.inference_mode()
