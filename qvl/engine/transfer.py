@@ -21,7 +21,12 @@ _DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.
 
 
 def upload(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """Arrays of any shapes (int64, int32 or float32), end to end in one buffer, copied in one go; views of it."""
+    """Arrays of any shapes (int64, int32 or float32), end to end in one buffer, copied in one go; views of it.
+
+    On a CPU each by itself, which is quicker than to cut a buffer.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(np.array(array, order="C")) for array in arrays]
     starts = []
     size = 0
     for array in arrays:

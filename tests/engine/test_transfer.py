@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from qvl.backends.room import PIECE_BYTES, PixelRoom
 from qvl.engine.pixels import Pixels, Room
-from qvl.engine.transfer import SharedMemory, on_device, tensor_of
+from qvl.engine.transfer import SharedMemory, on_device, tensor_of, upload
+
+WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def pixels(seed: int) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (1, 40, 512, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, WITHOUT_CUDA])])
+def test_numbers_arrive_as_they_were(device: str) -> None:
+    """Of every type and shape, turned or frozen. What becomes of them there or here afterwards stays there or here."""
+    turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    frozen = np.broadcast_to(np.int64(7), (3, 2))
+    arrays: list[npt.NDArray[Any]] = [
+        turned,
+        frozen,
+        np.zeros((0, 3), dtype=np.int64),
+        np.array([-1, 2**31 - 1], dtype=np.int32),
+    ]
+    there = upload(arrays, torch.device(device))
+    for array, tensor in zip(arrays, there, strict=True):
+        assert tensor.is_contiguous()
+        assert tensor.cpu().numpy().dtype == array.dtype
+        assert np.array_equal(tensor.cpu().numpy(), array)
+    there[1] += 1
+    turned[:] = -5
+    assert (frozen == 7).all()
+    assert there[0].flatten().tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def test_pixels_are_shared_where_they_may_be() -> None:
@@ -38,7 +65,7 @@ def test_a_cpu_reads_shared_memory_where_it_is() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@WITHOUT_CUDA
 def test_a_gpu_reads_shared_memory_by_itself_until_it_is_removed() -> None:
     """Each place is written again as soon as it is given back, while a busy GPU has far more to do than to read it."""
     device = torch.device("cuda")
