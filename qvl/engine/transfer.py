@@ -5,9 +5,9 @@ A copy out of ordinary memory may wait until the device has done everything befo
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,16 +70,19 @@ class Fetch:
 
 
 class SharedMemory:
-    """Memory of other processes, which a GPU reads by itself once it is page-locked."""
+    """Memory of other processes, which a GPU reads by itself once it is page-locked.
+
+    The driver is asked, not torch: a refusal of the runtime's would be the next kernel's error.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._locked: set[int] = set()
 
     def add(self, memory: Pixels) -> None:
         """Takes some milliseconds. What cannot be locked is copied later, piece by piece."""
         address = memory.ctypes.data
-        if self._on_gpu and int(_cuda().cudaHostRegister(address, memory.nbytes, 0)) == 0:
+        if self._device.type == "cuda" and self._ask("cuMemHostRegister_v2", address, memory.nbytes, 0):
             self._locked.add(address)
 
     def remove(self, memory: Pixels) -> None:
@@ -87,12 +90,15 @@ class SharedMemory:
         address = memory.ctypes.data
         if address in self._locked:
             self._locked.remove(address)
-            torch.cuda.synchronize()
-            _cuda().cudaHostUnregister(address)
+            self._ask("cuMemHostUnregister", address)
 
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    def _ask(self, name: str, address: int, *numbers: int) -> bool:
+        torch.cuda.synchronize(self._device)  # there is a context then, and no copy
+        sizes = [ctypes.c_size_t(number) for number in numbers]
+        try:
+            return bool(getattr(ctypes.CDLL("libcuda.so.1"), name)(ctypes.c_void_p(address), *sizes) == 0)
+        except (OSError, AttributeError):  # it has another name there
+            return False
 
 
 _being_read: deque[tuple[torch.cuda.Event, Tensor]] = deque()
