@@ -26,6 +26,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000"
 _FREE_READS = 10_000
 _BYTES_A_READ = 64  # real files have 8,192 (PNG) or 128 (GIF) for each read at the least
 WHITE = (255, 255, 255, 255)
+WORTH_WAITING_FOR = 1 << 18  # pixels; fewer are decoded in less time than it takes to do so beside other things
 
 # What a damaged or hostile file makes Pillow's readers raise.
 _DECODE_ERRORS = (
@@ -85,14 +86,15 @@ def decode_image(data: bytes | Image.Image | Pixels, *, max_pixels: int, empty: 
 
 
 def decode_later(data: bytes, *, max_pixels: int, empty: Empty) -> tuple[Pixels, Callable[[], None]] | None:
-    """Where the pixels [h, w, 3] of a usual JPEG will be, and who decodes them; None for others, and without a place.
+    """Where the pixels [h, w, 3] of a usual JPEG of some size will be, and who decodes them; None for all others.
 
     Raises BadMedia as `decode_image` does; both of them do, since a file's faults may lie behind its head.
     """
     try:
         picture = _open(data)
         _check_size(picture.width, picture.height, max_pixels)
-        if not _is_usual(picture) or _turn(picture) is not None:
+        is_small = picture.width * picture.height < WORTH_WAITING_FOR
+        if is_small or not _is_usual(picture) or _turn(picture) is not None:
             return None
         pixels = empty((picture.height, picture.width, 3))
     except QvlError:

@@ -152,8 +152,12 @@ async def test_the_engine_sees_the_pixels_that_were_sent(backend_of: Start) -> N
         assert leftovers(backend) == []
 
 
-async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(checkpoint: Path) -> None:
+@pytest.mark.parametrize("worth_waiting_for", [0, 10**6])
+async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(
+    worth_waiting_for: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decoded there, handed over there, given back; the same after the engine was replaced."""
+    monkeypatch.setattr(image, "WORTH_WAITING_FOR", worth_waiting_for)
     options = EngineOptions.from_dict({"model": str(checkpoint), "mm_processor_kwargs": {"min_pixels": 1}})
     command = (sys.executable, "-m", "tests.engine.fake_engine", "gpu")
     backend = LocalBackend(options, command=command, kept_bytes=1 << 20)
@@ -181,8 +185,9 @@ async def test_with_a_gpu_pixels_lie_in_memory_that_the_engine_shares(checkpoint
 
 
 @asynccontextmanager
-async def sharing(checkpoint: Path) -> AsyncIterator[LocalBackend]:
-    """A backend whose engine shares memory with it."""
+async def sharing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LocalBackend]:
+    """A backend whose engine shares memory with it and hears of all JPEGs before they are decoded."""
+    monkeypatch.setattr(image, "WORTH_WAITING_FOR", 0)
     command = (sys.executable, "-m", "tests.engine.fake_engine", "gpu")
     backend = LocalBackend(EngineOptions(model=str(checkpoint)), command=command, kept_bytes=1 << 20)
     await backend.start()
@@ -193,9 +198,11 @@ async def sharing(checkpoint: Path) -> AsyncIterator[LocalBackend]:
         await backend.stop()
 
 
-async def test_a_jpeg_whose_end_is_missing_is_refused_by_name(checkpoint: Path) -> None:
+async def test_a_jpeg_whose_end_is_missing_is_refused_by_name(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine has heard of it by then, since its head is good."""
-    async with sharing(checkpoint) as backend:
+    async with sharing(checkpoint, monkeypatch) as backend:
         room = backend._store.room
         assert room is not None
         for _ in range(2):
@@ -220,7 +227,7 @@ async def test_who_leaves_while_a_picture_is_decoded_leaves_nothing_behind(
         real(*args)
 
     monkeypatch.setattr(image, "_fill", slow)
-    async with sharing(checkpoint) as backend:
+    async with sharing(checkpoint, monkeypatch) as backend:
         room = backend._store.room
         assert room is not None
         asking = asyncio.ensure_future(collect(backend.chat(show(jpeg(1)), "r")))

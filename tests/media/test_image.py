@@ -425,6 +425,13 @@ def places(shape: tuple[int, ...]) -> np.ndarray:
     return np.full(shape, 77, np.uint8)
 
 
+@pytest.fixture
+def all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pictures are decoded later too."""
+    monkeypatch.setattr(image, "WORTH_WAITING_FOR", 0)
+
+
+@pytest.mark.usefixtures("all_sizes")
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_usual_jpeg_is_decoded_later_to_the_same_pixels(mode: str) -> None:
     data = encoded(Image.fromarray(NOISE).convert(mode), "JPEG")
@@ -436,6 +443,12 @@ def test_a_usual_jpeg_is_decoded_later_to_the_same_pixels(mode: str) -> None:
     assert np.array_equal(pixels, decode_image(data, max_pixels=10**6))
 
 
+def test_small_pictures_are_not_left_for_later() -> None:
+    assert decode_later(encoded(Image.new("RGB", (511, 512)), "JPEG"), max_pixels=10**6, empty=places) is None
+    assert decode_later(encoded(Image.new("RGB", (512, 512)), "JPEG"), max_pixels=10**6, empty=places) is not None
+
+
+@pytest.mark.usefixtures("all_sizes")
 def test_what_else_there_is_is_not_left_for_later() -> None:
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
@@ -451,6 +464,7 @@ def test_what_else_there_is_is_not_left_for_later() -> None:
     assert decode_later(encoded(Image.fromarray(NOISE), "JPEG"), max_pixels=10**6, empty=lambda _: None) is None
 
 
+@pytest.mark.usefixtures("all_sizes")
 def test_faults_of_a_jpeg_are_told_at_once_or_when_it_is_decoded() -> None:
     data = encoded(Image.fromarray(NOISE), "JPEG")
     with pytest.raises(BadMedia, match="at most 10 pixels"):

@@ -27,7 +27,7 @@ Work = Callable[[], None]
 
 
 def jpeg() -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, size=(60, 90, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, size=(512, 512, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG")
     return file.getvalue()

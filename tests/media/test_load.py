@@ -414,19 +414,3 @@ def test_frames_from_the_network_share_one_time_limit(site):
     with pytest.raises(BadMedia, match=r"in time|too long"):
         take([site.url("slow")] * 20, "video", policy=policy)
     assert len(site.seen) < 10
-
-
-def test_who_does_not_ask_for_later_gets_pixels():
-    kept = keep_pictures()
-    part, empty = MediaPart("image", jpeg()), lambda shape: np.zeros(shape, np.uint8)
-    options = {"resize_here": False, "kept": kept, "empty": empty}
-    begun = load(part, SPEC, POLICY, PixelLimits(), later=True, **options)
-    assert not begun.pixels.any()
-    assert load(part, SPEC, POLICY, PixelLimits(), **options) is begun
-    assert np.array_equal(begun.pixels, take(jpeg(), here=False).pixels)
-
-
-def jpeg() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(noise(60, 90)).save(file, "JPEG")
-    return file.getvalue()
