@@ -112,6 +112,8 @@ def load(
             once.loaded = loaded = load(
                 inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty, later=later
             )
+        if loaded.decoding is not None and not later:
+            loaded.decoding.finish()
         return loaded
     limits = part.limits.over(limits)
     _check(limits, spec)

@@ -17,7 +17,7 @@ from qvl.media.fetch import MediaPolicy
 from qvl.media.given_up import given_up_by
 from qvl.media.kept import Kept
 from qvl.media.later import Decoding
-from qvl.media.load import LoadedMedia, keep_pictures, load
+from qvl.media.load import LoadedMedia, Once, keep_pictures, load
 from qvl.media.stages import heard_by
 from qvl.specs import ProcessorSpec
 from qvl.types import MediaPart, PixelLimits
@@ -72,6 +72,15 @@ def test_who_does_not_ask_for_later_gets_pixels() -> None:
     assert not begun.pixels.any()
     assert loaded(kept, later=False) is begun
     assert np.array_equal(begun.pixels, loaded(empty=False).pixels)
+
+
+def test_a_source_that_is_read_once_has_pixels_for_who_does_not_wait() -> None:
+    once = MediaPart("image", Once(jpeg()))
+    options = {"resize_here": False, "empty": lambda shape: np.zeros(shape, np.uint8)}
+    first = load(once, ProcessorSpec(), MediaPolicy(), PixelLimits(), later=True, **options)  # type: ignore[arg-type]
+    assert not first.pixels.any()
+    assert load(once, ProcessorSpec(), MediaPolicy(), PixelLimits(), **options) is first  # type: ignore[arg-type]
+    assert first.pixels.any()
 
 
 def test_what_was_begun_by_one_who_left_is_done_by_one_who_did_not() -> None:
