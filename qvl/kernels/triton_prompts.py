@@ -5,6 +5,9 @@ cache at a time; two teams of four warps take 64 rows each, and both read what w
 alone, both would multiply at the same time and take exponentials at the same time. head_dim is 128, fetched as two
 halves of 64: what TMA and the tensor cores take.
 
+Keys that some rows may not see are at the end, and taken first. After them each row has seen a key, and the largest
+score until then shifts all that follow (triton_turns.py).
+
 Knows the block layout. Does not know how a step is planned. Importing this file imports Triton;
 `qvl.kernels.attention` does so only where such a GPU is.
 """
@@ -18,13 +21,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from qvl.kernels.gpu import launch
 from qvl.kernels.triton_boxes import described, meet
-from qvl.kernels.triton_turns import LOG2E, barriers, clear, scores
+from qvl.kernels.triton_turns import (
+    LIMITS,
+    LOG2E,
+    NOTHING,
+    add_values,
+    barriers,
+    beyond,
+    clear,
+    part_sums,
+    running,
+    scores,
+)
 from qvl.layers.attention import TILE_FIELDS as FIELDS
 from qvl.layers.attention import Heads
 
@@ -51,13 +64,13 @@ def attend_prompts(
 ) -> None:
     """q and out [n, heads, 128]; the cache already holds the keys of this step."""
     page = kv[0].shape[1]
-    box = page, HALF.value
+    box = min(page, TEAM_ROWS.value), HALF.value
     slots = [cache.view(-1, heads.num_kv_heads * HEAD_DIM) for cache in kv]
     launch(
         _prompts, (work.shape[0] * heads.num_kv_heads,),
         *described(slots[0], box), *described(slots[1], box), q, table, work, out, table.stride(0),
-        HEAD_DIM**-0.5 * LOG2E, KH=heads.num_kv_heads, GROUP=heads.group, PAGE=page, KEYS=KEYS, STAGES=STAGES,
-        FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
+        HEAD_DIM**-0.5 * LOG2E, LIMITS[q.dtype], KH=heads.num_kv_heads, GROUP=heads.group, PAGE=page,
+        KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -75,20 +88,31 @@ def _turns(tokens, context, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(table, first, end, COUNT: gl.constexpr, PAGE: gl.constexpr):
-    """Where blocks of keys begin in the cache; all looked up before one is used."""
-    rows = (gl.load(table + gl.minimum(first, end) // PAGE) * PAGE,)
+def _row_of(table, at, PAGE: gl.constexpr, BOX: gl.constexpr):
+    """Where in the cache the box with this key begins."""
+    row = gl.load(table + at // PAGE) * PAGE
+    if BOX < PAGE:
+        row += at % PAGE // BOX * BOX
+    return row
+
+
+@gluon.jit
+def _rows_of(table, first, end, COUNT: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr):
+    """Where boxes of keys begin; all looked up before one is used. Past the end stands the last one again."""
+    rows = (_row_of(table, gl.minimum(first, end), PAGE, BOX),)
     for j in gl.static_range(1, COUNT):
-        row = gl.load(table + gl.minimum(first + j * PAGE, end) // PAGE) * PAGE
+        row = _row_of(table, gl.minimum(first + j * BOX, end), PAGE, BOX)
         rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
     return rows
 
 
 @gluon.jit
-def _blocks(box, low, high, full, rows, column, COUNT: gl.constexpr, PAGE: gl.constexpr):
+def _get(box, rows, column, full, low, high, COUNT: gl.constexpr, BOX: gl.constexpr):
+    """Keys or values fetched, and `full` told to expect them."""
+    mbarrier.expect(full, COUNT * BOX * HALF * 4)
     for j in gl.static_range(COUNT):
-        tma.async_copy_global_to_shared(box, [rows[j], column], full, low.slice(j * PAGE, PAGE, 0))
-        tma.async_copy_global_to_shared(box, [rows[j], column + HALF], full, high.slice(j * PAGE, PAGE, 0))
+        tma.async_copy_global_to_shared(box, [rows[j], column], full, low.slice(j * BOX, BOX, 0))
+        tma.async_copy_global_to_shared(box, [rows[j], column + HALF], full, high.slice(j * BOX, BOX, 0))
 
 
 @gluon.jit
@@ -98,23 +122,21 @@ def _fetch(
 ):  # fmt: skip
     """One warp: the keys and values that the tile may see, from their end to their beginning.
 
-    Past the end stands the last block again: one that belongs to another may hold what is not a number.
+    A block past the end may be another's, and hold what is not a number: it is never fetched.
     """
     seq, _first_row, tokens, context, kv_head = _tile(work_ptr, KH, FIELDS)
     turns = _turns(tokens, context, KEYS)
     table = table_ptr + seq * table_stride
     column = kv_head * (2 * HALF)
-    COUNT: gl.constexpr = KEYS // PAGE
+    BOX: gl.constexpr = k_box.block_shape[0]
     for i in range(turns):
         at = i % STAGES
         phase = (i // STAGES) & 1
-        rows = _rows_of(table, (turns - 1 - i) * KEYS, context + tokens - 1, COUNT, PAGE)
+        rows = _rows_of(table, (turns - 1 - i) * KEYS, context + tokens - 1, KEYS // BOX, PAGE, BOX)
         mbarrier.wait(k_empty.index(at), phase ^ 1)
-        mbarrier.expect(k_full.index(at), KEYS * HALF * 4)
-        _blocks(k_box, k0.index(at), k1.index(at), k_full.index(at), rows, column, COUNT, PAGE)
+        _get(k_box, rows, column, k_full.index(at), k0.index(at), k1.index(at), KEYS // BOX, BOX)
         mbarrier.wait(v_empty.index(at), phase ^ 1)
-        mbarrier.expect(v_full.index(at), KEYS * HALF * 4)
-        _blocks(v_box, v0.index(at), v1.index(at), v_full.index(at), rows, column, COUNT, PAGE)
+        _get(v_box, rows, column, v_full.index(at), v0.index(at), v1.index(at), KEYS // BOX, BOX)
 
 
 @gluon.jit
@@ -132,103 +154,173 @@ def _wait_for_turn(turn, team: gl.constexpr, i):
 
 
 @gluon.jit
-def _turn(
-    i, turns, team: gl.constexpr, last_key, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn, weights,
-    acc0, acc1, best, total, scale, masked,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, A: gl.constexpr,
+def _queries(q_ptr, q0, q1, first_row, tokens, team: gl.constexpr, kv_head, KH: gl.constexpr, GROUP: gl.constexpr):
+    """The team's rows to shared memory."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token, at_row = _rows_at(first_row, team, kv_head, KH, GROUP, gl.SliceLayout(1, L))
+    at = q_ptr + at_row[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, L))[None, :]
+    live = (token < tokens)[:, None]
+    q0.store(gl.load(at, mask=live, other=0.0))
+    q1.store(gl.load(at + HALF, mask=live, other=0.0))
+    fence_async_shared()
+    meet()
+
+
+@gluon.jit
+def _seen(s, first, last_key):
+    """Scores of the keys from `first` on, of those that a row may see."""
+    key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    return gl.where(key[None, :] <= last_key[:, None], s, NOTHING)
+
+
+@gluon.jit
+def _rest(
+    first, turns, team: gl.constexpr, shift, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn, acc0, acc1,
+    scale, KEYS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    """The scores of these keys and the weights of those before times their values, at the same time."""
-    at = i % STAGES
-    last = (i - 1) % STAGES
-    mbarrier.wait(k_full.index(at), (i // STAGES) & 1)
-    mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
-    _wait_for_turn(turn, team, i)
+    """The turns whose keys all rows see: scores are shifted by what is known, and products go on beside the softmax."""
+    at = first % STAGES
+    mbarrier.wait(k_full.index(at), (first // STAGES) & 1)
+    _wait_for_turn(turn, team, first)
     under_way = scores(q0, q1, k0.index(at), k1.index(at), KEYS, S)
-    w = gl.convert_layout(weights, gl.DotOperandLayout(0, A, 2))
-    next0 = warpgroup_mma(w, v0.index(last), acc0, is_async=True)
-    next1 = warpgroup_mma(w, v1.index(last), acc1, is_async=True)
     mbarrier.arrive(turn.index(1 - team))
-    s = warpgroup_mma_wait(2, deps=(under_way,))
+    s = warpgroup_mma_wait(0, deps=(under_way,))
     mbarrier.arrive(k_empty.index(at))
-    if masked:
-        key = (turns - 1 - i) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, S))
-        s = gl.where(key[None, :] <= last_key[:, None], s, -1e30)
-    new = gl.maximum(best, gl.max(s, 1) * scale)
-    e = gl.exp2(s * scale - new[:, None])
-    fade = gl.exp2(best - new)
-    total = total * fade + gl.sum(e, 1)
-    weights = e.to(weights.dtype)
-    acc0, acc1, w = warpgroup_mma_wait(0, deps=(next0, next1, w))
-    mbarrier.arrive(v_empty.index(last))
-    f = gl.convert_layout(fade, gl.SliceLayout(1, A))[:, None]
-    return weights, acc0 * f, acc1 * f, new, total
+    e = gl.exp2(s * scale - shift[:, None])
+    parts = part_sums(e)
+    weights = e.to(k0.dtype)
+    following = first + 1
+    mbarrier.wait(k_full.index(following % STAGES), (following // STAGES) & 1, pred=following < turns)
+    for i in range(following, turns):
+        at = i % STAGES
+        last = (i - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
+        _wait_for_turn(turn, team, i)
+        under_way = scores(q0, q1, k0.index(at), k1.index(at), KEYS, S)
+        next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
+        mbarrier.arrive(turn.index(1 - team))
+        s = warpgroup_mma_wait(2, deps=(under_way,))
+        mbarrier.arrive(k_empty.index(at))
+        e = gl.exp2(s * scale - shift[:, None])
+        parts += part_sums(e)
+        # Stands between the softmax and the end of the products, which the assembler would else wait for first.
+        mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < turns)
+        acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
+        mbarrier.arrive(v_empty.index(last))
+        weights = e.to(k0.dtype)
+    last = (turns - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)
+    next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
+    acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
+    return acc0, acc1, parts
 
 
 @gluon.jit
 def _attend(
-    team: gl.constexpr, q_ptr, work_ptr, out_ptr, scale, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
-    KH: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
+    team: gl.constexpr, k_box, v_box, q_ptr, table_ptr, work_ptr, out_ptr, table_stride, scale, limit,
+    q0, q1, alone, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
+    KH: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    FIELDS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 rows of the tile against all keys that they may see."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    _seq, first_row, tokens, context, kv_head = _tile(work_ptr, KH, FIELDS)
+    seq, first_row, tokens, context, kv_head = _tile(work_ptr, KH, FIELDS)
     turns = _turns(tokens, context, KEYS)
-    stop = context + tokens
     if turns > 0:
-        token, at_row = _rows_at(first_row, team, kv_head, KH, GROUP, gl.SliceLayout(1, B))
-        column = gl.arange(0, HALF, gl.SliceLayout(0, B))
-        live = (token < tokens)[:, None]
-        q_at = q_ptr + at_row[:, None] + column[None, :]
-        q0.store(gl.load(q_at, mask=live, other=0.0))
-        q1.store(gl.load(q_at + HALF, mask=live, other=0.0))
-        fence_async_shared()
-        meet()
-
+        _queries(q_ptr, q0, q1, first_row, tokens, team, kv_head, KH, GROUP)
         # Rows beyond the tile see what its last one sees.
-        seen = (team * TEAM_ROWS + gl.arange(0, TEAM_ROWS, gl.SliceLayout(1, S))) // GROUP
-        last_key = context + gl.minimum(seen, tokens - 1)
-        first = (turns - 1) * KEYS
-        mbarrier.wait(k_full.index(0), 0)
-        _wait_for_turn(turn, team, 0)
-        under_way = scores(q0, q1, k0.index(0), k1.index(0), KEYS, S)
-        mbarrier.arrive(turn.index(1 - team))
-        s = warpgroup_mma_wait(0, deps=(under_way,))
-        mbarrier.arrive(k_empty.index(0))
-        s = gl.where((first + gl.arange(0, KEYS, gl.SliceLayout(0, S)))[None, :] <= last_key[:, None], s, -1e30)
-        best = gl.max(s, 1) * scale
-        e = gl.exp2(s * scale - best[:, None])
-        total = gl.sum(e, 1)
-        weights = e.to(q_ptr.dtype.element_ty)
+        row = (team * TEAM_ROWS + gl.arange(0, TEAM_ROWS, gl.SliceLayout(1, S))) // GROUP
+        last_key = context + gl.minimum(row, tokens - 1)
+        stop = context + tokens
         acc0 = gl.zeros((TEAM_ROWS, HALF), gl.float32, A)
         acc1 = gl.zeros((TEAM_ROWS, HALF), gl.float32, A)
-        mbarrier.wait(v_full.index(0), 0)
-        if stop - first < KEYS:  # what lies behind the last key may be anything; both teams write the same
-            clear(v0.index(0), stop - first)
-            clear(v1.index(0), stop - first)
+
+        total = gl.zeros((TEAM_ROWS,), gl.float32, gl.SliceLayout(1, S))
+        shift = total + NOTHING
+        # Keys that not every row may see are at the end, and so come first.
+        masked = turns - gl.minimum(context // KEYS, turns - 1)
+        for i in range(masked):
+            at = i % STAGES
+            phase = (i // STAGES) & 1
+            first = (turns - 1 - i) * KEYS
+            mbarrier.wait(k_full.index(at), phase)
+            _wait_for_turn(turn, team, i)
+            under_way = scores(q0, q1, k0.index(at), k1.index(at), KEYS, S)
+            mbarrier.arrive(turn.index(1 - team))
+            s = warpgroup_mma_wait(0, deps=(under_way,))
+            mbarrier.arrive(k_empty.index(at))
+            e, shift, total, acc0, acc1 = running(_seen(s * scale, first, last_key), shift, total, acc0, acc1)
+            mbarrier.wait(v_full.index(at), phase)
+            if stop - first < KEYS:  # what lies behind the last key may be anything; both teams write the same
+                clear(v0.index(at), stop - first)
+                clear(v1.index(at), stop - first)
+                fence_async_shared()
+                meet()
+            next0, next1 = add_values(e.to(q_ptr.dtype.element_ty), v0.index(at), v1.index(at), acc0, acc1)
+            acc0, acc1 = warpgroup_mma_wait(0, deps=(next0, next1))
+            mbarrier.arrive(v_empty.index(at))
+
+        if masked < turns:
+            acc0, acc1, parts = _rest(
+                masked, turns, team, shift, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
+                acc0, acc1, scale, KEYS, STAGES, S,
+            )  # fmt: skip
+            total += gl.convert_layout(gl.sum(parts, 1), gl.SliceLayout(1, S))
+        if beyond(total, limit, tokens * GROUP - team * TEAM_ROWS):
+            acc0, acc1, total = _attend_again(
+                k_box, v_box, table_ptr + seq * table_stride, kv_head * (2 * HALF), stop, last_key, q0, q1, alone,
+                scale, acc0, acc1, total, PAGE,
+            )  # fmt: skip
+        _store(out_ptr, first_row, tokens, team, kv_head, acc0, acc1, total, KH, GROUP)
+
+
+@gluon.jit
+def _attend_again(
+    k_box, v_box, table, column, stop, last_key, q0, q1, full, scale, acc0, acc1, total, PAGE: gl.constexpr
+):
+    """The same with a running maximum, slowly: the team fetches for itself, to where its queries were."""
+    KEYS: gl.constexpr = q0.shape[0]
+    BOX: gl.constexpr = k_box.block_shape[0]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    a0 = q0.load(gl.DotOperandLayout(0, S, 2))
+    a1 = q1.load(gl.DotOperandLayout(0, S, 2))
+    seen = gl.convert_layout(last_key, gl.SliceLayout(1, S))
+    summed = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, S))
+    best = summed + NOTHING
+    acc0 = gl.zeros_like(acc0)
+    acc1 = gl.zeros_like(acc1)
+    for first in range(0, stop, KEYS):
+        rows = _rows_of(table, first, stop - 1, KEYS // BOX, PAGE, BOX)
+        meet()
+        _get(k_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
+        mbarrier.wait(full, 0)
+        s = warpgroup_mma_wait(0, deps=(scores(a0, a1, q0, q1, KEYS, S),))
+        meet()
+        _get(v_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
+        e, best, summed, acc0, acc1 = running(_seen(s * scale, first, seen), best, summed, acc0, acc1)
+        mbarrier.wait(full, 1)
+        if first + KEYS > stop:
+            clear(q0, stop - first)
+            clear(q1, stop - first)
             fence_async_shared()
             meet()
+        acc0, acc1 = warpgroup_mma_wait(0, deps=add_values(e.to(k_box.dtype), q0, q1, acc0, acc1))
+    return acc0, acc1, gl.convert_layout(summed, total.type.layout)
 
-        # Keys that not every row may see are at the end, and so come first.
-        masked = turns - gl.minimum((context + 1) // KEYS, turns - 1)
-        for i in range(1, turns):
-            weights, acc0, acc1, best, total = _turn(
-                i, turns, team, last_key, q0, q1, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn, weights,
-                acc0, acc1, best, total, scale, i < masked, KEYS, STAGES, S, A,
-            )  # fmt: skip
 
-        last = (turns - 1) % STAGES
-        mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)
-        w = gl.convert_layout(weights, gl.DotOperandLayout(0, A, 2))
-        acc0 = warpgroup_mma(w, v0.index(last), acc0)
-        acc1 = warpgroup_mma(w, v1.index(last), acc1)
-        over = (1 / gl.convert_layout(total, gl.SliceLayout(1, A)))[:, None]
-        of_row, to_row = _rows_at(first_row, team, kv_head, KH, GROUP, gl.SliceLayout(1, A))
-        to = out_ptr + to_row[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, A))[None, :]
-        valid = (of_row < tokens)[:, None]
-        gl.store(to, (acc0 * over).to(out_ptr.dtype.element_ty), mask=valid)
-        gl.store(to + HALF, (acc1 * over).to(out_ptr.dtype.element_ty), mask=valid)
+@gluon.jit
+def _store(
+    out_ptr, first_row, tokens, team: gl.constexpr, kv_head, acc0, acc1, total, KH: gl.constexpr, GROUP: gl.constexpr
+):
+    """Rows of the result that are of the tile."""
+    L: gl.constexpr = acc0.type.layout
+    over = (1 / gl.convert_layout(total, gl.SliceLayout(1, L)))[:, None]
+    token, to_row = _rows_at(first_row, team, kv_head, KH, GROUP, gl.SliceLayout(1, L))
+    to = out_ptr + to_row[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, L))[None, :]
+    live = (token < tokens)[:, None]
+    gl.store(to, (acc0 * over).to(out_ptr.dtype.element_ty), mask=live)
+    gl.store(to + HALF, (acc1 * over).to(out_ptr.dtype.element_ty), mask=live)
 
 
 @gluon.jit(do_not_specialize=["table_stride"])
@@ -240,6 +332,7 @@ def _prompts(
     out_ptr,  # as q
     table_stride,
     scale,
+    limit,  # of LIMITS
     KH: gl.constexpr,
     GROUP: gl.constexpr,
     PAGE: gl.constexpr,
@@ -260,8 +353,10 @@ def _prompts(
     v_full = barriers(STAGES)
     v_empty = barriers(STAGES)
     turn = barriers(TEAMS)
+    alone = barriers(TEAMS)
     for i in gl.static_range(TEAMS):
         mbarrier.init(turn.index(i), count=1)
+        mbarrier.init(alone.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=TEAMS)
@@ -270,13 +365,15 @@ def _prompts(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (0, q_ptr, work_ptr, out_ptr, scale, q0.index(0), q1.index(0), k0, k1, v0, v1,
-                       k_full, k_empty, v_full, v_empty, turn, KH, GROUP, KEYS, STAGES, FIELDS)),
-            (_attend, (1, q_ptr, work_ptr, out_ptr, scale, q0.index(1), q1.index(1), k0, k1, v0, v1,
-                       k_full, k_empty, v_full, v_empty, turn, KH, GROUP, KEYS, STAGES, FIELDS)),
+            (_attend, (0, k_box, v_box, q_ptr, table_ptr, work_ptr, out_ptr, table_stride, scale, limit, q0.index(0),
+                       q1.index(0), alone.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
+                       KH, GROUP, PAGE, KEYS, STAGES, FIELDS)),
+            (_attend, (1, k_box, v_box, q_ptr, table_ptr, work_ptr, out_ptr, table_stride, scale, limit, q0.index(1),
+                       q1.index(1), alone.index(1), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
+                       KH, GROUP, PAGE, KEYS, STAGES, FIELDS)),
             (_fetch, (k_box, v_box, table_ptr, work_ptr, table_stride, k0, k1, v0, v1,
                       k_full, k_empty, v_full, v_empty, KH, PAGE, KEYS, STAGES, FIELDS)),
         ],
         [4, 1],  # warps of the second team and of the fetching
-        [240, 24],  # and their registers; the first team takes what is left: 240
+        [232, 40],  # and their registers; the first team takes what is left: 240
     )  # fmt: skip

@@ -120,6 +120,34 @@ def test_long_prompts_go_to_it_in_its_own_tiles(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page", [8, 16, 128])
+def test_scores_far_above_those_of_the_last_keys_are_right(page: int, dtype: torch.dtype) -> None:
+    """The kernel shifts all exponentials of a row by the largest score of its last keys, with which it begins."""
+    torch.manual_seed(0)
+    query, context = [300, 40], [1000, 700]
+    step, blocks = a_step(query, context, CUDA, page)
+    q = torch.randn(340, 28, 128, device=CUDA, dtype=dtype)
+    k, v = (torch.randn(blocks, page, 4, 128, device=CUDA, dtype=dtype) for _ in range(2))
+    k[step.block_table[0, 0].long()] *= 100
+    exact, at = [], 0
+    for seq, (count, length) in enumerate(zip(query, context, strict=True)):
+        table = step.block_table[seq, : -(-length // page)].long()
+        keys, values = (x[table].flatten(0, 1)[:length].float().transpose(0, 1) for x in (k, v))
+        seen = torch.arange(length, device=CUDA)[None] <= torch.arange(length - count, length, device=CUDA)[:, None]
+        part = q[at : at + count].float().view(count, 4, 7, 128).permute(1, 2, 0, 3)
+        scores = (part @ keys[:, None].transpose(2, 3) * 128**-0.5).masked_fill(~seen, -torch.inf)
+        exact.append((scores.softmax(-1) @ values[:, None]).permute(2, 0, 1, 3).flatten(1, 2))
+        at += count
+    work = torch.from_numpy(cut_prompts(query, context, 0, 128 // 7)).to(CUDA)
+    out = torch.empty_like(q)
+    triton_prompts.attend_prompts(q, (k, v), step.block_table, work, out, SEVEN)
+    together = torch.cat(exact)
+    assert float((out.float() - together).norm() / together.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [SEVEN, Heads(12, 2, 128), Heads(8, 8, 128)])
 @pytest.mark.parametrize(
     ("query", "context"),
