@@ -3,14 +3,14 @@
  * Knows caches and threads. Does not know Python. What a scale covers is summed in whole numbers, exactly; above that
  * stand fp32 sums in one order, so an answer does not depend on its company in a batch.
  *
- * W lies in tiles of 16 rows side by side: see cpu_tiles.h. A tile is read from its first byte to its last, or for many
- * rows of x in pieces that stay in the first-level cache while all of x passes by.
+ * W lies in tiles of 16 rows side by side: see cpu_tiles.h. A tile is read from its first byte to its last; more rows of x
+ * than it meets at a time pass by while a chunk of it is in a cache.
  */
 #include "cpu_eight.h"
 #include "cpu_four.h"
 #include "cpu_threads.h"
 
-#define CHUNK_BYTES (16 * 1024)  /* of a tile, that meets all of x */
+#define K_CHUNK 2048             /* numbers of the rows of a tile that meet all of x, near by in a cache */
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work */
 
 static void round_piece(const void *what, long row) {
@@ -50,7 +50,7 @@ INLINE void tile(const enum way way, const int columns, const product *p, long c
 
 /* Tiles [first, last) times all of x. */
 INLINE void tiles(const enum way way, const product *p, long first, long last) {
-    const long chunk = p->m <= STRIP ? p->k : CHUNK_BYTES * 8 / p->bits / TILE;
+    const long chunk = p->m <= STRIP ? p->k : K_CHUNK;
     for (long from = 0; from < p->k; from += chunk) {
         long stop = p->k - from < chunk ? p->k : from + chunk;
         for (long t = first; t < last; t++)
