@@ -1,8 +1,8 @@
 """`python -m qvl.kernels.compiler_process`: leaves in Triton's cache what it is asked for, compiled by its children.
 
-A line of JSON in: the number of the question, the module and the name of a kernel, what Triton says it is compiled for,
-and the GPU. A line out, in any order: the number, when it is done, well or not. It ends with its input. Never touches a
-GPU. Knows nothing of kernels but where they are.
+A line of JSON in: the number of the question, the module, the name and the hash of a kernel, what Triton says it is
+compiled for, and the GPU. A line out, in any order: the number, when it is done, well or not. It ends with its input.
+Never touches a GPU. Knows nothing of kernels but where they are.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ def compile_one(question: dict[str, Any]) -> None:
     """Leave the kernel in the cache on disk."""
     importlib.import_module("triton.runtime").driver.set_active(Target(question["target"]))
     kernel = getattr(importlib.import_module(question["module"]), question["name"])
+    # Triton's hash of a function depends on which of those that it calls were hashed before: with another one, what is
+    # compiled here would not be found.
+    kernel.hash = question["hash"]
     kernel.preload(question["what"])
 
 

@@ -53,8 +53,13 @@ class Compilers:
     def hear(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> None:
         """What Triton tells of a kernel in the thread that is about to hand its compilation to others."""
         target = importlib.import_module("triton.runtime").driver.active.get_current_target()
-        words = {"module": fn.module, "name": fn.name, "what": compile["specialization_data"], "target": vars(target)}
-        self._asked.job = words
+        self._asked.job = {
+            "module": fn.module,
+            "name": fn.name,
+            "hash": fn.jit_function.cache_key,
+            "what": compile["specialization_data"],
+            "target": vars(target),
+        }
 
     def heard(self) -> dict[str, Any] | None:
         """It, once."""

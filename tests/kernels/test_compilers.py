@@ -18,7 +18,7 @@ from tests.kernels.driver import Driver, driver, fresh
 
 __all__ = ["driver"]
 
-JOB: dict[str, Any] = {"module": "somewhere", "name": "kernel", "what": "{}", "target": {}}
+JOB: dict[str, Any] = {"module": "somewhere", "name": "kernel", "hash": "", "what": "{}", "target": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -151,11 +151,13 @@ def test_what_they_compiled_is_found(monkeypatch: pytest.MonkeyPatch, driver: Dr
     begun = Compilers()
     monkeypatch.setattr(compilers, "_begun", begun)
     kernel = fresh(monkeypatch, triton_tower._quick_gelu)
+    monkeypatch.setattr(kernel, "hash", "depends on what was hashed before")
     with gpu.compiling_together():
         triton_tower.quick_gelu(torch.zeros(5, 8))
         triton_tower.quick_gelu(torch.zeros(5, 8, dtype=torch.bfloat16))
     assert found == [True, True] and driver.loaded == [kernel.__name__] * 2
     target = vars(driver.get_current_target())
-    begun.compile({"module": triton_tower.__name__, "name": "_unknown", "what": "{}", "target": target})
+    begun.compile({"module": triton_tower.__name__, "name": "_unknown", "hash": "", "what": "{}", "target": target})
     end_compilers()
     assert knobs.runtime.jit_cache_hook is None and compilers._begun is None
+    assert begun._process.wait(600) == 0  # its input has ended
