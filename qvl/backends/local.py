@@ -240,11 +240,10 @@ class LocalBackend:
         unique = f"{request_id}/{os.getpid()}-{next(self._numbers)}"  # also among processes that share an engine
 
         def work(announce: Callable[[Submission], None]) -> Submission:
-            with heard_by(None if self.observer is None else self.observer.media_stage):
-                made = submission(self._prepare(request, later=True), unique, self._store, self.observer)
-                if made.promises:
-                    announce(made)
-                    made.keep_promises(self._ready_intake())
+            made = submission(self._prepare(request, later=True), unique, self._store, self.observer)
+            if made.promises:
+                announce(made)
+                made.keep_promises(self._ready_intake())
             return made
 
         return Preparing(self._pool_for(request), work, lambda made: self._store.discard(made.files))
@@ -255,7 +254,8 @@ class LocalBackend:
     def _prepare(self, request: Request, *, later: bool = False) -> Prepared:
         if isinstance(request, CompletionRequest):
             return self._ready_intake().prepare_completion(request)
-        return self._ready_intake().prepare_chat(request, later=later)
+        with heard_by(None if self.observer is None else self.observer.media_stage):
+            return self._ready_intake().prepare_chat(request, later=later)
 
     def _ready_intake(self) -> Intake:
         assert self._intake is not None

@@ -77,18 +77,19 @@ async def test_text_and_exact_counts(backend_of: Start) -> None:
         assert (cut.answers[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
 
 
+class Heard:
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def request_stage(self, stage: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.stages.append(stage)
+
+    def media_stage(self, kind: str, stage: str, seconds: float) -> None:
+        self.stages.append(f"{kind}: {stage}")
+
+
 async def test_an_observer_hears_of_every_stage_once(backend_of: Start) -> None:
-    class Heard:
-        def __init__(self) -> None:
-            self.stages: list[str] = []
-
-        def request_stage(self, stage: str, seconds: float) -> None:
-            assert seconds >= 0
-            self.stages.append(stage)
-
-        def media_stage(self, kind: str, stage: str, seconds: float) -> None:
-            self.stages.append(f"{kind}: {stage}")
-
     file = io.BytesIO()
     Image.fromarray(picture(1)).save(file, "PNG")
     again = ChatRequest((Message("user", (MediaPart("image", file.getvalue()),)),), SamplingParams())
@@ -196,6 +197,15 @@ async def sharing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         yield backend
     finally:
         await backend.stop()
+
+
+async def test_an_observer_hears_of_what_is_decoded_later(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with sharing(checkpoint, monkeypatch) as backend:
+        backend.observer = heard = Heard()
+        for more in (["image: decode"], []):
+            heard.stages.clear()
+            await collect(backend.chat(show(jpeg(1)), "r"))
+            assert sorted(heard.stages) == sorted([*SHARED, *more])
 
 
 async def test_a_jpeg_whose_end_is_missing_is_refused_by_name(
