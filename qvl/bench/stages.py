@@ -159,8 +159,10 @@ class Stages:
             engine.abort(name)
         for _ in self._steps(subject):
             pass
-        step, own = statistics.median(seconds), statistics.median(host) * MILLI
-        self._say(f"decode step of {batch}, {how}", seconds, f"{batch / step:,.0f} tok/s; host {own:.2f} ms of it")
+        told = f"{batch / statistics.median(seconds):,.0f} tok/s"
+        if self.config.device == "cuda":  # elsewhere the host is who computes
+            told += f"; host {statistics.median(host) * MILLI:.2f} ms of it"
+        self._say(f"decode step of {batch}, {how}", seconds, told)
 
     @torch.inference_mode()
     def _choices(self, subject: QvlSubject, batch: int) -> None:
