@@ -21,8 +21,7 @@ from qvl.kernels.triton_tower import BLOCK, add_layer_norm, quick_gelu, rotate, 
 __all__ = ["add_layer_norm", "add_rms_norm", "quick_gelu", "rope_and_store", "rotate", "round_rows", "silu_and_mul"]
 
 MANY = 128  # tokens from which on there are programs enough to make each larger
-MANY_ROUNDED = 256  # tokens from which on `silu_and_mul` in fp8 does not hold rows in registers, and its programs then
-ROUND_BLOCK, ROUND_WARPS = 2048, 8
+ROUND_BLOCK, ROUND_WARPS = 4096, 16  # numbers of a row at a time of `silu_and_mul` in fp8: 16 bytes of each thread
 TURN_FEW, TURN_MANY = 4, 16  # heads that one program of `rope_and_store` turns
 
 
@@ -52,13 +51,11 @@ def silu_and_mul(gate_up: Tensor, eight_bits: bool = False) -> Tensor | Rounded:
         grid, warps = (rows, cdiv(size, BLOCK)), warps_for(BLOCK)
         launch(_silu_and_mul, grid, gate_up, codes, size, EARLY=early, BLOCK=BLOCK, num_warps=warps)
         return out
-    # A row must be whole to know its largest number: held in registers, or computed twice.
-    whole = rows < MANY_ROUNDED
-    block = next_power_of_2(size) if whole else ROUND_BLOCK
+    # A row must be whole to know its largest number. Registers hold it in pieces: a power of two may be far more.
     launch(
         _silu_and_round, (rows,),
-        gate_up, codes, scales, size, WHOLE=whole, EARLY=early, BLOCK=block,
-        num_warps=warps_for(block) if whole else ROUND_WARPS,
+        gate_up, codes, scales, size, PIECES=cdiv(size, ROUND_BLOCK), EARLY=early, BLOCK=ROUND_BLOCK,
+        num_warps=ROUND_WARPS,
     )  # fmt: skip
     return out
 
@@ -254,27 +251,26 @@ def _gated(row_ptr, at, size):
 
 
 @triton.jit
-def _silu_and_round(x_ptr, out_ptr, scales_ptr, size, WHOLE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: one row, which is BLOCK numbers at most if WHOLE; others are computed twice, for the largest of
-    them and for what is stored."""
+def _silu_and_round(x_ptr, out_ptr, scales_ptr, size, PIECES: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one row, PIECES times BLOCK numbers."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + token * 2 * size
-    to = out_ptr + token * size
     at = tl.arange(0, BLOCK)
-    if WHOLE:
-        _store(to + at, scales_ptr + token, _gated(row_ptr, at, size), at < size, True)
-    else:
-        largest = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, size, BLOCK):
-            largest = tl.maximum(largest, tl.abs(_gated(row_ptr, start + at, size)))
-        scale = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
-        tl.store(scales_ptr + token, scale)
-        for start in range(0, size, BLOCK):
-            out = _gated(row_ptr, start + at, size) / scale
-            tl.store(to + start + at, out.to(out_ptr.dtype.element_ty), mask=start + at < size)
+    pieces = (_gated(row_ptr, at, size),)
+    largest = tl.abs(pieces[0])
+    for i in tl.static_range(1, PIECES):
+        piece = _gated(row_ptr, i * BLOCK + at, size)
+        pieces = pieces + (piece,)  # type: ignore[assignment]  # noqa: RUF005
+        largest = tl.maximum(largest, tl.abs(piece))
+    scale = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
+    tl.store(scales_ptr + token, scale)
+    for i in tl.static_range(PIECES):
+        column = i * BLOCK + at
+        out = (pieces[i] / scale).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * size + column, out, mask=column < size)
 
 
 @triton.jit

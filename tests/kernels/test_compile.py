@@ -167,7 +167,6 @@ def test_a_row_in_fp8_builds_where_fp8_is() -> None:
     from qvl.kernels.triton_ops import ROUND_BLOCK, ROUND_WARPS, _silu_and_round
 
     types = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "size": "i32"}
-    for whole, block, warps in ((True, 32768, 16), (False, ROUND_BLOCK, ROUND_WARPS)):
-        constants = {"WHOLE": whole, "EARLY": False, "BLOCK": block}
-        kernel = compiled(_silu_and_round, (8, 9), types, constants, {"num_warps": warps})
-        assert kernel.metadata.shared <= shared_memory((8, 9))
+    constants = {"PIECES": 5, "EARLY": False, "BLOCK": ROUND_BLOCK}
+    kernel = compiled(_silu_and_round, (8, 9), types, constants, {"num_warps": ROUND_WARPS})
+    assert kernel.metadata.shared <= shared_memory((8, 9))
