@@ -11,12 +11,13 @@ memory. docs/performance.md has the sum for the 7B. Knows shapes and torch's mem
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
 from qvl.engine.config import DTYPE_BYTES, EngineConfig
 from qvl.engine.probe import StepCost
-from qvl.engine.prompt_graphs import MOST_TOKENS
+from qvl.engine.prompt_graphs import most_tokens, num_wide
 from qvl.engine.sampler import ROWS_AT_ONCE
 from qvl.engine.tower_graphs import MOST_GRAPHS, MOST_PATCHES
 from qvl.engine.vision import MAX_BATCH_PATCHES
@@ -32,16 +33,28 @@ SORTED_BYTES = 40
 # What is there after the cache has been sized: outside of torch's memory 47 CUDA graphs (50 MiB on an H200), inside
 # what the sampler's passes leave for each other (9), and what rounding takes.
 LIBRARIES = 70 << 20
-TOWER_GRAPHS = MOST_GRAPHS * (5 << 18)  # what a graph of 300 kernels takes outside of torch's memory
+GRAPH_BYTES = 5 << 18  # of each graph of 300 kernels that comes beside those 47
 
 
-def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = None, *, own_tower: bool = False) -> int:
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Kernels of ours that run: attention inside pictures, which works in place, so that towers are recorded; gate, up
+    and their product in one, so that wider steps are.
+    """
+
+    tower: bool = False
+    joined: bool = False
+
+
+NONE = Own()
+
+
+def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = None, own: Own = NONE) -> int:
     """Bytes for keys and values out of `usable`, what is left for everything that is not there yet; 0: nothing fits.
 
-    `cost` was measured where the memory of attention follows the lengths. `own_tower`: attention inside pictures is
-    ours, so it works in place, and towers are recorded as graphs.
+    `cost` was measured where the memory of attention follows the lengths.
     """
-    work, kept, encoded = work_bytes(config, cost, own_tower), kept_bytes(config, own_tower), config.encoder_cache_bytes
+    work, kept, encoded = work_bytes(config, cost, own.tower), kept_bytes(config, own), config.encoder_cache_bytes
     per_token = config.block_bytes / config.block_size
     # Every token in the cache may be read by one decode step, which costs its share beside its own keys and values.
     beside = 0.0 if cost is None else cost.decode_context * SLACK
@@ -55,20 +68,20 @@ def kv_cache_bytes(config: EngineConfig, usable: int, cost: StepCost | None = No
     return found
 
 
-def work_bytes(config: EngineConfig, cost: StepCost | None, own_tower: bool) -> int:
+def work_bytes(config: EngineConfig, cost: StepCost | None, tower_in_place: bool) -> int:
     """The largest of what the parts of a step hold at a time."""
     decoder, patches = decoder_bytes(config), largest_patches(config)
     # One of LARGE patches goes in larger parts than a larger one.
-    vision = max(vision_bytes(config, number, own_tower) for number in (patches, min(patches, LARGE)))
+    vision = max(vision_bytes(config, number, tower_in_place) for number in (patches, min(patches, LARGE)))
     if cost is not None:
         decoder = max(decoder, int(cost.prefill(config.max_num_batched_tokens, config.max_model_len)))
         vision = int(cost.patch * patches)
     return int(max(decoder, sampling_bytes(config), vision) * SLACK)
 
 
-def decoder_bytes(config: EngineConfig, num_tokens: int | None = None) -> int:
+def decoder_bytes(config: EngineConfig, num_tokens: int | None = None, joined: bool = False) -> int:
     """Activations of a forward pass over `num_tokens` tokens (of a full step): the residual stream, what the layer
-    before added and the angles, beside the larger of attention and what follows it.
+    before added and the angles, beside the larger of attention and what follows it. `joined`: gate and up take none.
     """
     text, size = config.spec.text, DTYPE_BYTES[config.dtype]
     tokens = config.max_num_batched_tokens if num_tokens is None else num_tokens
@@ -78,7 +91,7 @@ def decoder_bytes(config: EngineConfig, num_tokens: int | None = None) -> int:
     # The result, which lies where the heads were if it is as wide.
     rest = (heads if heads == text.hidden_size else heads + text.hidden_size) * size
     # What attention adds, normed, the result; gate and up, and their product.
-    part = min(tokens, MLP_ROWS) * 3 * (text.hidden_size + text.intermediate_size) * size
+    part = min(tokens, MLP_ROWS) * (3 * text.hidden_size + (1 if joined else 3) * text.intermediate_size) * size
     return tokens * always + max(tokens * attention, tokens * rest + part)
 
 
@@ -108,25 +121,27 @@ def vision_bytes(config: EngineConfig, patches: int, in_place: bool = False) -> 
     return stream + max(angles + max(embedding, block), merger)
 
 
-def kept_bytes(config: EngineConfig, own_tower: bool = False) -> int:
+def kept_bytes(config: EngineConfig, own: Own = NONE) -> int:
     """What is there for good: tables, counts of tokens, the memory of the graphs and what goes into them, libraries."""
     text, size, rows = config.spec.text, DTYPE_BYTES[config.dtype], config.max_num_seqs
     tables = rows * -(-config.max_model_len // config.block_size) * 4
     counts = rows * text.vocab_size * 2
-    prompts = min(MOST_TOKENS, config.max_num_batched_tokens) * text.hidden_size * size
-    patches = MOST_PATCHES * config.spec.vision.patch_dim * size + TOWER_GRAPHS if own_tower else 0
-    return 2 * tables + counts + prompts + patches + graph_bytes(config, own_tower) + LIBRARIES
+    prompts = most_tokens(config, own.joined) * text.hidden_size * size
+    patches = MOST_PATCHES * config.spec.vision.patch_dim * size if own.tower else 0
+    outside = (own.tower * MOST_GRAPHS + own.joined * num_wide(config)) * GRAPH_BYTES + LIBRARIES
+    return 2 * tables + counts + prompts + patches + graph_bytes(config, own) + outside
 
 
-def graph_bytes(config: EngineConfig, towers: bool = False) -> int:
+def graph_bytes(config: EngineConfig, own: Own = NONE) -> int:
     """What all graphs share: a step with as many decodes as run together and its logits, the widest with prompts, or
     the largest of pictures.
     """
     rows = config.max_num_seqs
     logits = rows * config.spec.text.vocab_size * DTYPE_BYTES[config.dtype]
-    widest = decoder_bytes(config, min(MOST_TOKENS, config.max_num_batched_tokens))
-    tower = vision_bytes(config, MOST_PATCHES, in_place=True) if towers else 0
-    return max(widest, decoder_bytes(config, rows) + logits, tower)
+    steps = [decoder_bytes(config, most_tokens(config, joined=False)), decoder_bytes(config, rows) + logits]
+    if own.joined:
+        steps.append(decoder_bytes(config, most_tokens(config, joined=True), joined=True))
+    return max(*steps, vision_bytes(config, MOST_PATCHES, in_place=True) if own.tower else 0)
 
 
 def largest_patches(config: EngineConfig) -> int:

@@ -6,15 +6,16 @@
       last tokens, their rows         of each that samples        (not read)
       tiles, in two lines             of the prompts              of no tokens
 
-The network is what is recorded: a hundred tokens take the host longer to launch than a GPU to compute. What goes into
-it and what comes out is done anew in every step, for pictures and the number of answers differ. Knows sizes and
-recordings. Does not know requests.
+The network is what is recorded: a hundred tokens take the host longer to launch than a GPU to compute, and a slow host
+is behind with a thousand. What goes into it and what comes out is done anew in every step, for pictures and the number
+of answers differ. Knows sizes and recordings. Does not know requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,11 +24,15 @@ from torch import Tensor
 from qvl.engine.config import EngineConfig
 from qvl.engine.inputs import UNKNOWN, MediaRows, Numbers, StepNumbers, known_ids
 from qvl.engine.rows import SequenceRows
+from qvl.kernels.linear import joins
 from qvl.layers.attention import TILE_FIELDS, AttentionMetadata, KVCache, cut_prompts
-from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from qvl.models.qwen2_vl import DecoderLayer, Qwen2VLForConditionalGeneration
 
-MOST_TOKENS = 512  # more of them take a GPU longer than the host
+MOST_TOKENS = 512
 SIZE_STEP = 64  # rows that a product takes at a time: fewer would hardly be faster
+MOST_JOINED = 1024  # where gate and up are one kernel and take no memory: so many fit into that of the others
+WIDE_STEP = 128
+LONGEST = 1023  # tokens of context: longer ones have a kernel of their own, which pays among so many rows
 MOST_ALONE = 256  # up to here the kernels of decodes cost what can be noticed where there are none
 MOST_PROMPTS = 32
 IDS, SLOTS, ROWS, LENGTHS, LAST, SAMPLING, TILES, LINES = 0, 4, 5, 6, 7, 8, 9, 11
@@ -42,9 +47,26 @@ class Shape:
     decodes: bool
 
 
+def most_tokens(config: EngineConfig, joined: bool) -> int:
+    """Of a step that is recorded; `joined`: see `joins_gate_and_up`."""
+    return min(MOST_JOINED if joined else MOST_TOKENS, config.max_num_batched_tokens)
+
+
+def num_wide(config: EngineConfig) -> int:
+    """Shapes that there are only where gate and up are joined."""
+    return len(shapes_for(most_tokens(config, joined=True))) - len(shapes_for(most_tokens(config, joined=False)))
+
+
+def joins_gate_and_up(model: Qwen2VLForConditionalGeneration) -> bool:
+    """Whether one kernel computes both and their product, for the largest step."""
+    weight = cast("DecoderLayer", model.model.layers[0]).mlp.gate_up_proj.weight
+    return weight is not None and joins(weight, MOST_JOINED)
+
+
 def shapes_for(most: int) -> list[Shape]:
     """The smallest first."""
-    sizes = [*range(SIZE_STEP, most, SIZE_STEP), most]
+    few = min(most, MOST_TOKENS)
+    sizes = [*range(SIZE_STEP, few, SIZE_STEP), *range(few, most, WIDE_STEP), most]
     return [Shape(size, decodes) for size in sizes for decodes in (False, True) if decodes or size <= MOST_ALONE]
 
 
@@ -55,7 +77,7 @@ class PromptSteps:
         self, config: EngineConfig, model: Qwen2VLForConditionalGeneration, kv_cache: KVCache, tables: SequenceRows
     ) -> None:
         self.config, self.model, self.kv_cache, self.tables = config, model, kv_cache, tables
-        self.most = min(MOST_TOKENS, config.max_num_batched_tokens)
+        self.most = most_tokens(config, joins_gate_and_up(model))
         self.shapes = shapes_for(self.most)
         self.replays: dict[Shape, Callable[[], Tensor]] = {}
         self._padding = np.zeros((LINES, self.most), dtype=np.int64)
@@ -79,6 +101,8 @@ class PromptSteps:
         """The least that `numbers` fit into."""
         count, num_prompts = len(numbers.token_ids), len(numbers.query_lens) - numbers.num_decodes
         if count > self.most or num_prompts > MOST_PROMPTS:
+            return None
+        if count > MOST_TOKENS and max(numbers.context_lens[numbers.num_decodes :], default=0) > LONGEST:
             return None
         return next(
             shape for shape in self.shapes if shape.tokens >= count and (shape.decodes or not numbers.num_decodes)

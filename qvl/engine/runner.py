@@ -28,9 +28,9 @@ from qvl.engine.graphs import CudaRecorder, DecodeSteps, Recorder, StaticSteps, 
 from qvl.engine.host_memory import FreedMemory
 from qvl.engine.inputs import MediaRows, StepNumbers, build_inputs, decode_numbers, step_numbers
 from qvl.engine.masks import Masking, Masks
-from qvl.engine.memory import graph_bytes, kv_cache_bytes, usable_bytes
+from qvl.engine.memory import Own, graph_bytes, kv_cache_bytes, usable_bytes
 from qvl.engine.probe import measure_cost, warm_up
-from qvl.engine.prompt_graphs import PromptSteps
+from qvl.engine.prompt_graphs import PromptSteps, joins_gate_and_up
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import FAILED, Drawing, SamplerRow
 from qvl.engine.start_clock import StartClock
@@ -112,7 +112,7 @@ class ModelRunner:
             self.prompts: PromptSteps | None = None
             if self.device.type == "cuda" and self.model.attention.graph_safe:
                 clock.passed("caches")
-                room = graph_bytes(config, towers=tower_kernel(self.model) is not None)
+                room = graph_bytes(config, own_kernels(self.model))
                 self.prepare_static(None if config.enforce_eager else CudaRecorder(room, self.device))
                 clock.passed("graphs")
         if self.stream is not None:
@@ -322,8 +322,11 @@ def size_kv_cache(config: EngineConfig, model: Qwen2VLForConditionalGeneration) 
     kernels = model.attention.graph_safe and torch.cuda.get_device_capability(model.device) >= (8, 0)
     bounded = kernels and model.dtype != torch.float32
     cost = None if bounded else measure_cost(model, config)
-    own_tower = tower_kernel(model) is not None
-    return config.with_kv_memory(kv_cache_bytes(config, usable, cost, own_tower=own_tower))
+    return config.with_kv_memory(kv_cache_bytes(config, usable, cost, own_kernels(model)))
+
+
+def own_kernels(model: Qwen2VLForConditionalGeneration) -> Own:
+    return Own(tower=tower_kernel(model) is not None, joined=joins_gate_and_up(model))
 
 
 def tower_kernel(model: Qwen2VLForConditionalGeneration) -> ModuleType | None:

@@ -155,19 +155,24 @@ def test_graphs_change_nothing(checkpoint: Path, dtype: str) -> None:
     assert found[0] == found[1]
 
 
-def test_recorded_pictures_change_nothing(tmp_path: Path) -> None:
-    """Towers of the true shape: kernel by kernel and as graphs, beside steps that are graphs over the same memory."""
+def test_recorded_pictures_and_wide_steps_change_nothing(tmp_path: Path) -> None:
+    """The true shape: kernel by kernel and as graphs, towers beside steps that are graphs over the same memory, and
+    steps of 1,000 tokens.
+    """
     folder = write_shape("2b", tmp_path / "2b")
     sizes = [(2, 3), (8, 8), (5, 5), (8, 8)]
     asks = [Ask([words(i, 9), pixels(i, *sizes[i % 4]), words(i, 5)], greedy(8)) for i in range(24)]
+    texts = [Ask([words(i, 190 + i)], greedy(4)) for i in range(12)]
     found = []
     for enforce_eager in (False, True):
         options: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "max_num_seqs": 6}
+        options |= {"max_num_batched_tokens": 1000}
         engine = make_engine(folder, device="cuda", max_model_len=512, enforce_eager=enforce_eager, **options)
-        towers = engine.runner.encoder.towers
-        if towers is None:
+        towers, prompts = engine.runner.encoder.towers, engine.runner.prompts
+        if towers is None or prompts is None:
             pytest.skip("attention inside pictures is torch's on this GPU")
-        found.append(answers(engine, asks))
+        assert prompts.most == 1000
+        found.append(answers(engine, asks) + answers(engine, texts, stagger=0))
         assert bool(towers.replays) != enforce_eager
     assert found[0] == found[1]
 

@@ -11,6 +11,7 @@ from qvl.bench.shape import write_shape
 from qvl.engine.config import DeviceFacts, EngineConfig, EngineOptions, resolve
 from qvl.engine.memory import (
     LIBRARIES,
+    Own,
     decoder_bytes,
     graph_bytes,
     kept_bytes,
@@ -25,6 +26,7 @@ from qvl.errors import ConfigError
 from tests.engine.harness import make_config
 
 MIB, GIB = 1 << 20, 1 << 30
+OURS = Own(tower=True, joined=True)
 H200 = DeviceFacts("cuda", (9, 0), int(139.8 * GIB), "float32", 16)
 
 
@@ -58,14 +60,19 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     assert kept_bytes(seven) == kept
     tower = 5504 * (3 * 1280 * 2 + 2 * 80 * 4 + (5120 + 1280) * 2)  # stream, norm, added; angles; fc1 and its sum
     assert vision_bytes(seven, 5504, in_place=True) == tower
-    assert graph_bytes(seven, towers=True) == decodes > tower  # so graphs of pictures cost no memory of torch's
-    assert kept_bytes(seven, own_tower=True) == kept + 5504 * 1176 * 2 + 24 * 5 * MIB // 4
+    assert graph_bytes(seven, Own(tower=True)) == decodes > tower  # so graphs of pictures cost no memory of torch's
+    assert kept_bytes(seven, Own(tower=True)) == kept + 5504 * 1176 * 2 + 24 * 5 * MIB // 4
+    joined = 1024 * (3 * hidden * 2 + 2 * 128 * 4) + 1024 * (3 * hidden + wide) * 2
+    assert decoder_bytes(seven, 1024, joined=True) == joined
+    assert graph_bytes(seven, OURS) == decodes > joined
+    four_more = 512 * hidden * 2 + 4 * 5 * MIB // 4
+    assert kept_bytes(seven, OURS) == kept_bytes(seven, Own(tower=True)) + four_more
 
 
 def test_the_cache_is_as_large_as_the_comparison(seven: EngineConfig) -> None:
     """What 0.9 of an H200 leaves beside weights and what else was measured there: vLLM 0.25.1 has 2,040,016 tokens."""
     usable = int(0.9 * H200.total_memory) - seven.weight_bytes - 530 * MIB
-    tokens = kv_cache_bytes(seven, usable, own_tower=True) // (56 * 1024)
+    tokens = kv_cache_bytes(seven, usable, own=OURS) // (56 * 1024)
     assert tokens >= 2_040_016
 
 
@@ -117,4 +124,6 @@ def test_the_largest_picture_is_bounded_by_context_and_processor(checkpoint: Pat
 
 def test_graphs_of_pictures_may_be_the_largest(checkpoint: Path) -> None:
     config = make_config(checkpoint, max_num_batched_tokens=512, num_blocks=256, max_num_seqs=4)
-    assert graph_bytes(config) < vision_bytes(config, MOST_PATCHES, in_place=True) == graph_bytes(config, towers=True)
+    assert (
+        graph_bytes(config) < vision_bytes(config, MOST_PATCHES, in_place=True) == graph_bytes(config, Own(tower=True))
+    )

@@ -6,7 +6,10 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from qvl.engine import prompt_graphs
+from qvl.engine.inputs import StepNumbers
 from qvl.engine.prompt_graphs import MOST_ALONE, MOST_PROMPTS, PromptSteps, Shape, shapes_for
 from qvl.layers.attention import cut_prompts
 from tests.engine.harness import Ask, greedy, make_engine, pixels, run, words
@@ -34,7 +37,39 @@ def test_chunks_prefixes_and_preemption_give_the_answers_of_plain_steps(checkpoi
     assert stats.prefix_hit_tokens > 0
 
 
+def test_wider_steps_are_recorded_where_gate_and_up_are_joined(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers; rows of long contexts among them are left to the kernel for those."""
+    monkeypatch.setattr(prompt_graphs, "joins_gate_and_up", lambda _: True)
+    sizes = {"MOST_TOKENS": 8, "SIZE_STEP": 4, "MOST_JOINED": 20, "WIDE_STEP": 6, "MOST_ALONE": 8, "LONGEST": 40}
+    for name, value in sizes.items():
+        monkeypatch.setattr(prompt_graphs, name, value)
+    asks = [Ask([words(i, count)], greedy(6 + i)) for i, count in enumerate((12, 18, 33, 60))]
+    want = [outcome.token_ids for outcome in run(make_engine(checkpoint, max_model_len=128), asks)]
+    tracer = Tracer()
+    engine = engine_over(checkpoint, tracer, max_num_seqs=3, async_scheduling=True)
+    prompts = engine.runner.prompts
+    assert prompts is not None
+    assert [shape.tokens for shape in prompts.shapes if shape.decodes] == [4, 8, 14, 20]
+    asked: list[tuple[int, int, Shape | None]] = []
+    shape_for = prompts.shape_for
+
+    def noting(numbers: StepNumbers) -> Shape | None:
+        shape = shape_for(numbers)
+        asked.append((len(numbers.token_ids), max(numbers.context_lens[numbers.num_decodes :]), shape))
+        return shape
+
+    prompts.shape_for = noting  # type: ignore[method-assign]
+    assert [outcome.token_ids for outcome in run(engine, asks, stagger=2)] == want
+    for count, longest, shape in asked:
+        assert (shape is None) == (count > 20 or (count > 8 and longest > 40))
+    assert {14, 20, None} <= {shape and shape.tokens for _, _, shape in asked}
+
+
 def test_shapes_hold_all_tiles_that_may_come(checkpoint: Path) -> None:
+    wide = [shape.tokens for shape in shapes_for(1024) if shape.decodes]
+    assert wide == [*range(64, 513, 64), 640, 768, 896, 1024]
     assert shapes_for(24) == [Shape(24, decodes=False), Shape(24, decodes=True)]
     sizes = [shape.tokens for shape in shapes_for(500) if shape.decodes]
     assert sizes == [64, 128, 192, 256, 320, 384, 448, 500]
