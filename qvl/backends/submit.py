@@ -38,7 +38,7 @@ class Submission:
 
         try:
             intake.finish(self.prepared.media, keep)
-        finally:  # a place that nobody fills any more may be another picture's
+        finally:  # tickets of what will never come can be used again once the engine has let go of them
             for room, files in self.promises.values():
                 room.settle(files, kept=False)
 
