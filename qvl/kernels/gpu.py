@@ -82,7 +82,7 @@ def tiles_for(capability: Capability, dtype: torch.dtype, head_dim: int) -> Tile
         decode = (block, 4, 2)
     else:  # two programs share a multiprocessor: one multiplies while the other takes exponentials
         rows, warps, stages = 64, 4, 3
-        decode = (block // 2, 2, 3)
+        decode = (block // 2, 2, 4)
     return Tiles(rows, block, warps, stages, *decode, tensor_cores=True, early=early)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.kernels.sums import Sums
-from qvl.kernels.triton_decode import Cut, attend_decodes, cut_decodes, most_items
+from qvl.kernels.triton_cut import Cut, cut_decodes, most_items
+from qvl.kernels.triton_decode import attend_decodes
 from qvl.kernels.triton_ops import rope_and_store
 from qvl.kernels.triton_prefill import attend_prefills
 from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts

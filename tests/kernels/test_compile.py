@@ -43,7 +43,7 @@ def compiled(
 
 def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, decode: bool) -> Any:
     """For seven query heads a KV head, as in the 7B."""
-    from qvl.kernels import triton_decode, triton_prefill
+    from qvl.kernels import triton_cut, triton_decode, triton_prefill
 
     tiles = tiles_for(capability, dtype, head_dim)
     number = "*" + TYPES[dtype]
@@ -55,27 +55,30 @@ def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *,
         options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         return compiled(triton_prefill._prefill, capability, types | {"tiles_ptr": "*i32"}, constants, options)
     types |= {"items_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
-    constants |= {"ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block}
-    constants |= {"FIELDS": triton_decode.FIELDS, "EARLY": tiles.early}
+    types |= dict.fromkeys(("joins_ptr", "arrived_ptr"), "*i32")
+    constants |= {"ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block, "EARLY": tiles.early}
+    constants |= {"MERGE": triton_decode.MERGE_SPAN, "HEADS": 8}
+    constants |= {"ITEM_FIELDS": triton_cut.ITEM_FIELDS, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
     options = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages}
     options |= {"launch_pdl": True} if tiles.early else {}
     return compiled(triton_decode._decode, capability, types, constants, options)
 
 
 def test_the_cut_and_the_join_build() -> None:
-    from qvl.kernels import triton_decode
+    from qvl.kernels import triton_cut, triton_decode
 
-    constants = {"FIELDS": triton_decode.FIELDS, "EARLY": True}
-    types = dict.fromkeys(("lens_ptr", "items_ptr", "joins_ptr"), "*i32")
-    types |= dict.fromkeys(("batch", "count", "most"), "i32")
-    numbers = {"BATCH": 256, "EACH": triton_decode.ITEMS_EACH, "BLOCK": 32, "LEAST": triton_decode.LEAST}
+    constants = {"EARLY": True}
     options = {"num_warps": 4, "launch_pdl": True}
-    assert "griddepcontrol.wait" in compiled(triton_decode._cut, (9, 0), types, numbers | constants, options).asm["ptx"]
+    types = dict.fromkeys(("lens_ptr", "items_ptr", "joins_ptr", "arrived_ptr"), "*i32")
+    types |= dict.fromkeys(("batch", "count", "most"), "i32")
+    numbers = {"KH": 4, "PLACES": 4, "BATCH": 256, "BLOCK": 32, "LEAST": triton_cut.LEAST, "MOST_PARTS": 32}
+    fields = {"ITEM_FIELDS": triton_cut.ITEM_FIELDS, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
+    ptx = compiled(triton_cut._cut, (9, 0), types, numbers | fields | constants, options).asm["ptx"]
+    assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
     types = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "joins_ptr": "*i32", "out_ptr": "*bf16"}
-    numbers = {"H": 28, "D": 128, "SPAN": triton_decode.SPAN}
+    numbers = {"H": 28, "D": 128, "SPAN": triton_decode.JOIN_SPAN, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
     for first in (False, True):
-        how = constants | {"FIRST": first}
-        ptx = compiled(triton_decode._join, (9, 0), types, numbers | how, options).asm["ptx"]
+        ptx = compiled(triton_decode._join, (9, 0), types, numbers | constants | {"FIRST": first}, options).asm["ptx"]
         let_in, wait = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
         assert (let_in < wait) == first
         assert max(let_in, wait) < ptx.index("st.global")

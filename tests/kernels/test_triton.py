@@ -147,10 +147,20 @@ def test_padded_rows_store_nothing_and_give_zeros() -> None:
 
 @here
 @pytest.mark.parametrize(
-    "lengths", [[1], [64, 0, 1, 3000], [330] * 9, [32_000, 1, 0, 1], [0], [1500, 1499, 1501], [40] * 20 + [2000] * 20]
+    "lengths",
+    [
+        [1],
+        [64, 0, 1, 3000],
+        [330] * 9,
+        [32_000, 1, 0, 1],
+        [0],
+        [1500, 1499, 1501],
+        [40] * 20 + [2000] * 20,  # many, of which each has an end
+        [16_000] + [300] * 30,
+    ],
 )
 def test_every_key_of_every_decode_is_in_one_item(lengths: list[int]) -> None:
-    """And those with several are all joined, once each, and no other."""
+    """And those of a sequence are about equally long, one behind the other."""
     attention = triton_attention(Heads(4, 2, 16))
     cut = attention.cut(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), len(lengths))
     seen: dict[int, list[list[int]]] = {i: [] for i in range(len(lengths))}
@@ -158,31 +168,33 @@ def test_every_key_of_every_decode_is_in_one_item(lengths: list[int]) -> None:
         assert 0 <= seq < len(lengths)
         if parts:
             seen[seq].append([number, *item, parts])
-    several = []
+    joins = cut.joins.tolist()
     for seq, length in enumerate(lengths):
-        first_item = seen[seq][0][0]
         ends = [0, *(stop for _, _, stop, _ in seen[seq])]
         assert ends[-1] == length
-        assert ends == sorted(ends)
+        first, parts = joins[seq]
+        assert parts == len(seen[seq])
         for i, item in enumerate(seen[seq]):
-            assert item == [first_item + i, ends[i], ends[i + 1], len(seen[seq])]
-        if len(seen[seq]) > 1:
-            several.append([seq, first_item, len(seen[seq])])
-    assert [[seq, first, parts] for seq, first, _, parts in cut.joins.tolist() if parts] == several
+            assert item == [first + i, ends[i], ends[i + 1], parts]
+            assert length / parts <= ends[1] < length / parts + TILES.decode_block
+    assert not cut.arrived.any()
 
 
 @here
-def test_a_step_of_more_decodes_than_can_be_joined() -> None:
-    """Few of them are long: there is room to join fewer than there are."""
-    heads, lengths = Heads(2, 2, 16), [3] * 14 + [600, 300]
-    step, blocks = a_step([1] * 16, lengths, 16)
-    kv, qkv, angles = (numbers(blocks, 16, 2, 16), numbers(blocks, 16, 2, 16)), numbers(16, 6 * 16), some_angles(16, 16)
+@pytest.mark.parametrize("count", [12, 24])  # joined by a kernel behind, and by the last program of each
+def test_few_long_contexts_among_many_short_ones(count: int) -> None:
+    """Twice, as two layers do: what counted the parts of the first is ready for the second."""
+    heads, lengths = Heads(3, 1, 16), [3] * (count - 2) + [900, 300]
+    step, blocks = a_step([1] * count, lengths, 16)
+    kv, qkv = (numbers(blocks, 16, 1, 16), numbers(blocks, 16, 1, 16)), numbers(count, 5 * 16)
+    angles = some_angles(count, 16)
     attention, gather = triton_attention(heads, multiprocessors=4), GatherAttention()
     plan = attention.plan(step)
-    assert len(plan.decodes.joins) < len(lengths)
-    assert int((plan.decodes.joins[:, -1] > 1).sum()) == 2
+    assert int((plan.decodes.joins[:, 1] > 1).sum()) == 2
     exact = gather.run(qkv.clone(), angles, (kv[0].clone(), kv[1].clone()), gather.plan(step))
-    assert close(attention.run(qkv, angles, kv, plan), exact, torch.float32)
+    for _ in range(2):
+        assert close(attention.run(qkv.clone(), angles, kv, plan), exact, torch.float32)
+    assert not plan.decodes.arrived.any()
 
 
 # --- between the products ---------------------------------------------------------------------------------------------
