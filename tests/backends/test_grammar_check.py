@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -93,11 +92,9 @@ async def test_the_loop_goes_on_and_the_same_is_not_tried_twice(checker: Grammar
     assert ticks > 10 * CPU_SECONDS
     with pytest.raises(InvalidRequest):
         await trying
-    started = time.process_time()
     with pytest.raises(InvalidRequest, match="too long"):
         await checker.check(hostile)
     assert checker._process is None, "the verdict was remembered"
-    assert time.process_time() - started < CPU_SECONDS
 
 
 async def test_many_at_once_are_refused_and_leavers_do_no_harm(

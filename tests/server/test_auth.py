@@ -26,7 +26,7 @@ def guarded() -> Iterator[Live]:
 
 def status_of(server: Live, target: str, headers: str = "", method: str = "GET") -> int:
     """As a raw request line: an HTTP library would tidy the address up."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as sock:
         sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n".encode())
         return int(sock.recv(65536).split(b" ")[1])
 
@@ -103,7 +103,7 @@ def test_nothing_else_opens(guarded: Live, value: str) -> None:
 
 
 def test_a_wrong_key_is_told_before_the_body_is_read(guarded: Live) -> None:
-    with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=120) as sock:
         sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
         assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
 
@@ -113,7 +113,7 @@ def test_a_browser_may_ask_first_and_sees_errors(guarded: Live) -> None:
     asked = requests.options(
         guarded.url + "/v1/chat/completions",
         headers={**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"},
-        timeout=30,
+        timeout=120,
     )
     assert asked.status_code == 200
     assert asked.headers["access-control-allow-origin"] == "https://a.example"

@@ -40,7 +40,7 @@ def error_of(reply: requests.Response) -> dict[str, Any]:
     ],
 )
 def test_bodies_that_are_no_json_object(server: Live, body: bytes, says: str) -> None:
-    reply = requests.post(server.url + "/v1/chat/completions", data=body, timeout=30)
+    reply = requests.post(server.url + "/v1/chat/completions", data=body, timeout=120)
     assert reply.status_code == 400
     assert says in error_of(reply)["message"]
 

@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize(("body", "text"), CASES)
 def test_a_shape_as_it_stands(server: Live, body: dict[str, Any], text: str) -> None:
-    reply = requests.post(server.url + "/v1/chat/completions", data=json.dumps(body), headers=HEADERS, timeout=30)
+    reply = requests.post(server.url + "/v1/chat/completions", data=json.dumps(body), headers=HEADERS, timeout=120)
     assert reply.status_code == 200
     answer = reply.json()
     expected = text[: body["max_tokens"]]
@@ -60,7 +60,7 @@ def test_streamed_is_unstreamed(server: Live, body: dict[str, Any], text: str) -
 )
 def test_any_content_type_will_do(server: Live, headers: dict[str, str]) -> None:
     data = json.dumps(shapes.text_only()).encode()
-    reply = requests.post(server.url + "/v1/chat/completions", data=data, headers=headers, timeout=30)
+    reply = requests.post(server.url + "/v1/chat/completions", data=data, headers=headers, timeout=120)
     assert reply.status_code == 200
 
 

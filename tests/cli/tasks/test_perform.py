@@ -259,7 +259,7 @@ def press_until_it_ends(process: subprocess.Popen[str]) -> tuple[int, str]:
     for pressed in range(1, 10):
         process.send_signal(signal.SIGINT)
         try:
-            return pressed, process.communicate(timeout=30)[1]
+            return pressed, process.communicate(timeout=120)[1]
         except subprocess.TimeoutExpired:
             continue
     process.kill()
