@@ -124,8 +124,7 @@ class PromptSteps:
         self._hidden_states[:count].copy_(embed(ids, numbers.media))
         replay = self.replays.get(shape)
         hidden_states = self._compute(shape) if replay is None else replay()
-        last = self._numbers[LAST, :num_sampling]
-        return hidden_states.index_select(0, last), self._numbers[SAMPLING, :num_sampling]
+        return hidden_states[:num_sampling], self._numbers[SAMPLING, :num_sampling]
 
     def _fill(self, numbers: StepNumbers) -> None:
         # Page-locked memory of its own for every step: the copy of the step before may still be under way.
@@ -153,7 +152,9 @@ class PromptSteps:
         return min(shape.tokens, shape.tokens // self.model.attention.tile_tokens + MOST_PROMPTS)
 
     def _compute(self, shape: Shape) -> Tensor:
-        """The network over a step of this shape, all of it on the device: after the final norm [tokens, hidden]."""
+        """The network over a step of this shape, all of it on the device: after the final norm those that sample
+        [num_seqs, hidden], whatever lies behind them.
+        """
         size, num_seqs = shape.tokens, min(shape.tokens, self.config.max_num_seqs)
         metadata = AttentionMetadata(
             cu_seqlens_q=self._bounds[: num_seqs + 1],
@@ -166,6 +167,8 @@ class PromptSteps:
             num_decodes=num_seqs if shape.decodes else 0,
             prompt_tiles=self._tiles[: self.num_tiles(shape)],
         )
-        positions = self._numbers[POSITIONS, :size]
-        hidden_states: Tensor = self.model(self._hidden_states[:size], positions, self.kv_cache, metadata)
-        return hidden_states
+        last, positions = self._numbers[LAST, :num_seqs], self._numbers[POSITIONS, :size]
+        hidden_states = self._hidden_states[:size]
+        early = size >= 2 * num_seqs  # only they go through the end of the last layer: gathering costs something, too
+        out: Tensor = self.model(hidden_states, positions, self.kv_cache, metadata, last if early else None)
+        return out if early else out.index_select(0, last)
