@@ -46,6 +46,7 @@ class Shape:
 
     patches: int
     tiles: int
+    tile_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class TowerSteps:
     def __init__(self, tower: VisionTower, kernel: Any, device: torch.device, recorder: Recorder | None) -> None:
         self.tower, self.kernel, self.recorder = tower, kernel, recorder
         spec, dtype = tower.spec, tower.compute_dtype
-        tiles = len(kernel.tiles_of([MOST_PATCHES])) + SPARE_TILES[-1]
+        tiles = len(kernel.tiles_of([MOST_PATCHES], kernel.rows_for([1]))) + SPARE_TILES[-1]
         self._patches = torch.zeros((MOST_PATCHES, spec.patch_dim), dtype=dtype, device=device)
         self._numbers = torch.zeros(2 * MOST_PATCHES + kernel.FIELDS * tiles, dtype=torch.int32, device=device)
         self._filled: Layout | None = None
@@ -97,15 +98,16 @@ class TowerSteps:
         size = -(-count // SIZE_STEP) * SIZE_STEP
         if size > MOST_PATCHES:
             return None
-        tiles = self.kernel.tiles_of(lengths)
-        alone = len(self.kernel.tiles_of([size]))
+        rows = self.kernel.rows_for(lengths)
+        tiles = self.kernel.tiles_of(lengths, rows)
+        alone = len(self.kernel.tiles_of([size], rows))
         room = next((alone + spare for spare in SPARE_TILES if len(tiles) <= alone + spare), None)
         if room is None:
             return None
         numbers = arranged(vision_positions(grids, spec.merge_size), size, tiles, room)
         if self._numbers.is_cuda:
             numbers = numbers.pin_memory()
-        return Layout(Shape(size, room), count, sum(grid.num_tokens(spec.merge_size) for grid in grids), numbers)
+        return Layout(Shape(size, room, rows), count, sum(grid.num_tokens(spec.merge_size) for grid in grids), numbers)
 
     def _replay_of(self, shape: Shape) -> Replay | None:
         if self.recorder is None:
@@ -132,7 +134,7 @@ class TowerSteps:
         """The tower over a shape, all of it on the device: [patches / merge_size^2, hidden_size]."""
         positions, tiles = self._numbers[: 2 * shape.patches], self._numbers[2 * shape.patches :]
         fields = self.kernel.FIELDS
-        segments = Segments([], tiles[: fields * shape.tiles].view(-1, fields), None, 0)
+        segments = Segments([], tiles[: fields * shape.tiles].view(-1, fields), None, 0, shape.tile_rows)
         patches = self._patches[: shape.patches]
         return self.tower.compute([patches], positions.view(torch.float32).view(-1, 2), segments)
 

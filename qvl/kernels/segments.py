@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.fused import rotate
-from qvl.kernels.gpu import HOPPER, Capability, capability_of, gpu_problem, tried_out
+from qvl.kernels.gpu import HOPPER, Capability, capability_of, compiling_together, gpu_problem, tried_out
 
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
 WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
@@ -36,6 +36,7 @@ class Segments:
     tiles: Tensor | None  # int32 [tiles, 4]
     bounds: Tensor | None  # int32 [segments + 1]
     longest: int
+    tile_rows: int = 0  # most query rows of a tile of ours
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, head_dim: int) -> Segments:
@@ -46,11 +47,13 @@ class Segments:
             groups.append((start, count, length))
             start += count * length
         tiles = bounds = None
+        rows = 0
         if (kernel := segment_kernel(device, dtype, head_dim)) is not None:
-            tiles = uploaded(kernel.tiles_of(lengths), device)
+            rows = kernel.rows_for(lengths)
+            tiles = uploaded(kernel.tiles_of(lengths, rows), device)
         elif len(groups) > MANY and has_flash(dtype, capability_of(device)):
             bounds = uploaded(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
-        return cls(groups, tiles, bounds, max(lengths))
+        return cls(groups, tiles, bounds, max(lengths), rows)
 
 
 def uploaded(numbers: npt.NDArray[np.int32], device: torch.device) -> Tensor:
@@ -68,7 +71,7 @@ def segment_attention(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segm
         from qvl.kernels import triton_segments
 
         assert turned.data_ptr() == qkv.data_ptr()
-        return triton_segments.attend_segments(qkv, segments.tiles)
+        return triton_segments.attend_segments(qkv, segments.tiles, segments.tile_rows)
     q, k = turned.unflatten(1, (2, -1)).unbind(1)
     return attend_by_torch(q, k, qkv[:, 2], segments)
 
@@ -113,7 +116,7 @@ def halves(head_dim: int) -> tuple[int, int] | None:
 
 def problem_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """What is wrong with it, or None: segments of more than one turn of keys, of less than one, and of a single key;
-    and scores of the first keys far above those of the last, where the kernel begins.
+    and scores of the first keys far above those of the last, where the kernel begins. Compiles its forms together.
     """
     lengths, heads = [300, 5, 1, 128], 2
     generator = torch.Generator(device).manual_seed(0)
@@ -124,9 +127,16 @@ def problem_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, hea
         for part in qkv.float().split(lengths)
     ]
     exact = torch.cat(alone)
-    out = kernel.attend_segments(qkv, uploaded(kernel.tiles_of(lengths), device))
-    error = float((out.float() - exact).norm() / exact.norm())
-    return None if error <= WRONG else f"the kernel for attention in pictures is wrong by {error:.1%}"
+    tiles = {rows: uploaded(kernel.tiles_of(lengths, rows), device) for rows in kernel.FORMS}
+    with compiling_together():
+        for rows in tiles:
+            kernel.attend_segments(qkv, tiles[rows], rows)
+    for rows in tiles:
+        out = kernel.attend_segments(qkv.clone(), tiles[rows], rows)
+        error = float((out.float() - exact).norm() / exact.norm())
+        if not error <= WRONG:
+            return f"the kernel for attention in pictures is wrong by {error:.1%}"
+    return None
 
 
 def has_flash(dtype: torch.dtype, capability: Capability | None) -> bool:

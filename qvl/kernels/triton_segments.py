@@ -1,9 +1,10 @@
 """Attention inside segments for compute capability 9.0, in Gluon, the part of Triton that says which warps do what.
 
-One program takes 64 query rows of one head. One warp fetches keys and values by TMA. Four others multiply on tensor
-cores while they take exponentials: the last weights times values are under way while the softmax of these scores goes
-on. Two programs share a multiprocessor: where one waits, the other computes. head_dim is two powers of two (80 = 64 +
-16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
+One program takes rows of one head. One warp fetches keys and values by TMA. Teams of four others take 64 query rows
+each: they multiply on tensor cores while they take exponentials, as the last weights times values are under way while
+the softmax of these scores goes on. Where one team waits, another computes: two programs of one team share a
+multiprocessor, or a program of three has it alone and fetches a third as much, which pays where there are many keys.
+head_dim is two powers of two (80 = 64 + 16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
 
 Knows tensors of queries, keys and values. Does not know pictures. Importing this file imports Triton;
 `qvl.kernels.segments` does so only where such a GPU is.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -41,22 +43,38 @@ from qvl.kernels.triton_turns import (
     scores,
 )
 
-ROWS = 64  # query rows of a program: what four warps multiply at a time
-KEYS = 128  # keys a turn
-STAGES = 2  # tiles of keys, and of values, that are fetched ahead
+TEAM_ROWS = gl.constexpr(64)  # query rows of a team: what four warps multiply at a time
 FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
-REGISTERS = 128  # of a thread at the start: two programs of 256 fit; then the four warps take those of the fetching
+MANY_KEYS = 3072  # of the longest segment, from which on programs of three teams are faster
 
 
-def tiles_of(lengths: Sequence[int]) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a program works; `registers` of a thread at the start: teams take those that fetching leaves."""
+
+    teams: int
+    keys: int  # a turn
+    stages: int  # turns of keys, and of values, that are fetched ahead
+    registers: int = 128
+
+
+FORMS = {64: Form(teams=1, keys=128, stages=2), 192: Form(teams=3, keys=64, stages=4)}  # by query rows of a program
+
+
+def rows_for(lengths: Sequence[int]) -> int:
+    """Query rows of a tile: a key of FORMS."""
+    return 192 if max(lengths) >= MANY_KEYS else 64
+
+
+def tiles_of(lengths: Sequence[int], rows: int) -> np.ndarray:
     """int32 [tiles, FIELDS]: the query rows of consecutive segments; those with the most keys first, so that none of
     them runs last.
     """
     found, start = [], 0
     for length in lengths:
-        at = np.arange(0, length, ROWS, dtype=np.int32)
+        at = np.arange(0, length, rows, dtype=np.int32)
         tiles = np.empty((len(at), FIELDS), dtype=np.int32)
-        tiles[:, 0], tiles[:, 1] = start + at, np.minimum(ROWS, length - at)
+        tiles[:, 0], tiles[:, 1] = start + at, np.minimum(rows, length - at)
         tiles[:, 2:] = start, length
         found.append(tiles)
         start += length
@@ -64,25 +82,27 @@ def tiles_of(lengths: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(together[np.argsort(-together[:, 3], kind="stable")])
 
 
-def attend_segments(qkv: Tensor, tiles: Tensor) -> Tensor:
-    """qkv [n, 3, heads, head_dim] contiguous: [n, heads * head_dim], which is where the queries lay."""
-    rows, _, heads, dim = qkv.shape
-    flat, count = qkv.view(rows, 3 * heads * dim), tiles.shape[0]
+def attend_segments(qkv: Tensor, tiles: Tensor, rows: int) -> Tensor:
+    """qkv [n, 3, heads, head_dim] contiguous: [n, heads * head_dim], which is where the queries lay. `tiles` are of so
+    many rows.
+    """
+    length, _, heads, dim = qkv.shape
+    flat, count, form = qkv.view(length, 3 * heads * dim), tiles.shape[0], FORMS[rows]
     launch(
         _segments, (count * heads,),
-        *described(flat, *boxes_of(dim)), tiles, qkv, 3 * heads * dim, count, heads * dim,
-        dim**-0.5 * LOG2E, LIMITS[qkv.dtype], D=dim, KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS,
-        num_warps=4, maxnreg=REGISTERS,
+        *described(flat, *boxes_of(dim, form.keys)), tiles, qkv, 3 * heads * dim, count, heads * dim,
+        dim**-0.5 * LOG2E, LIMITS[qkv.dtype], D=dim, TEAMS=form.teams, KEYS=form.keys, STAGES=form.stages,
+        FIELDS=FIELDS, num_warps=4, maxnreg=form.registers,
     )  # fmt: skip
     return flat[:, : heads * dim]
 
 
 @functools.cache
-def boxes_of(head_dim: int) -> tuple[tuple[int, int], ...]:
+def boxes_of(head_dim: int, keys: int) -> tuple[tuple[int, int], ...]:
     """Rows and columns of what is fetched at a time: both parts of the queries, and of the keys or values."""
     both = halves(head_dim)
     assert both is not None
-    return tuple((rows, columns) for rows in (ROWS, KEYS) for columns in both)
+    return tuple((rows, columns) for rows in (TEAM_ROWS.value, keys) for columns in both)
 
 
 @gluon.jit
@@ -124,46 +144,49 @@ def _store(to_ptr, acc, total, live, stride):
 
 @gluon.jit
 def _attend(
-    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full, k0, k1, v0, v1,
-    k_full, k_empty, v_full, v_empty,
-    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
+    team: gl.constexpr, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full,
+    k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+    D: gl.constexpr, TEAMS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the rows of the tile against all keys of the segment."""
-    ROWS: gl.constexpr = q0.shape[0]
+    """Four warps: their rows of the tile against all keys of the segment."""
     LOW: gl.constexpr = k0.shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW, 16])
     O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D - LOW, 16])
     tile = tiles_ptr + gl.program_id(0) % tiles * FIELDS
     column = gl.program_id(0) // tiles * D
-    first_row = gl.load(tile)
-    live = gl.load(tile + 1)
+    first_row = gl.load(tile) + team * TEAM_ROWS
+    live = gl.load(tile + 1) - team * TEAM_ROWS
     length = gl.load(tile + 3)
     turns = gl.cdiv(length, KEYS)
     left = length - (turns - 1) * KEYS
 
-    # From registers, tensor cores read the queries without asking shared memory for them at every turn.
     _get(q_low, q_high, first_row, column, q_full, q0, q1)
     mbarrier.wait(q_full, 0)
-    a0 = q0.load(gl.DotOperandLayout(0, S, 2))
-    a1 = q1.load(gl.DotOperandLayout(0, S, 2))
+    if TEAMS == 1:  # the others have no registers left
+        a0 = q0.load(gl.DotOperandLayout(0, S, 2))
+        a1 = q1.load(gl.DotOperandLayout(0, S, 2))
+    else:
+        a0 = q0
+        a1 = q1
 
     # The segment's last keys come first: only they need a mask.
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=(scores(a0, a1, k0.index(0), k1.index(0), KEYS, S),))
     mbarrier.arrive(k_empty.index(0))
     s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s * scale, NOTHING)
-    none = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
-    acc0 = gl.zeros((ROWS, LOW), gl.float32, O0)
-    acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
+    none = gl.zeros((TEAM_ROWS,), gl.float32, gl.SliceLayout(1, S))
+    acc0 = gl.zeros((TEAM_ROWS, LOW), gl.float32, O0)
+    acc1 = gl.zeros((TEAM_ROWS, D - LOW), gl.float32, O1)
     e, shift, _total, acc0, acc1 = running(s, none + NOTHING, none, acc0, acc1)
     total = part_sums(e)
     weights = e.to(q_low.dtype)
     mbarrier.wait(v_full.index(0), 0)
     if left < KEYS:
         clear(v0.index(0), left)
-        clear(v1.index(0), left)
+        clear(v1.index(0), left)  # every team writes the same
         fence_async_shared()
+        meet()
 
     mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=turns > 1)
     for i in range(1, turns):
@@ -189,7 +212,7 @@ def _attend(
     acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
     if beyond(whole, limit, live):
         acc0, acc1, whole = _attend_again(
-            q_low, q_high, a0, a1, q0, q1, q_full, gl.load(tile + 2), length, width + column, width, scale,
+            q_low, q_high, q0, q1, q_full, gl.load(tile + 2), length, width + column, width, scale,
             acc0, acc1, whole,
         )  # fmt: skip
     to_ptr = out_ptr + first_row.to(gl.int64) * stride + column
@@ -206,12 +229,12 @@ def _get(low, high, row, column, full, to0, to1):
 
 
 @gluon.jit
-def _attend_again(low, high, a0, a1, x0, x1, full, first_key, length, k_column, width, scale, acc0, acc1, like):
-    """The same with a running maximum, slowly: the four warps fetch for themselves, to where the queries were."""
+def _attend_again(low, high, x0, x1, full, first_key, length, k_column, width, scale, acc0, acc1, like):
+    """The same with a running maximum, slowly: the team fetches for itself, to where its queries were."""
     KEYS: gl.constexpr = x0.shape[0]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    a0 = gl.convert_layout(a0, gl.DotOperandLayout(0, S, 2))
-    a1 = gl.convert_layout(a1, gl.DotOperandLayout(0, S, 2))
+    a0 = x0.load(gl.DotOperandLayout(0, S, 2))
+    a1 = x1.load(gl.DotOperandLayout(0, S, 2))
     acc0 = gl.zeros_like(acc0)
     acc1 = gl.zeros_like(acc1)
     total = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, S))
@@ -253,36 +276,60 @@ def _segments(
     scale,
     limit,  # of LIMITS
     D: gl.constexpr,
+    TEAMS: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     FIELDS: gl.constexpr,
 ):  # fmt: skip
     """One program: one tile and one head; all tiles of a head are neighbours, as they read the same keys."""
-    q0 = _places(q_low, 1).index(0)
-    q1 = _places(q_high, 1).index(0)
+    q0 = _places(q_low, TEAMS)
+    q1 = _places(q_high, TEAMS)
     k0 = _places(k_low, STAGES)
     k1 = _places(k_high, STAGES)
     v0 = _places(k_low, STAGES)
     v1 = _places(k_high, STAGES)
-    q_full = barriers(1)
+    q_full = barriers(TEAMS)
     k_full = barriers(STAGES)
     k_empty = barriers(STAGES)
     v_full = barriers(STAGES)
     v_empty = barriers(STAGES)
-    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(TEAMS):
+        mbarrier.init(q_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=TEAMS)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=TEAMS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full.index(0),
-                       k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
-            (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
-                      k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
-        ],
-        [1],  # warps of the second
-        [24],  # and its registers; the first takes the others
-    )  # fmt: skip
+    # With each partition but the first: its warps and their registers. The first has what is left.
+    if TEAMS == 1:
+        gl.warp_specialize(
+            [
+                (_attend, (0, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(0),
+                           q1.index(0), q_full.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+                           D, TEAMS, KEYS, STAGES, FIELDS)),
+                (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
+                          k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.static_assert(TEAMS == 3)
+        gl.warp_specialize(
+            [
+                (_attend, (0, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(0),
+                           q1.index(0), q_full.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+                           D, TEAMS, KEYS, STAGES, FIELDS)),
+                (_attend, (1, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(1),
+                           q1.index(1), q_full.index(1), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+                           D, TEAMS, KEYS, STAGES, FIELDS)),
+                (_attend, (2, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(2),
+                           q1.index(2), q_full.index(2), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+                           D, TEAMS, KEYS, STAGES, FIELDS)),
+                (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
+                          k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip

@@ -49,12 +49,16 @@ class Tiles:
     FIELDS = 4
 
     @staticmethod
-    def tiles_of(lengths: Sequence[int]) -> np.ndarray:
+    def rows_for(lengths: Sequence[int]) -> int:
+        return ROWS
+
+    @staticmethod
+    def tiles_of(lengths: Sequence[int], rows: int) -> np.ndarray:
         starts = np.cumsum([0, *lengths])
         found = [
-            (start + at, min(ROWS, length - at), start, length)
+            (start + at, min(rows, length - at), start, length)
             for start, length in zip(starts.tolist(), lengths, strict=False)
-            for at in range(0, length, ROWS)
+            for at in range(0, length, rows)
         ]
         return np.array(sorted(found, key=lambda tile: -tile[3]), dtype=np.int32)
 
@@ -151,11 +155,11 @@ def test_what_comes_often_is_recorded_and_who_came_last_stays(
     times(OFTEN, wide)
     times(1, small)
     times(OFTEN, third)
-    assert list(steps.replays) == [Shape(128, 2), Shape(384, 6)]
+    assert list(steps.replays) == [Shape(128, 2, ROWS), Shape(384, 6, ROWS)]
     assert tracer.recorded == 3
     times(AMONG, small)  # the others are forgotten
     times(OFTEN - 1, wide)
-    assert (tracer.recorded, list(steps.replays)) == (3, [Shape(384, 6), Shape(128, 2)])
+    assert (tracer.recorded, list(steps.replays)) == (3, [Shape(384, 6, ROWS), Shape(128, 2, ROWS)])
 
 
 def test_what_does_not_fit_is_left_alone(tower: VisionTower) -> None:
@@ -169,7 +173,7 @@ def test_what_does_not_fit_is_left_alone(tower: VisionTower) -> None:
     assert steps.layout_of(tuple(crumbs[:18])) is not None
     full = steps.layout_of((Grid(1, 74, 74),))
     assert full is not None
-    assert full.shape == Shape(MOST_PATCHES, MOST_PATCHES // ROWS)
+    assert full.shape == Shape(MOST_PATCHES, MOST_PATCHES // ROWS, ROWS)
 
 
 @torch.inference_mode()

@@ -49,10 +49,10 @@ def test_so_it_is_with_descriptions_of_tensors(monkeypatch: pytest.MonkeyPatch, 
     kernel = fresh(monkeypatch, triton_segments._segments)
     monkeypatch.setattr(kernel, "_do_compile", lambda *_: compiled)
     driver.seen.clear()
-    tiles = torch.from_numpy(triton_segments.tiles_of([200, 56]))
+    tiles = torch.from_numpy(triton_segments.tiles_of([200, 56], 64))
     qkv = torch.zeros(256, 3, 2, 80, dtype=torch.bfloat16)
     for memory in (qkv, qkv, qkv.clone()):
-        triton_segments.attend_segments(memory, tiles)
+        triton_segments.attend_segments(memory, tiles, 64)
     first, second, third = driver.seen
     assert same(first, second)
     boxes = [box.block_shape for box in second[9:13]]

@@ -64,7 +64,9 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("lengths", [[100 + 4 * i for i in range(MANY + 2)], [1, 128, 3, 700, 129], [256]])
+@pytest.mark.parametrize(
+    "lengths", [[100 + 4 * i for i in range(MANY + 2)], [1, 128, 3, 700, 129], [256], [3100, 65, 500]]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_segments_of_many_lengths_on_a_gpu(lengths: list[int], dtype: torch.dtype) -> None:
     """Our kernel where it runs, and both ways of torch."""
@@ -100,7 +102,7 @@ def test_what_lies_behind_a_segment_does_not_reach_it() -> None:
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [[300, 200], [1000]])
+@pytest.mark.parametrize("lengths", [[300, 200], [1000], [3200, 100]])
 def test_scores_far_above_those_of_the_last_keys_are_right(lengths: list[int], dtype: torch.dtype) -> None:
     """Our kernel shifts all exponentials by the maximum of a segment's last keys, with which it begins."""
     torch.manual_seed(0)
@@ -139,22 +141,32 @@ def test_a_cpu_has_no_kernel_of_ours() -> None:
 # --- our kernel -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [64, 192])
 @pytest.mark.parametrize("lengths", [[1], [128], [129, 128, 5476], [4] * 9])
-def test_every_query_row_is_in_one_tile(lengths: list[int]) -> None:
+def test_every_query_row_is_in_one_tile(lengths: list[int], rows: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from qvl.kernels import triton_segments
 
-    tiles = triton_segments.tiles_of(lengths)
+    tiles = triton_segments.tiles_of(lengths, rows)
     assert tiles.dtype == np.int32
-    rows = [row for first, count, _, _ in tiles.tolist() for row in range(first, first + count)]
-    assert sorted(rows) == list(range(sum(lengths)))
+    covered = [row for first, count, _, _ in tiles.tolist() for row in range(first, first + count)]
+    assert sorted(covered) == list(range(sum(lengths)))
     ends = np.cumsum(lengths)
     for first, count, key, keys in tiles.tolist():
         segment = int(np.searchsorted(ends, first, side="right"))
         assert (key, keys) == (ends[segment] - lengths[segment], lengths[segment])
-        assert 0 < count <= triton_segments.ROWS
+        assert 0 < count <= rows
         assert first + count <= ends[segment]
     assert tiles[:, 3].tolist() == sorted(tiles[:, 3].tolist(), reverse=True)
+
+
+def test_long_segments_take_programs_of_three_teams() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from qvl.kernels.triton_segments import FORMS, MANY_KEYS, TEAM_ROWS, rows_for
+
+    for lengths, teams in (([MANY_KEYS - 1] * 9, 1), ([4, MANY_KEYS], 3)):
+        rows = rows_for(lengths)
+        assert (FORMS[rows].teams, rows) == (teams, teams * TEAM_ROWS.value)
 
 
 def test_which_head_dims_are_two_powers_of_two() -> None:
@@ -165,16 +177,17 @@ def test_which_head_dims_are_two_powers_of_two() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-def test_two_programs_share_a_multiprocessor_and_keep_their_numbers_in_registers(
-    dtype: torch.dtype, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "programs"), [(64, 2), (192, 1)])
+def test_programs_fit_on_a_multiprocessor_and_keep_their_numbers_in_registers(
+    rows: int, programs: int, dtype: torch.dtype, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from qvl.kernels.triton_segments import REGISTERS
+    from qvl.kernels.triton_segments import FORMS
 
-    kernel = compiled_segments(dtype, name)
-    assert 2 * (kernel.metadata.shared + KIB) <= shared_memory(HOPPER) + KIB  # the driver takes 1 KiB for each
-    assert 2 * 32 * kernel.metadata.num_warps * REGISTERS <= 64 * KIB
+    kernel = compiled_segments(rows, dtype, name)
+    assert programs * (kernel.metadata.shared + KIB) <= shared_memory(HOPPER) + KIB  # the driver takes 1 KiB for each
+    assert programs * 32 * kernel.metadata.num_warps * FORMS[rows].registers <= 64 * KIB
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
@@ -182,23 +195,23 @@ def test_two_programs_share_a_multiprocessor_and_keep_their_numbers_in_registers
     assert re.search(r"\bSTL\b", kernel.asm["sass"]) is None
 
 
-def compiled_segments(dtype: torch.dtype, name: str) -> Any:
+def compiled_segments(rows: int, dtype: torch.dtype, name: str) -> Any:
     """For the tower's head_dim, as `attend_segments` launches it."""
     from qvl.kernels import triton_segments as segments
     from qvl.kernels.triton_boxes import described
 
-    dim = 80
-    boxes = segments.boxes_of(dim)
+    dim, form = 80, segments.FORMS[rows]
+    boxes = segments.boxes_of(dim, form.keys)
     flat = torch.empty(256, 3 * 16 * dim, dtype=dtype)
     layouts = [one.descriptor.layout for one in described(flat, *boxes)]
     types: dict[str, str] = {
-        argument: f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
-        for argument, (rows, columns), layout in zip(
+        argument: f"tensordesc<{name}[{length}, {columns}],{layout!r}>"
+        for argument, (length, columns), layout in zip(
             ("q_low", "q_high", "k_low", "k_high"), boxes, layouts, strict=True
         )
     }
     types |= {"tiles_ptr": "*i32", "out_ptr": f"*{name}", "stride": "i32", "tiles": "i32", "width": "i32"}
     types |= {"scale": "fp32", "limit": "fp32"}
-    constants = {"D": dim, "KEYS": segments.KEYS, "STAGES": segments.STAGES, "FIELDS": segments.FIELDS}
+    constants = {"D": dim, "TEAMS": form.teams, "KEYS": form.keys, "STAGES": form.stages, "FIELDS": segments.FIELDS}
     aligned = ("tiles_ptr", "out_ptr", "stride", "width")
-    return compiled_for_hopper(segments._segments, types, constants, aligned, segments.REGISTERS)
+    return compiled_for_hopper(segments._segments, types, constants, aligned, form.registers)
