@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from qvl.kernels.compilers import cores
 
-MOST = 24  # processes; each takes some 200 MB while it compiles
+MOST = 16  # processes; each takes some 200 MB while it compiles
 
 
 class Target:
