@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-GIVE_BACK_SECONDS = 5.0  # a call takes 10 to 20 ms of a CPU where hundreds of MiB are in use
+GIVE_BACK_SECONDS = 10.0  # a call takes some 20 ms where hundreds of MiB are in use, and pages that are used again more
 
 
 def available_host_memory() -> int:
