@@ -30,9 +30,9 @@ class SamplerRow:
     """Row `index` of the logits, which has rules of its own. `token_ids` are prompt and output as far as they are known
     here, `num_tokens` counts those that only the device knows, too.
 
-    `sampling` is resolved (no None but in `logprobs` and `seed`); `seed` is used instead of `sampling.seed`; `banned`
-    ids may not be chosen this time; bit i of `allowed`, where there is one, says whether token i may. `line`: where its
-    counts of tokens are kept.
+    `owner` is whose row it is. `sampling` is resolved (no None but in `logprobs` and `seed`); `seed` is used instead of
+    `sampling.seed`; `banned` ids may not be chosen this time; bit i of `allowed`, where there is one, says whether
+    token i may. `line`: where its counts of tokens are kept.
     """
 
     index: int
