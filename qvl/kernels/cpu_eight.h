@@ -8,6 +8,11 @@
 #include "cpu_tiles.h"
 
 enum way { FOUR, BYTEWISE, WIDER };
+#ifdef WIDE
+#define SEVERAL WIDER /* the way for more than one row of x */
+#else
+#define SEVERAL BYTEWISE
+#endif
 
 /* Four numbers of a tile times `columns` rows of x, k apart: codes of 8 bits. */
 INLINE void bytes_step(const int columns, const int8_t *w, const int8_t *x, long k, vd (*sum)[BESIDE]) {
@@ -39,28 +44,30 @@ INLINE void wide_step(const int columns, const int8_t *w, const int16_t *x, long
 }
 #endif
 
-/* Numbers [at, at + length) of k of a tile times `columns` rows of x: to `out`, still to be scaled. */
-INLINE void span8(const enum way way, const int columns, const product *p, const int8_t *w, long column, long at,
-                  long length, vn (*out)[BESIDE]) {
-    const int8_t *x = p->codes + column * p->k + at;
+/* Numbers [at, at + length) of k of some tiles, `apart` from each other, times `columns` rows of x, one of both numbers
+ * being 1: to `out`, still to be scaled. */
+INLINE void span8(const enum way way, const int tiles, const int columns, const product *p, const int8_t *w, long apart,
+                  long column, long at, long length, vn (*out)[BESIDE]) {
+    const int sums = tiles + columns - 1;
     vd sum[STRIP][BESIDE];
-    UNROLL for (int c = 0; c < columns; c++) {
+    UNROLL for (int i = 0; i < sums; i++) {
         int32_t start = 0;
-        for (long b = 0; START8 && b < length; b += BLOCK4) start += START8 * *sums_of(p, column + c, at + b);
-        UNROLL for (int v = 0; v < BESIDE; v++) sum[c][v] = (vd){0} + start;
+        for (long b = 0; START8 && b < length; b += BLOCK4)
+            start += START8 * *sums_of(p, column + (columns > 1 ? i : 0), at + b);
+        UNROLL for (int v = 0; v < BESIDE; v++) sum[i][v] = (vd){0} + start;
     }
-    if (way == BYTEWISE)
-        for (long j = 0; j < length; j += 4, w += 4 * TILE) {
-            __builtin_prefetch(w + AHEAD, 0, 2);
-            bytes_step(columns, w, x + j, p->k, sum);
-        }
+    for (long j = 0; j < length; j += 4, w += 4 * TILE)
+        UNROLL for (int t = 0; t < tiles; t++) {
+            const int8_t *own = w + t * apart * p->k * TILE;
+            __builtin_prefetch(own + AHEAD, 0, 2);
 #ifdef WIDE
-    if (way == WIDER)
-        for (long j = 0; j < length; j += 4, w += 4 * TILE) {
-            __builtin_prefetch(w + AHEAD, 0, 2);
-            wide_step(columns, w, (const int16_t *)p->codes + column * p->k + at + j, p->k, sum);
-        }
+            if (way == WIDER) {
+                wide_step(columns, own, (const int16_t *)p->codes + column * p->k + at + j, p->k, sum + t);
+                continue;
+            }
 #endif
-    UNROLL for (int c = 0; c < columns; c++)
-        UNROLL for (int v = 0; v < BESIDE; v++) out[c][v] = __builtin_convertvector(sum[c][v], vn);
+            bytes_step(columns, own, p->codes + column * p->k + at + j, p->k, sum + t);
+        }
+    UNROLL for (int i = 0; i < sums; i++)
+        UNROLL for (int v = 0; v < BESIDE; v++) out[i][v] = __builtin_convertvector(sum[i][v], vn);
 }

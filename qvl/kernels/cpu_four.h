@@ -59,24 +59,30 @@ INLINE void steps4(const int columns, const int8_t *w, const int8_t *x, long k, 
 #endif
 }
 
-/* Numbers [at, at + length) of k of a tile times `columns` rows of x: to `out`, still to be scaled as x is. */
-INLINE void span4(const int columns, const product *p, const int8_t *w, const uint16_t *steps, long column, long at,
-                  long length, vn (*out)[BESIDE]) {
-    UNROLL for (int c = 0; c < columns; c++)
-        UNROLL for (int v = 0; v < BESIDE; v++) out[c][v] = (vn){0};
+/* Numbers [at, at + length) of k of some tiles, `apart` from each other, times `columns` rows of x, one of both numbers
+ * being 1: to `out`, still to be scaled as x is. */
+INLINE void span4(const int tiles, const int columns, const product *p, const int8_t *w, const uint16_t *steps, long apart,
+                  long column, long at, long length, vn (*out)[BESIDE]) {
+    const int sums = tiles + columns - 1;
+    UNROLL for (int i = 0; i < sums; i++)
+        UNROLL for (int v = 0; v < BESIDE; v++) out[i][v] = (vn){0};
     for (long b = at; b < at + length; b += BLOCK4, steps += TILE) {
         const int8_t *x = p->codes + column * p->k + b;
         vd sum[STRIP][BESIDE];
-        UNROLL for (int c = 0; c < columns; c++)
-            UNROLL for (int v = 0; v < BESIDE; v++) sum[c][v] = (vd){0} + START4 * *sums_of(p, column + c, b);
-        for (int s = 0; s < STEPS4; s += TOGETHER, w += TOGETHER * 4 * TILE) {
-            UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(w + AHEAD + f * 64, 0, 2);
-            steps4(columns, w, x + 4 * s, p->k, sum);
-        }
-        UNROLL for (int v = 0; v < BESIDE; v++) {
-            vn step = numbers_of(steps + v * (BYTES / 4));
-            UNROLL for (int c = 0; c < columns; c++)
-                out[c][v] = weighed_add(out[c][v], __builtin_convertvector(sum[c][v], vn), step);
-        }
+        UNROLL for (int i = 0; i < sums; i++)
+            UNROLL for (int v = 0; v < BESIDE; v++)
+                sum[i][v] = (vd){0} + START4 * *sums_of(p, column + (columns > 1 ? i : 0), b);
+        for (int s = 0; s < STEPS4; s += TOGETHER, w += TOGETHER * 4 * TILE)
+            UNROLL for (int t = 0; t < tiles; t++) {
+                const int8_t *own = w + t * apart * p->k * TILE / 2;
+                UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(own + AHEAD + f * 64, 0, 2);
+                steps4(columns, own, x + 4 * s, p->k, sum + t);
+            }
+        UNROLL for (int i = 0; i < sums; i++)
+            UNROLL for (int v = 0; v < BESIDE; v++) {
+                const uint16_t *own = steps + (tiles > 1 ? i * apart * p->k / BLOCK4 * TILE : 0);
+                vn step = numbers_of(own + v * (BYTES / 4));
+                out[i][v] = weighed_add(out[i][v], __builtin_convertvector(sum[i][v], vn), step);
+            }
     }
 }

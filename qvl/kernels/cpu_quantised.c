@@ -11,6 +11,7 @@
 #include "cpu_threads.h"
 
 #define K_CHUNK 2048             /* numbers of the rows of a tile that meet all of x, near by in a cache */
+#define STREAMS 2                /* tiles that one row of x meets at a time: a processor follows more than one */
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work */
 
 static void round_piece(const void *what, long row) {
@@ -27,25 +28,33 @@ static void round_piece(const void *what, long row) {
         to[i] = codes[i], to[i + 1] = codes[i + 2], to[i + 2] = codes[i + 1], to[i + 3] = codes[i + 3];
 }
 
-/* Tile t times `columns` rows of x over [from, stop) of k. */
-INLINE void tile(const enum way way, const int columns, const product *p, long column, long t, long from, long stop) {
+/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k; one of both numbers is 1. */
+INLINE void tile(const enum way way, const int tiles, const int columns, const product *p, long column, long t, long apart,
+                 long from, long stop) {
     float sums[STRIP][TILE];
-    take_sums(columns, p, column, t, from, sums);
+    for (int i = 0; i < tiles; i++) take_sums(columns, p, column, t + i * apart, from, sums + i);
     for (long at = from; at < stop; at += SPAN) {
         const int8_t *w = p->w + (t * p->k + at) * TILE * p->bits / 8;
         long length = stop - at < SPAN ? stop - at : SPAN;
         vn out[STRIP][BESIDE];
         if (way == FOUR)
-            span4(columns, p, w, p->steps + (t * p->k + at) / BLOCK4 * TILE, column, at, length, out);
+            span4(tiles, columns, p, w, p->steps + (t * p->k + at) / BLOCK4 * TILE, apart, column, at, length, out);
         else
-            span8(way, columns, p, w, column, at, length, out);
-        UNROLL for (int c = 0; c < columns; c++)
+            span8(way, tiles, columns, p, w, apart, column, at, length, out);
+        UNROLL for (int i = 0; i < tiles + columns - 1; i++)
             UNROLL for (int v = 0; v < BESIDE; v++) {
-                vn_u *to = (vn_u *)(sums[c] + v * (BYTES / 4));
-                *to = weighed_add(*to, out[c][v], *scales_of(p, column + c, at / SPAN) - (vn){0});
+                vn_u *to = (vn_u *)(sums[i] + v * (BYTES / 4));
+                *to = weighed_add(*to, out[i][v], *scales_of(p, column + (columns > 1 ? i : 0), at / SPAN) - (vn){0});
             }
     }
-    keep_sums(columns, p, column, t, stop, sums);
+    for (int i = 0; i < tiles; i++) keep_sums(columns, p, column, t + i * apart, stop, sums + i);
+}
+
+/* Tiles [first, last) times the only row of x. */
+INLINE void lone(const enum way way, const product *p, long first, long last) {
+    long apart = (last - first) / STREAMS;
+    for (long t = first; t < first + apart; t++) tile(way, STREAMS, 1, p, 0, t, apart, 0, p->k);
+    for (long t = first + apart * STREAMS; t < last; t++) tile(way, 1, 1, p, 0, t, 0, 0, p->k);
 }
 
 /* Tiles [first, last) times all of x. */
@@ -56,12 +65,12 @@ INLINE void tiles(const enum way way, const product *p, long first, long last) {
         for (long t = first; t < last; t++)
             for (long c = 0, left; (left = p->m - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4)
                 switch (left >= STRIP ? STRIP : left) {
-                case 1: tile(way, 1, p, c, t, from, stop); break;
-                case 2: tile(way, 2, p, c, t, from, stop); break;
-                case 3: tile(way, 3, p, c, t, from, stop); break;
-                case STRIP: tile(way, STRIP, p, c, t, from, stop); break;
+                case 1: tile(way, 1, 1, p, c, t, 0, from, stop); break;
+                case 2: tile(way, 1, 2, p, c, t, 0, from, stop); break;
+                case 3: tile(way, 1, 3, p, c, t, 0, from, stop); break;
+                case STRIP: tile(way, 1, STRIP, p, c, t, 0, from, stop); break;
 #if STRIP > 4
-                default: tile(way, 4, p, c, t, from, stop);
+                default: tile(way, 1, 4, p, c, t, 0, from, stop);
 #endif
                 }
     }
@@ -70,14 +79,12 @@ INLINE void tiles(const enum way way, const product *p, long first, long last) {
 static void tile_piece(const void *what, long piece) {
     const product *p = what;
     long all = (p->n + TILE - 1) / TILE, first = piece * p->tiles, last = all - first < p->tiles ? all : first + p->tiles;
-    if (p->bits == 4)
+    if (p->m == 1)
+        p->bits == 4 ? lone(FOUR, p, first, last) : lone(BYTEWISE, p, first, last);
+    else if (p->bits == 4)
         tiles(FOUR, p, first, last);
-#ifdef WIDE
-    else if (p->wide)
-        tiles(WIDER, p, first, last);
-#endif
     else
-        tiles(BYTEWISE, p, first, last);
+        tiles(SEVERAL, p, first, last);
 }
 
 /* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
@@ -91,9 +98,7 @@ void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, c
     product p = {bits, 0, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, ldx, m, n, width, k, spans, tiles};
     p.sums = (int32_t *)(p.scales + m * spans);
     p.codes = (int8_t *)(p.sums + m * spans * PER_SPAN);
-#ifdef WIDE
-    p.wide = bits == 8 && m > 1;
-#endif
+    p.wide = bits == 8 && m > 1 && SEVERAL == WIDER;
     qvl_share(m, m * k > 16384 ? threads : 1, round_piece, &p);
     qvl_share((all + p.tiles - 1) / p.tiles, threads, tile_piece, &p);
 }
