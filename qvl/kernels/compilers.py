@@ -50,16 +50,18 @@ class Compilers:
         self._asked = threading.local()
         threading.Thread(target=self._listen, name="qvl-compilers", daemon=True).start()
 
-    def hear(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> None:
+    def hear(self, **told: Any) -> None:
         """What Triton tells of a kernel in the thread that is about to hand its compilation to others."""
-        target = importlib.import_module("triton.runtime").driver.active.get_current_target()
-        self._asked.job = {
-            "module": fn.module,
-            "name": fn.name,
-            "hash": fn.jit_function.cache_key,
-            "what": compile["specialization_data"],
-            "target": vars(target),
-        }
+        self._asked.job = None
+        with contextlib.suppress(Exception):  # another Triton has other words: the kernel is compiled here
+            driver = importlib.import_module("triton.runtime").driver.active
+            self._asked.job = {
+                "module": told["fn"].module,
+                "name": told["fn"].name,
+                "hash": told["fn"].jit_function.cache_key,
+                "what": told["compile"]["specialization_data"],
+                "target": vars(driver.get_current_target()),
+            }
 
     def heard(self) -> dict[str, Any] | None:
         """It, once."""

@@ -138,6 +138,13 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     asked.end()
 
 
+def test_a_triton_that_speaks_in_other_words_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = speaking(monkeypatch, "")
+    asked.hear(function="kernel", target="sm_90")
+    assert asked.heard() is None
+    asked.end()
+
+
 def test_what_they_compiled_is_found(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     """And a kernel that they cannot compile is answered too, which leaves it to whoever asked."""
     from triton import knobs
