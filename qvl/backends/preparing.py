@@ -32,6 +32,7 @@ class Preparing(Generic[T]):
         self._made: list[T] = []
         self._over = self._used = False
         self._fail: Callable[[BaseException], None] | None = None
+        self._error: BaseException | None = None
         pool.submit(self._run, work).add_done_callback(lambda done: self._on_loop(self._end, done))
 
     async def known(self) -> T:
@@ -39,9 +40,11 @@ class Preparing(Generic[T]):
         return await self._known
 
     def used(self, fail: Callable[[BaseException], None]) -> None:
-        """It went to the engine: `fail` is called if `work` fails yet."""
+        """It went to the engine: `fail` is called if `work` fails yet, or has since it was announced."""
         self._used = True
         self._fail = fail
+        if self._error is not None:
+            fail(self._error)
 
     def leave(self) -> None:
         """Nobody waits any more. Safe to call at any time."""
@@ -65,13 +68,13 @@ class Preparing(Generic[T]):
 
     def _end(self, done: Future[T]) -> None:
         self._over = True
-        error = None if done.cancelled() else done.exception()
-        if error is None and not done.cancelled():
+        self._error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if self._error is None:
             self._announced(done.result())
         elif not self._known.done():
-            self._known.set_exception(error or asyncio.CancelledError())
-        elif self._fail is not None and error is not None:
-            self._fail(error)
+            self._known.set_exception(self._error)
+        elif self._fail is not None:
+            self._fail(self._error)
         self._clear()
 
     def _clear(self) -> None:

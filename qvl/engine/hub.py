@@ -232,13 +232,18 @@ class Hub:
         if not isinstance(message, AddRequest):
             self.events.put(Received(connection, message))
             return
-        try:
-            pixels = tuple(map_pixels(item.pixels, connection.rooms) for item in message.media)
-        except (OSError, ValueError, QvlError) as error:
-            logger.error("request %s: its pixels cannot be mapped: %s", message.request_id, error)
+        pixels: list[Pixels | None] = []
+        lost: Exception | None = None
+        for item in message.media:  # all of them, so that no file or ticket of them is left over
+            try:
+                pixels.append(map_pixels(item.pixels, connection.rooms))
+            except (OSError, ValueError, QvlError) as error:
+                lost = error
+        if lost is not None:
+            logger.error("request %s: its pixels cannot be mapped: %s", message.request_id, lost)
             connection.send(refusal(message.request_id, "the pixels of its media were lost on the way to the engine"))
             return
-        self.events.put(Received(connection, message, pixels))
+        self.events.put(Received(connection, message, tuple(pixels)))
 
     def _share(self, connection: Connection, message: UseRoom) -> None:
         try:

@@ -75,6 +75,18 @@ async def test_a_failure_after_the_announcement_reaches_who_uses_it(pool: Thread
     preparing.leave()
 
 
+async def test_a_failure_between_announcement_and_use_is_not_lost(pool: ThreadPoolExecutor) -> None:
+    """A damaged file fails at once: the loop may hear of both before the task that waits goes on."""
+    work, failed = Gate(BadMedia("damaged")), list[BaseException]()
+    work.open.set()
+    preparing = Preparing(pool, work, lambda _: None)
+    await until(lambda: preparing._over, "it never ends")
+    assert await preparing.known() == "a"
+    preparing.used(failed.append)
+    assert isinstance(failed[0], BadMedia)
+    preparing.leave()
+
+
 async def test_a_failure_before_it_is_raised(pool: ThreadPoolExecutor) -> None:
     work = Gate(BadMedia("damaged"), announces=False)
     work.open.set()
