@@ -233,13 +233,13 @@ class Hub:
             self.events.put(Received(connection, message))
             return
         pixels: list[Pixels | None] = []
-        lost: Exception | None = None
+        lost = ""
         for item in message.media:  # all of them, so that no file or ticket of them is left over
             try:
                 pixels.append(map_pixels(item.pixels, connection.rooms))
             except (OSError, ValueError, QvlError) as error:
-                lost = error
-        if lost is not None:
+                lost = str(error)  # the error itself would keep the others' pixels
+        if lost:
             logger.error("request %s: its pixels cannot be mapped: %s", message.request_id, lost)
             connection.send(refusal(message.request_id, "the pixels of its media were lost on the way to the engine"))
             return
