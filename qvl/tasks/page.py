@@ -30,7 +30,7 @@ _UNWRAPPED = frozenset(("base", "frame", "object", "embed", "applet", "noscript"
 _SOURCES = frozenset(("src", "srcset", "poster", "background", "data", "imagesrcset", "xlink:href", "manifest"))
 _LINKS = frozenset(("a", "area"))  # where a reader may go by a click; nothing is loaded
 # No address runs on into the next one: a model that says `url(` without end is read in one go.
-_URL = re.compile(r"""url\((?P<address>[^"'()]*|\s*"[^"]*"\s*|\s*'[^']*'\s*)\)""", re.I)
+_URL = re.compile(r"""url\((?P<address>(?:[^"'()\\]|\\.)*|\s*"[^"]*"\s*|\s*'[^']*'\s*)\)""", re.I | re.S)
 _IMPORT = re.compile(r"""@import\s+(?:url\(\s*)?["']?(?P<address>[^"');]*)[^;]*;?""", re.I)
 _TAG = re.compile(r"<(?:[a-z/!]|$)", re.I)
 _BEGINNINGS = (re.compile(r"<!doctype\b|<html\b", re.I), re.compile(r"<[a-z][a-z0-9]*[\s>]", re.I))  # the surest first

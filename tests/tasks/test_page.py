@@ -91,6 +91,8 @@ def test_the_policy_stands_before_all_that_it_governs(html: str) -> None:
         ('<style>@import "a.css";</style>', "a.css"),
         ("<style>p { background: url( 'bg.png' ) }</style>", "bg.png"),
         ('<p style="background: url(bg.png)">', "bg.png"),
+        ('<style>p { background: url("bg\'(1).png") }</style>', "bg'(1).png"),
+        (r"<style>p { background: url(bg\(1\).png) }</style>", r"bg\(1\).png"),
         ('<p style="background: url(&quot;bg.png&quot;)">', "bg.png"),
         ('<base href="https://evil/">', "https://evil/"),
         ('<svg><image xlink:href="x.png" /></svg>', "x.png"),
