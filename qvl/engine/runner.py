@@ -44,7 +44,7 @@ from qvl.models.registry import build_model
 from qvl.models.weights import LoadFormat, load_weights
 from qvl.types import TokenLogprob
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qvl.engine")
 
 NOT_FINITE = (
     "the model's scores for this request are not finite numbers (an overflow of the number format); "
