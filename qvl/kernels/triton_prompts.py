@@ -20,12 +20,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma_wait,
 )
 
 from qvl.kernels.gpu import launch
 from qvl.kernels.triton_boxes import described, meet
+from qvl.kernels.triton_pages import HALF, fetch, get, rows_of, tile_of, turns_of
 from qvl.kernels.triton_turns import (
     LIMITS,
     LOG2E,
@@ -42,7 +42,6 @@ from qvl.layers.attention import TILE_FIELDS as FIELDS
 from qvl.layers.attention import Heads
 
 HEAD_DIM = 128
-HALF = gl.constexpr(64)
 TEAM_ROWS = gl.constexpr(64)  # query rows of four warps
 TEAMS = gl.constexpr(2)  # of four warps
 ROWS = 128  # query rows of a program
@@ -72,71 +71,6 @@ def attend_prompts(
         HEAD_DIM**-0.5 * LOG2E, LIMITS[q.dtype], KH=heads.num_kv_heads, GROUP=heads.group, PAGE=page,
         KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-
-
-@gluon.jit
-def _tile(work_ptr, KH: gl.constexpr, FIELDS: gl.constexpr):
-    """(sequence, first row of the step, tokens, context before them, KV head) of this program."""
-    tile = work_ptr + gl.program_id(0) // KH * FIELDS
-    return gl.load(tile), gl.load(tile + 1), gl.load(tile + 2), gl.load(tile + 3), gl.program_id(0) % KH
-
-
-@gluon.jit
-def _turns(tokens, context, KEYS: gl.constexpr):
-    """Turns of keys; none for a tile of no tokens, which is no tile."""
-    return gl.where(tokens > 0, gl.cdiv(context + tokens, KEYS), 0)
-
-
-@gluon.jit
-def _row_of(table, at, PAGE: gl.constexpr, BOX: gl.constexpr):
-    """Where in the cache the box with this key begins."""
-    row = gl.load(table + at // PAGE) * PAGE
-    if BOX < PAGE:
-        row += at % PAGE // BOX * BOX
-    return row
-
-
-@gluon.jit
-def _rows_of(table, first, end, COUNT: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr):
-    """Where boxes of keys begin; all looked up before one is used. Past the end stands the last one again."""
-    rows = (_row_of(table, gl.minimum(first, end), PAGE, BOX),)
-    for j in gl.static_range(1, COUNT):
-        row = _row_of(table, gl.minimum(first + j * BOX, end), PAGE, BOX)
-        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
-    return rows
-
-
-@gluon.jit
-def _get(box, rows, column, full, low, high, COUNT: gl.constexpr, BOX: gl.constexpr):
-    """Keys or values fetched, and `full` told to expect them."""
-    mbarrier.expect(full, COUNT * BOX * HALF * 4)
-    for j in gl.static_range(COUNT):
-        tma.async_copy_global_to_shared(box, [rows[j], column], full, low.slice(j * BOX, BOX, 0))
-        tma.async_copy_global_to_shared(box, [rows[j], column + HALF], full, high.slice(j * BOX, BOX, 0))
-
-
-@gluon.jit
-def _fetch(
-    k_box, v_box, table_ptr, work_ptr, table_stride, k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
-    KH: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
-):  # fmt: skip
-    """One warp: the keys and values that the tile may see, from their end to their beginning.
-
-    A block past the end may be another's, and hold what is not a number: it is never fetched.
-    """
-    seq, _first_row, tokens, context, kv_head = _tile(work_ptr, KH, FIELDS)
-    turns = _turns(tokens, context, KEYS)
-    table = table_ptr + seq * table_stride
-    column = kv_head * (2 * HALF)
-    BOX: gl.constexpr = k_box.block_shape[0]
-    for i in range(turns):
-        at = i % STAGES
-        phase = (i // STAGES) & 1
-        rows = _rows_of(table, (turns - 1 - i) * KEYS, context + tokens - 1, KEYS // BOX, PAGE, BOX)
-        mbarrier.wait(k_empty.index(at), phase ^ 1)
-        _get(k_box, rows, column, k_full.index(at), k0.index(at), k1.index(at), KEYS // BOX, BOX)
-        mbarrier.wait(v_empty.index(at), phase ^ 1)
-        _get(v_box, rows, column, v_full.index(at), v0.index(at), v1.index(at), KEYS // BOX, BOX)
 
 
 @gluon.jit
@@ -225,8 +159,8 @@ def _attend(
     """Four warps: 64 rows of the tile against all keys that they may see."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    seq, first_row, tokens, context, kv_head = _tile(work_ptr, KH, FIELDS)
-    turns = _turns(tokens, context, KEYS)
+    seq, first_row, tokens, context, kv_head = tile_of(work_ptr, KH, FIELDS)
+    turns = turns_of(tokens, context, KEYS)
     if turns > 0:
         _queries(q_ptr, q0, q1, first_row, tokens, team, kv_head, KH, GROUP)
         # Rows beyond the tile see what its last one sees.
@@ -291,13 +225,13 @@ def _attend_again(
     acc0 = gl.zeros_like(acc0)
     acc1 = gl.zeros_like(acc1)
     for first in range(0, stop, KEYS):
-        rows = _rows_of(table, first, stop - 1, KEYS // BOX, PAGE, BOX)
+        rows = rows_of(table, first, stop - 1, KEYS // BOX, PAGE, BOX)
         meet()
-        _get(k_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
+        get(k_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
         mbarrier.wait(full, 0)
         s = warpgroup_mma_wait(0, deps=(scores(a0, a1, q0, q1, KEYS, S),))
         meet()
-        _get(v_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
+        get(v_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
         e, best, summed, acc0, acc1 = running(_seen(s * scale, first, seen), best, summed, acc0, acc1)
         mbarrier.wait(full, 1)
         if first + KEYS > stop:
@@ -371,7 +305,7 @@ def _prompts(
             (_attend, (1, k_box, v_box, q_ptr, table_ptr, work_ptr, out_ptr, table_stride, scale, limit, q0.index(1),
                        q1.index(1), alone.index(1), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty, turn,
                        KH, GROUP, PAGE, KEYS, STAGES, FIELDS)),
-            (_fetch, (k_box, v_box, table_ptr, work_ptr, table_stride, k0, k1, v0, v1,
+            (fetch, (k_box, v_box, table_ptr, work_ptr, table_stride, k0, k1, v0, v1,
                       k_full, k_empty, v_full, v_empty, KH, PAGE, KEYS, STAGES, FIELDS)),
         ],
         [4, 1],  # warps of the second team and of the fetching
