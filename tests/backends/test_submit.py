@@ -24,6 +24,7 @@ from qvl.types import ChatRequest, MediaPart, Message, SamplingParams, TextPart
 from tests.backends.conftest import until
 
 ROUNDS, AT_ONCE = 12, 8
+LIMIT = 120  # seconds for a round that takes a half; who is forgotten waits for ever
 KEPT_BYTES = 1 << 20  # fewer than are asked about, so that places change hands and some pictures go by file
 
 
@@ -78,9 +79,8 @@ async def test_whoever_comes_and_goes_gets_what_was_asked_for(
         for _ in range(ROUNDS):
             asked = [rng.choices(files, k=rng.randint(1, 3)) for _ in range(AT_ONCE)]
             leave = [rng.random() / 10 if rng.random() < 0.3 else None for _ in range(AT_ONCE)]
-            await asyncio.gather(
-                *(ask(backend, one, rng.choice((1, 1, 2)), after) for one, after in zip(asked, leave, strict=True))
-            )
+            asking = (ask(backend, one, rng.choice((1, 1, 2)), after) for one, after in zip(asked, leave, strict=True))
+            await asyncio.wait_for(asyncio.gather(*asking), LIMIT)
 
         def all_back() -> bool:
             gc.collect()
