@@ -128,10 +128,10 @@ class PixelRoom:
         """The pixels of `files`, all that were promised at once, have come; or never will, and the engine is told."""
         with self._lock:
             for file in files:
-                place = self._places[(file.offset - ROOM_HEAD) // PIECE_BYTES]
-                if kept and file.ticket in place.promised:
-                    self._memory[NUM_TICKETS + file.ticket] = 1
-                place.promised.discard(file.ticket)
+                place = self._places.get((file.offset - ROOM_HEAD) // PIECE_BYTES)
+                if place is not None and file.ticket in place.promised:
+                    place.promised.remove(file.ticket)
+                    self._memory[NUM_TICKETS + file.ticket] = kept
 
     def take_back(self, file: PixelFile) -> None:
         """`file` was never said to the engine, nor will it be."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from qvl.engine.config import EngineConfig
 from qvl.engine.loading import Loading
@@ -169,7 +170,13 @@ class Intake:
                 raise TooManyMedia(kind, count, limit)
 
     def finish(self, media: Sequence[LoadedMedia], come: Callable[[int], None]) -> None:
-        """Wait for what was left for later; `come` hears whose pixels are there. Raises `BadMedia`."""
+        """Wait for what was left for later. Raises `BadMedia`.
+
+        `come` hears whose pixels are there, at once and in any thread, and once more when their turn has come here.
+        """
+        for number, one in enumerate(media):
+            if one.decoding is not None:
+                one.decoding.when_over(partial(come, number))
         for number, (name, one) in enumerate(zip(_names(media), media, strict=True)):
             if one.decoding is not None:
                 with _said_of(name):

@@ -15,6 +15,8 @@ from qvl.media.given_up import turn
 from qvl.media.stages import reported
 from qvl.types import MediaKind
 
+START_SECONDS = 0.002  # to get going; who begins would keep the interpreter to itself for as long as that
+
 
 class Decoding:
     """`decode` puts the pixels where they belong, or raises BadMedia, as often as it is tried."""
@@ -25,12 +27,21 @@ class Decoding:
         self.is_over = False
         self._decode = decode
         self._begun: Future[None] | None = None
+        self._started = threading.Event()
+        self._tell: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
     def begin(self, gate: threading.Semaphore, start: Callable[[Callable[[], None]], Future[None]]) -> None:
         """Have it done by whoever `start` calls, if nobody has begun."""
         if self._begun is None and not self.is_over:
             self._begun = start(partial(_decode, self, gate))
+            self._started.wait(START_SECONDS)
+
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """`tell` is called as soon as the pixels are there, by whoever put them there; perhaps not, if that fails."""
+        self._tell.append(tell)
+        if self.is_over:
+            self._tell_all()
 
     def finish(self, gate: threading.Semaphore | None = None) -> None:
         """The pixels are there afterwards. Within a turn at `gate`, if there is one. Raises BadMedia."""
@@ -42,8 +53,15 @@ class Decoding:
     def do(self) -> None:
         with self._lock:
             if not self.is_over:
+                self._started.set()
                 self._decode()
                 self.is_over = True
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        tell, self._tell = self._tell, []
+        for one in tell:
+            one()
 
 
 @reported

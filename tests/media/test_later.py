@@ -106,6 +106,25 @@ def test_what_was_begun_by_one_who_left_is_done_by_one_who_did_not() -> None:
     assert (done, decoding.is_over) == ([1], True)
 
 
+def test_who_wants_to_know_is_told_as_soon_as_it_is_over_and_once() -> None:
+    proceed, told = threading.Event(), list[str]()
+
+    def decode() -> None:
+        assert proceed.wait(LIMIT)
+
+    decoding = Decoding(decode)
+    with ThreadPoolExecutor(1) as pool:
+        decoding.begin(threading.BoundedSemaphore(1), pool.submit)
+        decoding.when_over(lambda: told.append("early"))
+        assert told == []
+        proceed.set()
+        decoding.finish()
+    assert told == ["early"]
+    decoding.when_over(lambda: told.append("late"))
+    decoding.finish()
+    assert told == ["early", "late"]
+
+
 def test_a_fault_is_told_to_everybody_who_comes() -> None:
     def fail() -> None:
         raise BadMedia("damaged")
