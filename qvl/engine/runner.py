@@ -152,6 +152,8 @@ class ModelRunner:
                     self._compute(flight)
                     if not flight.waits:
                         self._draw(flight)
+            if self.encoder.towers is not None:
+                self.encoder.towers.record_wanted()  # now, as the device has a step to compute
         return flight
 
     @torch.inference_mode()

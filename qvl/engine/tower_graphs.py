@@ -74,6 +74,7 @@ class TowerSteps:
         self._filled: Layout | None = None
         self.replays: OrderedDict[Shape, Replay] = OrderedDict()  # who was used last stands last
         self._recent: deque[Shape] = deque(maxlen=AMONG)
+        self._wanted: Shape | None = None
         self.layout_of = functools.lru_cache(256)(self._layout_of)
 
     def run(self, parts: list[Tensor], grids: Sequence[Grid]) -> Tensor | None:
@@ -116,8 +117,14 @@ class TowerSteps:
         if shape in self.replays:
             self.replays.move_to_end(shape)
         elif self._recent.count(shape) >= OFTEN:
-            self._record(shape, self.recorder)
+            self._wanted = shape
         return self.replays.get(shape)
+
+    def record_wanted(self) -> None:
+        """What has come often, if anything new has. Takes some ten milliseconds, in which the device should compute."""
+        shape, self._wanted = self._wanted, None
+        if shape is not None and self.recorder is not None:
+            self._record(shape, self.recorder)
 
     def _record(self, shape: Shape, recorder: Recorder) -> None:
         """It ran before, so nothing is compiled or loaded now; the device goes on with what it has."""
