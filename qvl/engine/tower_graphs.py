@@ -75,13 +75,12 @@ class TowerSteps:
         self.replays: OrderedDict[Shape, Replay] = OrderedDict()  # who was used last stands last
         self._recent: deque[Shape] = deque(maxlen=AMONG)
         self._wanted: Shape | None = None
-        self.layout_of = functools.lru_cache(256)(self._layout_of)
 
     def run(self, parts: list[Tensor], grids: Sequence[Grid]) -> Tensor | None:
         """Patches of these pictures, which are let go: [tokens, hidden_size], valid until the next recording of
         anything is replayed. None, and nothing is done, if they are too many.
         """
-        layout = self.layout_of(tuple(grids))
+        layout = layout_of(tuple(grids), self.tower.spec.merge_size, self.kernel, self._numbers.is_cuda)
         if layout is None:
             return None
         torch.cat(parts, out=self._patches[: layout.num_patches])
@@ -92,23 +91,6 @@ class TowerSteps:
         replay = self._replay_of(layout.shape)
         tokens = self._compute(layout.shape) if replay is None else replay()
         return tokens[: layout.num_tokens]
-
-    def _layout_of(self, grids: tuple[Grid, ...]) -> Layout | None:
-        spec, lengths = self.tower.spec, segment_lengths(grids)
-        count = sum(lengths)
-        size = -(-count // SIZE_STEP) * SIZE_STEP
-        if size > MOST_PATCHES:
-            return None
-        rows = self.kernel.rows_for(lengths)
-        tiles = self.kernel.tiles_of(lengths, rows)
-        alone = len(self.kernel.tiles_of([size], rows))
-        room = next((alone + spare for spare in SPARE_TILES if len(tiles) <= alone + spare), None)
-        if room is None:
-            return None
-        numbers = arranged(vision_positions(grids, spec.merge_size), size, tiles, room)
-        if self._numbers.is_cuda:
-            numbers = numbers.pin_memory()
-        return Layout(Shape(size, room, rows), count, sum(grid.num_tokens(spec.merge_size) for grid in grids), numbers)
 
     def _replay_of(self, shape: Shape) -> Replay | None:
         if self.recorder is None:
@@ -144,6 +126,26 @@ class TowerSteps:
         segments = Segments([], tiles[: fields * shape.tiles].view(-1, fields), None, 0, shape.tile_rows)
         patches = self._patches[: shape.patches]
         return self.tower.compute([patches], positions.view(torch.float32).view(-1, 2), segments)
+
+
+@functools.lru_cache(256)
+def layout_of(grids: tuple[Grid, ...], merge_size: int, kernel: Any, pinned: bool) -> Layout | None:
+    """None if they are too many patches or too many pictures. `pinned`: the numbers go to a GPU."""
+    lengths = segment_lengths(grids)
+    count = sum(lengths)
+    size = -(-count // SIZE_STEP) * SIZE_STEP
+    if size > MOST_PATCHES:
+        return None
+    rows = kernel.rows_for(lengths)
+    tiles = kernel.tiles_of(lengths, rows)
+    alone = len(kernel.tiles_of([size], rows))
+    room = next((alone + spare for spare in SPARE_TILES if len(tiles) <= alone + spare), None)
+    if room is None:
+        return None
+    numbers = arranged(vision_positions(grids, merge_size), size, tiles, room)
+    if pinned:
+        numbers = numbers.pin_memory()
+    return Layout(Shape(size, room, rows), count, sum(grid.num_tokens(merge_size) for grid in grids), numbers)
 
 
 def arranged(positions: npt.NDArray[np.float32], size: int, tiles: npt.NDArray[np.int32], room: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import random
 import weakref
@@ -23,7 +24,7 @@ from qvl.engine.config import EngineOptions, resolve
 from qvl.engine.device import own_stream
 from qvl.engine.graphs import CudaRecorder
 from qvl.engine.memory import vision_bytes
-from qvl.engine.tower_graphs import AMONG, MOST_PATCHES, OFTEN, Shape, TowerSteps
+from qvl.engine.tower_graphs import AMONG, MOST_PATCHES, OFTEN, Shape, TowerSteps, layout_of
 from qvl.kernels.fused import rotate
 from qvl.kernels.segments import Segments, segment_kernel
 from qvl.layers import linear as layers
@@ -166,6 +167,24 @@ def test_what_comes_often_is_recorded_and_who_came_last_stays(
     assert (tracer.recorded, list(steps.replays)) == (3, [Shape(384, 6, ROWS), Shape(128, 2, ROWS)])
 
 
+@torch.inference_mode()
+def test_its_memory_is_free_once_nobody_has_it(tower: VisionTower) -> None:
+    """By counting references: a cycle would hold a network's weights until Python searches for garbage."""
+    steps = TowerSteps(tower, Tiles(), torch.device("cpu"), Tracer())
+    grids = [Grid(1, 4, 4)]
+    for _ in range(OFTEN):
+        steps.run([patches_of(grids, SPEC)], grids)
+        steps.record_wanted()
+    assert steps.replays
+    gone = weakref.ref(steps)
+    gc.disable()
+    try:
+        del steps
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_what_does_not_fit_is_left_alone(tower: VisionTower) -> None:
     steps = TowerSteps(tower, Tiles(), torch.device("cpu"), None)
     too_many = [Grid(1, 2, MOST_PATCHES // 2 + 2)]
@@ -173,9 +192,9 @@ def test_what_does_not_fit_is_left_alone(tower: VisionTower) -> None:
     assert steps.run(parts, too_many) is None
     assert len(parts) == 1
     crumbs = [Grid(1, 2, 2)] * 40  # a tile each
-    assert steps.layout_of(tuple(crumbs)) is None
-    assert steps.layout_of(tuple(crumbs[:18])) is not None
-    full = steps.layout_of((Grid(1, 74, 74),))
+    assert layout_of(tuple(crumbs), 2, Tiles, False) is None
+    assert layout_of(tuple(crumbs[:18]), 2, Tiles, False) is not None
+    full = layout_of((Grid(1, 74, 74),), 2, Tiles, False)
     assert full is not None
     assert full.shape == Shape(MOST_PATCHES, MOST_PATCHES // ROWS, ROWS)
 
