@@ -26,7 +26,7 @@ from qvl.engine.config import EngineConfig
 from qvl.engine.inputs import DecodeNumbers, known_ids
 from qvl.engine.rows import SequenceRows
 from qvl.engine.sampler import Sampler
-from qvl.kernels.gpu import compiling_together
+from qvl.kernels.gpu import compiling_together, told
 from qvl.layers.attention import AttentionMetadata, KVCache
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
@@ -128,8 +128,7 @@ def record_all(recorder: Recorder, kinds: Items[StaticSteps], device: torch.devi
     except Exception as error:  # noqa: BLE001  # a driver, a compiler, an operation that no graph takes
         for steps in kinds:
             steps.replays = {}
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        logger.warning("no CUDA graphs: %s; %s", reason, COST)
+        logger.warning("no CUDA graphs: %s; %s", told(error), COST)
         return
     finally:
         if device.type == "cuda":

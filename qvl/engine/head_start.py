@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import subprocess
 import threading
 
 # What a kernel may put on a thread's stack beyond what its compiler knew to be needed. The driver holds that for every
@@ -63,7 +64,7 @@ def _read_triton() -> None:
 
 def _make_driver() -> None:
     """On a machine's first start the C compiler runs for it, most of a second. What fails is told by a first kernel."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError, subprocess.SubprocessError):
         from triton.runtime import driver
 
         from qvl.kernels.triton_cache import settle_cache

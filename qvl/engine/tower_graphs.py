@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qvl.engine.graphs import Recorder, Replay
+from qvl.kernels.gpu import told
 from qvl.kernels.segments import Segments
 from qvl.layers.rotary import vision_positions
 from qvl.models.vision import VisionTower, segment_lengths
@@ -116,8 +117,7 @@ class TowerSteps:
             self.replays[shape] = recorder.record(lambda: self._compute(shape), ran=True)
         except Exception as error:  # noqa: BLE001  # a driver, or memory that is taken
             self.recorder = None
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            logger.warning("no more CUDA graphs of the vision tower: %s; %s", reason, COST)
+            logger.warning("no more CUDA graphs of the vision tower: %s; %s", told(error), COST)
 
     def _compute(self, shape: Shape) -> Tensor:
         """The tower over a shape, all of it on the device: [patches / merge_size^2, hidden_size]."""

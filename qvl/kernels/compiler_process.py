@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qvl.kernels.compilers import cores
+from qvl.kernels.compilers import OTHER_WORDS, cores
 
 MOST = 16  # processes; each takes some 200 MB while it compiles
 
@@ -50,7 +50,7 @@ def compile_one(question: dict[str, Any]) -> None:
 def make_ready() -> None:
     """Import what children need before there are any: they come with it."""
     for source in sorted(Path(__file__).parent.glob("triton_*.py")):
-        with suppress(Exception):  # it is for another Triton; whoever wants it hears why
+        with suppress(*OTHER_WORDS):  # it is for another Triton; whoever wants it hears why
             importlib.import_module(f"qvl.kernels.{source.stem}")
     importlib.import_module("triton.runtime.cache").triton_key()
 

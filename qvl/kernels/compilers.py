@@ -28,6 +28,7 @@ COMMAND = (sys.executable, "-m", "qvl.kernels.compiler_process")
 FEWEST_CORES = 4  # with less there is nothing to gain beside this process
 PATIENCE = 60.0  # seconds until a kernel is rather compiled here
 PIPE = 1 << 18  # bytes: all questions of a start, though nobody reads them yet
+OTHER_WORDS = (ImportError, AttributeError, KeyError, TypeError, RuntimeError)  # what asking another Triton may raise
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # what has only one can be forked
 
 
@@ -53,7 +54,7 @@ class Compilers:
     def hear(self, **told: Any) -> None:
         """What Triton tells of a kernel in the thread that is about to hand its compilation to others."""
         self._asked.job = None
-        with contextlib.suppress(Exception):  # another Triton has other words: the kernel is compiled here
+        with contextlib.suppress(*OTHER_WORDS):  # the kernel is compiled here
             driver = importlib.import_module("triton.runtime").driver.active
             self._asked.job = {
                 "module": told["fn"].module,

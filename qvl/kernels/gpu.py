@@ -247,7 +247,7 @@ def gpu_kernels() -> ModuleType | None:
 
 
 def told(error: BaseException) -> str:
-    """An error of a compiler in one line."""
+    """An error of a compiler or a driver in one line."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
