@@ -37,6 +37,7 @@ from qvl.kernels.triton_turns import (
     part_sums,
     running,
     scores,
+    weigh,
 )
 from qvl.layers.attention import TILE_FIELDS as FIELDS
 from qvl.layers.attention import Heads
@@ -133,15 +134,10 @@ def _rest(
         under_way = scores(q0, q1, k0.index(at), k1.index(at), KEYS, S)
         next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
         mbarrier.arrive(turn.index(1 - team))
-        s = warpgroup_mma_wait(2, deps=(under_way,))
-        mbarrier.arrive(k_empty.index(at))
-        e = gl.exp2(s * scale - shift[:, None])
-        parts += part_sums(e)
-        # Stands between the softmax and the end of the products, which the assembler would else wait for first.
-        mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < turns)
-        acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
-        mbarrier.arrive(v_empty.index(last))
-        weights = e.to(k0.dtype)
+        weights, acc0, acc1, parts = weigh(
+            under_way, next0, next1, weights, shift, scale, parts, k_empty.index(at), v_empty.index(last),
+            k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, i + 1 < turns,
+        )  # fmt: skip
     last = (turns - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)
     next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)

@@ -41,6 +41,7 @@ from qvl.kernels.triton_turns import (
     part_sums,
     running,
     scores,
+    weigh,
 )
 
 TEAM_ROWS = gl.constexpr(64)  # query rows of a team: what four warps multiply at a time
@@ -195,15 +196,10 @@ def _attend(
         mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
         under_way = scores(a0, a1, k0.index(at), k1.index(at), KEYS, S)
         next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
-        s = warpgroup_mma_wait(2, deps=(under_way,))
-        mbarrier.arrive(k_empty.index(at))
-        e = gl.exp2(s * scale - shift[:, None])
-        total += part_sums(e)
-        # Stands between the softmax and the end of the products, which the assembler would else wait for before it.
-        mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < turns)
-        acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
-        mbarrier.arrive(v_empty.index(last))
-        weights = e.to(q_low.dtype)
+        weights, acc0, acc1, total = weigh(
+            under_way, next0, next1, weights, shift, scale, total, k_empty.index(at), v_empty.index(last),
+            k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, i + 1 < turns,
+        )  # fmt: skip
 
     last = (turns - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((turns - 1) // STAGES) & 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 LOG2E = 1.4426950408889634
 NOTHING = gl.constexpr(-1e30)  # the score of a key that a row may not see
@@ -70,6 +70,22 @@ def running(s, shift, total, acc0, acc1):
 def part_sums(e):
     """Of a row, what each thread holds: [rows, 8]."""
     return gl.sum(e.reshape([e.shape[0], e.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def weigh(under_way, next0, next1, weights, shift, scale, parts, k_empty, v_empty, k_full, phase, more):
+    """The end of a turn with a fixed shift, whose scores and the values of the turn before are under way: (its weights,
+    what values were added to, sums of weights). Places of both are given back; `more`: the next keys are waited for.
+    """
+    s = warpgroup_mma_wait(2, deps=(under_way,))
+    mbarrier.arrive(k_empty)
+    e = gl.exp2(s * scale - shift[:, None])
+    parts += part_sums(e)
+    # Stands between the softmax and the end of the products, which the assembler would else wait for first.
+    mbarrier.wait(k_full, phase, pred=more)
+    acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
+    mbarrier.arrive(v_empty)
+    return e.to(weights.dtype), acc0, acc1, parts
 
 
 @gluon.jit
