@@ -16,10 +16,8 @@ import transformers
 from PIL import Image
 
 from qvl.bench.measure import Prompt
+from qvl.models.weights import dummy_block, fill_repeated
 from qvl.specs import ModelSpec
-
-RANDOM_BLOCK = 1_048_573
-RANDOM_STD = 0.02
 
 
 class TransformersSubject:
@@ -90,18 +88,14 @@ class _Clock:
 
 
 def _load(folder: Path, dtype: torch.dtype, dummy: bool) -> Any:
-    """The model; `dummy` skips the files and draws one block of small random numbers, repeated."""
+    """The model; `dummy` skips the files and takes the numbers that qvl takes then."""
     kind = transformers.Qwen2VLForConditionalGeneration
     if not dummy:
         return kind.from_pretrained(folder, torch_dtype=dtype)
     config = transformers.Qwen2VLConfig.from_pretrained(folder)
     with transformers.modeling_utils.no_init_weights():
         model = kind._from_config(config, torch_dtype=dtype)
-    block = (torch.randn(RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)) * RANDOM_STD).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_q" in name:
-            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
-            continue
-        for piece in parameter.data.view(-1).split(RANDOM_BLOCK):
-            piece.copy_(block[: piece.numel()])
+    block = dummy_block().to(dtype)
+    for parameter in model.parameters():
+        fill_repeated(parameter.data.view(-1), block)
     return model

@@ -21,7 +21,6 @@ from qvl.errors import CheckpointError
 from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.fp8 import Fp8Matrix
 from qvl.layers.linear import Linear
-from qvl.layers.norm import LayerNorm, RMSNorm
 from qvl.models.parameters import materialise, quantised_matrix
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.safetensors_file import DTYPES, Entry, SafetensorsFile
@@ -33,7 +32,7 @@ QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".absm
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # buffers that old files carry; the network derives them
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NAMED_IN_ERRORS = 8
-DUMMY_STD = 0.02
+DUMMY_BOUND = 1e-3  # as vLLM and SGLang draw: what the numbers are changes the watts of a GPU, and so its speed
 DUMMY_BLOCK = 1_048_573  # a prime: rows of a matrix do not repeat each other
 
 
@@ -229,23 +228,27 @@ def copy(source: Source, module: nn.Module, leaf: str, slot: Slot) -> None:
 
 
 def fill_randomly(model: nn.Module) -> None:
-    """The same small random numbers for the same network every time, rounded where weights are; norms get weight one.
+    """The same small random numbers for the same network every time, in norms too, rounded where weights are.
 
     One block is drawn and repeated, because drawing billions of numbers takes minutes.
     """
-    block = torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_STD
+    block = dummy_block()
     blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for module in model.modules():
         matrix = quantised_matrix(module, "weight")
         if matrix is not None:
             write_repeated(matrix, block)
         for leaf, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm | LayerNorm):
-                parameter.data.fill_(1.0 if leaf == "weight" else 0.0)
-            elif matrix is None or leaf == "bias":
+            if matrix is None or leaf == "bias":
                 kind = parameter.device, parameter.dtype
                 blocks[kind] = blocks[kind] if kind in blocks else block.to(*kind)
                 fill_repeated(parameter.data.view(-1), blocks[kind])
+
+
+def dummy_block() -> Tensor:
+    """What dummy weights repeat, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(DUMMY_BLOCK).uniform_(-DUMMY_BOUND, DUMMY_BOUND, generator=generator)
 
 
 def fill_repeated(flat: Tensor, block: Tensor) -> None:

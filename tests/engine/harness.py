@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from qvl.engine.config import EngineConfig, EngineOptions, resolve
 from qvl.engine.device import read_facts
 from qvl.engine.engine import Engine
 from qvl.engine.protocol import AddRequest, MediaInput, TokenOutput
+from qvl.layers.norm import LayerNorm, RMSNorm
+from qvl.models.weights import DUMMY_BLOCK, fill_repeated
 from qvl.prompt import TextRun, Vision, build
 from qvl.specs import load_spec
 from qvl.types import Grid, SamplingParams, TokenLogprob
@@ -33,6 +36,20 @@ def make_config(folder: Path, **options: Any) -> EngineConfig:
 
 def make_engine(folder: Path, **options: Any) -> Engine:
     return Engine(make_config(folder, **options))
+
+
+def fill_normally(model: torch.nn.Module) -> None:
+    """Weights with which an answer depends on all that was read. A test that compares answers of dummy weights puts
+    this in the place of `qvl.models.weights.fill_randomly`, whose numbers are so small that the last token alone
+    decides about the next.
+    """
+    block = torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, RMSNorm | LayerNorm):
+                parameter.data.fill_(1.0 if leaf == "weight" else 0.0)
+            else:
+                fill_repeated(parameter.data.view(-1), block.to(parameter.device, parameter.dtype))
 
 
 def greedy(max_tokens: int = 16, **changes: Any) -> SamplingParams:

@@ -24,7 +24,7 @@ from qvl.models.preprocess import patchify, resize
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import Tokenizer
 from qvl.types import ChatRequest, SamplingParams
-from tests.engine.harness import Ask, Outcome, greedy, make_config, make_engine, pixels, run, words
+from tests.engine.harness import Ask, Outcome, fill_normally, greedy, make_config, make_engine, pixels, run, words
 from tests.engine.oracle import Dialogue, Oracle, assistant, picture, user
 from tests.engine.test_ahead import random_asks
 from tests.engine.test_sampler import draw, make_sampler, params, random_logits, row
@@ -155,10 +155,11 @@ def test_graphs_change_nothing(checkpoint: Path, dtype: str) -> None:
     assert found[0] == found[1]
 
 
-def test_recorded_pictures_and_wide_steps_change_nothing(tmp_path: Path) -> None:
+def test_recorded_pictures_and_wide_steps_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The true shape: kernel by kernel and as graphs, towers beside steps that are graphs over the same memory, and
     steps of 1,000 tokens.
     """
+    monkeypatch.setattr("qvl.models.weights.fill_randomly", fill_normally)
     folder = write_shape("2b", tmp_path / "2b")
     sizes = [(2, 3), (8, 8), (5, 5), (8, 8)]
     asks = [Ask([words(i, 9), pixels(i, *sizes[i % 4]), words(i, 5)], greedy(8)) for i in range(24)]
