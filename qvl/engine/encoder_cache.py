@@ -48,6 +48,10 @@ class EncoderCache(Generic[T]):
         self.pin(digest, holder)
         return True
 
+    def has_room_ahead(self, num_bytes: int) -> bool:
+        """Whether so much may be reserved for who does not need it yet: half of the capacity is left to who does."""
+        return self._pinned_bytes + num_bytes <= self.capacity_bytes // 2
+
     def pin(self, digest: bytes, holder: Hashable) -> None:
         """Keep the entry until `holder` unpins it."""
         entry = self._entries[digest]

@@ -103,6 +103,7 @@ class ModelRunner:
             self.tables = SequenceRows(config.max_num_seqs, width, self.device)
             self.encoder_cache: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_bytes)
             self.encoder = MediaEncoder(self.model, self.encoder_cache, config.spec.processor)
+            self._failed_before: dict[bytes, str] = {}  # pictures of the step that was launched last
             ids, vocab_size = config.spec.ids, config.spec.text.vocab_size
             self.sampler = make_sampler(
                 vocab_size, config.max_num_seqs, tuple(ids.never_sampled), self.device, self.model.compute_dtype
@@ -146,7 +147,9 @@ class ModelRunner:
             self.freed.give_back()
         with self._on_stream():
             failed = self.encoder.encode(batch.encode)
-            flight = healthy_part(batch, failed)
+            # This step was planned before anybody heard of what failed in the one before.
+            flight = healthy_part(batch, self._failed_before | failed)
+            self._failed_before = failed
             with self._memory_may_run_out(flight):
                 if flight.entries:
                     self._compute(flight)

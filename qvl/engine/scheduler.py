@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
+from collections.abc import Iterator
 from typing import Any
 
 from qvl.engine.batch import ScheduledBatch, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.grammar import AnswerGrammar
+from qvl.engine.pictures import Pictures
 from qvl.engine.pixels import PromisedPixels
 from qvl.engine.protocol import EngineStats, TokenOutput
 from qvl.engine.sequence import Sequence, Status
@@ -41,13 +43,13 @@ class Scheduler:
             raise ConfigError(f"the KV cache holds {room} tokens, fewer than max_model_len {config.max_model_len}")
         self.config = config
         self.blocks = blocks
-        self.encoder_cache = encoder_cache
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._active: dict[str, Sequence] = {}
         self._num_arrived = 0
         self._num_in_flight = 0
         self._count: dict[str, int] = {}
+        self.pictures = Pictures(config, encoder_cache, self.waiting, self._add)
 
     @property
     def has_work(self) -> bool:
@@ -94,6 +96,8 @@ class Scheduler:
         self._schedule_prefills(step)
         if not step.preempted:
             self._schedule_waiting(step)
+        if step.batch.encode:
+            self.pictures.encode_ahead(step, self._coming())
         may_be_empty = self._num_in_flight or not self.has_work or step.unprepared
         assert step.batch or may_be_empty, "a step without progress"
         self._num_in_flight += bool(step.batch)
@@ -138,7 +142,7 @@ class Scheduler:
             if step.tokens_left == 0:
                 return
             if seq.num_computed < len(seq.token_ids) and not seq.is_decoding and seq not in step:
-                num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
+                num_tokens = self.pictures.prepare(seq, min(seq.num_to_compute, step.tokens_left), step)
                 if num_tokens > 0:
                     step.add(seq, num_tokens)
 
@@ -181,7 +185,7 @@ class Scheduler:
         if table is None:
             return False
         seq.num_computed = len(hits) * block_size
-        num_tokens = self._prepare_media(seq, min(seq.num_to_compute, step.tokens_left), step)
+        num_tokens = self.pictures.prepare(seq, min(seq.num_to_compute, step.tokens_left), step)
         if num_tokens == 0:
             self.blocks.free(table)
             seq.num_computed = 0
@@ -194,32 +198,12 @@ class Scheduler:
         step.add(seq, num_tokens)
         return True
 
-    def _prepare_media(self, seq: Sequence, num_tokens: int, step: Step) -> int:
-        """Have the pictures of the next `num_tokens` tokens encoded; returns how many of these may be computed.
-
-        The range stops before the first picture that must wait, because of a budget or of a cache full of pinned ones.
-        """
-        start = seq.num_computed
-        for index in seq.spans_in(start, num_tokens):
-            if index not in seq.pinned and not self._encode(seq, index, step):
-                return max(0, seq.spans[index].offset - start)
-        return num_tokens
-
-    def _encode(self, seq: Sequence, index: int, step: Step) -> bool:
-        """Pin a picture that is in the cache, or put it into this step's encode list."""
-        span, holder = seq.spans[index], (seq.request_id, index)
-        if span.digest in self.encoder_cache:
-            self.encoder_cache.pin(span.digest, holder)
-            self._add("encoder_hits", 1)
-        else:
-            num_bytes = span.length * self.config.embedding_bytes_per_token
-            if not step.room_to_encode(span.length) or not self.encoder_cache.reserve(span.digest, num_bytes, holder):
-                return False
-            step.encode(seq, index)
-            self._add("encoded_tokens", span.length)
-        self._add("encoder_queries", 1)
-        seq.pinned.add(index)
-        return True
+    def _coming(self) -> Iterator[tuple[Sequence, int]]:
+        """Prompts that are to be computed next, in their order, and from which token on."""
+        for seq in (*self.running, *self.waiting):
+            if seq.spans and seq.num_computed < seq.num_prompt_tokens and seq.awaited is None:
+                waits = seq.status is Status.WAITING
+                yield seq, len(self.blocks.lookup(seq.keys)) * self.blocks.block_size if waits else seq.num_computed
 
     # -- taking in what a step computed
 
@@ -229,9 +213,7 @@ class Scheduler:
         To be called once per step, also after one that failed (with `StepResult.errors` for each of its sequences).
         """
         self._num_in_flight -= bool(batch)
-        for media in batch.encode:
-            if not self.encoder_cache.is_filled(media.span.digest):
-                self.encoder_cache.drop(media.span.digest)
+        self.pictures.finish(batch)
         outputs: list[TokenOutput] = []
         tokens = iter(zip(result.token_ids, result.logprobs or itertools.repeat(None), strict=False))
         for entry in batch.seqs:
@@ -258,10 +240,7 @@ class Scheduler:
         for index in range(seq.num_registered, end // self.blocks.block_size):
             self.blocks.register(seq.block_table[index], seq.keys[index])
             seq.num_registered = index + 1
-        if seq.pinned:
-            for index in [index for index in seq.pinned if seq.spans[index].end <= end]:
-                seq.pinned.remove(index)
-                self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
+        self.pictures.release(seq, end)
 
     def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
         seq.append(token_id)
@@ -294,9 +273,7 @@ class Scheduler:
         """Give back the blocks and pictures of a sequence."""
         self.blocks.free(seq.block_table)
         seq.block_table = []
-        for index in seq.pinned:
-            self.encoder_cache.unpin(seq.spans[index].digest, (seq.request_id, index))
-        seq.pinned.clear()
+        self.pictures.release(seq)
 
     # -- looking in from outside
 
@@ -309,14 +286,14 @@ class Scheduler:
             running=len(self.running),
             waiting=len(self.waiting),
             kv_used_fraction=self.blocks.num_used / self.blocks.num_blocks,
-            encoder_cache_bytes=self.encoder_cache.used_bytes,
+            encoder_cache_bytes=self.pictures.cache.used_bytes,
             **self._count,
         )
 
     def check_integrity(self) -> None:
         """Blocks held are exactly the running sequences' blocks; queues and the index of ids agree."""
         self.blocks.check_integrity()
-        self.encoder_cache.check_integrity()
+        self.pictures.cache.check_integrity()
         assert {seq.request_id for seq in (*self.running, *self.waiting)} == self._active.keys()
         assert self.blocks.num_used == len({block for seq in self.running for block in seq.block_table})
-        assert not any(seq.block_table or seq.pinned for seq in self.waiting)
+        assert not any(seq.block_table for seq in self.waiting)

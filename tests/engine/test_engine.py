@@ -160,8 +160,13 @@ def test_logits_that_are_no_numbers_end_one_request(checkpoint: Path, chunk: int
     assert engine.stats().failed == 6
 
 
-def test_a_picture_too_large_for_memory_fails_alone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(checkpoint)
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("tokens", [12, 256])  # a step takes a part of the picture, or all of it
+def test_a_picture_too_large_for_memory_fails_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, ahead: bool
+) -> None:
+    """Also when the next part of it is launched before anybody heard of the failure."""
+    engine = make_engine(checkpoint, max_num_batched_tokens=tokens, async_scheduling=ahead)
     encode = engine.runner.model.encode_media
 
     def limited(parts: list[torch.Tensor], grids: Any) -> torch.Tensor:

@@ -220,7 +220,8 @@ def test_decodes_come_first_and_prefills_fill_the_budget() -> None:
 
 
 def test_prompts_and_pictures_give_way_to_decodes() -> None:
-    """Alone they take the whole budget, beside decodes a part of it; one picture above that part may go alone."""
+    """Alone they take the whole budget, beside decodes a part of it; one picture above that part may go alone, and what
+    comes next goes along."""
     bench = Bench(Limits(max_num_batched_tokens=30, max_num_mixed_tokens=6, encoder_budget_tokens=30))
     bench.add(request("text", [1] * 24, SamplingParams(max_tokens=10, ignore_eos=True)))
     assert [entry.num_tokens for entry in bench.step().seqs] == [24]
@@ -230,7 +231,7 @@ def test_prompts_and_pictures_give_way_to_decodes() -> None:
         batch = bench.step()
         assert batch.num_decodes == 1
         taken.append((batch.num_tokens - 1, [media.span.digest for media in batch.encode]))
-    assert taken == [(5, [A]), (5, [B]), (5, [C]), (1, [])]
+    assert taken == [(5, [A]), (5, [B, C]), (5, []), (1, [])]
 
 
 def test_prompts_are_not_shut_out_by_many_decodes() -> None:
