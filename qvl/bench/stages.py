@@ -22,6 +22,7 @@ from qvl.engine.protocol import AddRequest
 from qvl.engine.runner import Flight
 from qvl.engine.sampler import SamplerRow
 from qvl.engine.transfer import on_device
+from qvl.errors import RequestFailed
 from qvl.models.preprocess import patchify
 from qvl.types import Grid, SamplingParams
 
@@ -148,6 +149,8 @@ class Stages:
         engine.runner.collect = timed  # type: ignore[method-assign, assignment]
         full = 0
         while full < STEPS + 4:
+            if not engine.has_work:
+                raise RequestFailed(f"of {batch} answers some ended before {STEPS} steps of all of them")
             waited.clear()
             start = time.perf_counter()
             full = full + 1 if len(engine.step()) == batch else 0

@@ -21,9 +21,12 @@ from qvl.errors import ConfigError
 if TYPE_CHECKING:
     from qvl.bench.measure import Figures, Subject, Workload
     from qvl.engine.config import EngineConfig
+    from qvl.specs import ProcessorSpec
 
 PEERS = ("transformers", "unquantised", "limit")
 MILLI = 1000.0
+AROUND_PICTURE = 64  # tokens, and more than it takes
+BATCHES = "1,8,64,256"
 
 app = typer.Typer(help="Measure this machine, or a server.")
 app.command("serve")(bench_serve.serve)
@@ -60,7 +63,9 @@ def engine(
     stages: Annotated[
         bool, typer.Option("--stages", help="Say where the time goes instead: pictures, prompts, steps, choices, host.")
     ] = False,
-    batches: Annotated[str, typer.Option(help="With --stages: answers that are continued at a time.")] = "1,8,64,256",
+    batches: Annotated[
+        str | None, typer.Option(help=f"With --stages: answers that are continued at a time [default: {BATCHES}]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores]")] = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -76,6 +81,10 @@ def engine(
         raise ConfigError(f"--against knows {', '.join(PEERS)}, not '{against}'")
     if against == "unquantised" and quantization is None:
         raise ConfigError("--against unquantised compares with --quantization int8 or int4: name one")
+    if stages and against is not None:
+        raise ConfigError("--stages measures qvl alone: leave --against out")
+    if batches is not None and not stages:
+        raise ConfigError("--batches goes with --stages; --streams is for steps of several prompts without it")
     from qvl.bench.measure import Workload
 
     size = bench_beside.picture_size(picture)
@@ -84,7 +93,7 @@ def engine(
     given = {"model": model, "device": device, "dtype": dtype, "load_format": load_format, "quantization": quantization}
     given["attention_backend"] = attention_backend
     if stages:
-        _print_stages(given, workload, threads, batches)
+        _print_stages(given, workload, threads, batches or BATCHES)
         return
     config = _config(given, workload, threads)
     figures = _run(config, workload, against)
@@ -96,14 +105,31 @@ def _config(given: dict[str, Any], workload: Workload, threads: int | None) -> E
     """An engine just large enough for this workload."""
     from qvl.engine.config import resolve
     from qvl.engine.device import read_facts
+    from qvl.engine.locate import find_model
+    from qvl.specs import load_spec
 
-    height, width = workload.picture or (0, 0)
-    text = workload.prompt_tokens + workload.output_tokens
-    longest = max(text, 64 + (height // 14 + 2) * (width // 14 + 2))
+    spec = load_spec(find_model(given["model"]))
+    longest, most = longest_request(workload, spec.processor), spec.text.max_position_embeddings
+    if longest > most:
+        raise ConfigError(f"this takes {longest:,} tokens in one request, and the checkpoint was trained for {most:,}")
     options = flags.engine_options(
         {**given, "num_threads": threads, "max_num_seqs": workload.streams, "max_model_len": longest}
     )
     return resolve(options, read_facts(options.device))
+
+
+def longest_request(workload: Workload, processor: ProcessorSpec) -> int:
+    """Tokens of the longest prompt with its answer; a large picture is shown as large as the checkpoint takes it."""
+    from qvl.media.resize import smart_resize
+
+    text = workload.prompt_tokens + workload.output_tokens
+    if workload.picture is None:
+        return text
+    factor = processor.factor
+    height, width = smart_resize(
+        *workload.picture, factor=factor, min_pixels=processor.min_pixels, max_pixels=processor.max_pixels
+    )
+    return max(text, AROUND_PICTURE + height * width // factor**2)
 
 
 def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[str, Figures]:
@@ -130,7 +156,7 @@ def _print_stages(given: dict[str, Any], workload: Workload, threads: int | None
     if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", batches) is None:
         raise ConfigError(f"--batches takes numbers such as 1,8,64, not '{batches}'")
     sizes = [int(item) for item in batches.split(",")]
-    rounds = max(sizes) * (1 + workload.prompt_tokens // 512)  # steps until the last answer has begun, and some more
+    rounds = max(sizes) * (1 + workload.prompt_tokens // 256)  # steps until the last answer has begun, and some more
     most = dataclasses.replace(workload, streams=max(sizes), output_tokens=STEPS + rounds + 64)
     config = _config(given, most, threads)
     lines = Stages(config, workload, _usable_ids(config), _tell).measure(sizes)

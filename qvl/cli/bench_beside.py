@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvl.cli.version import installed
-from qvl.errors import ConfigError
+from qvl.errors import ConfigError, RequestFailed, Unavailable
 
 if TYPE_CHECKING:
     from qvl.bench.load.beside import Comparison, Measured
+    from qvl.bench.load.worker import Target
 
 MOST_SEEDS = 10**9
 ROWS = (  # field, label, whether more is better
@@ -42,6 +43,9 @@ def beside(
         int | None, typer.Option(help="Draws the texts and pictures [default: a new one each time]")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one whole answer.")] = 600.0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="QVL_API_KEY", help="The key of those servers that want one.")
+    ] = None,
 ) -> None:
     """Measure running servers side by side: each round asks every one of them the same fresh prompts, in turn, alone.
 
@@ -54,10 +58,7 @@ def beside(
     named = dict(read_target(server) for server in servers)
     if len(named) < max(2, len(servers)):
         raise ConfigError("name at least two servers, each by a name of its own")
-    targets = {
-        name: run.connect(url, model=None, api_key=None, timeout=timeout, options={"ignore_eos": True})
-        for name, url in named.items()
-    }
+    targets = {name: _connect(name, url, api_key, timeout) for name, url in named.items()}
     drawn = secrets.randbelow(MOST_SEEDS) if seed is None else seed
     measured = compare(
         targets,
@@ -71,21 +72,33 @@ def beside(
     print(json.dumps(_record(named, comparison, drawn, measured)))
 
 
+def _connect(name: str, url: str, api_key: str | None, timeout: float) -> Target:
+    from qvl.bench.load import run
+
+    try:
+        return run.connect(url, model=None, api_key=api_key, timeout=timeout, options={"ignore_eos": True})
+    except (Unavailable, RequestFailed) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def _table(measured: dict[str, Measured]) -> list[str]:
     """A column for each server; behind every one but the first, how the first compares with it."""
     from qvl.bench.load.beside import ratio
 
     first, *others = measured
-    lines = [f"{'median of rounds':<28}" + f"{first:>12}" + "".join(f"{name:>14}{'':>8}" for name in others)]
+    widths = {name: max(12, 2 + len(name)) for name in measured}
+    head = "".join(f"{name:>{widths[name]}}{'':>8}" for name in others)
+    lines = [f"{'median of rounds':<28}{first:>{widths[first]}}{head}".rstrip()]
     for field, label, more in ROWS:
         ours = getattr(measured[first], field)
         if ours is None:
             continue
-        cells = f"{ours:>12.1f}"
+        cells = f"{ours:>{widths[first]}.1f}"
         for name in others:
             theirs = getattr(measured[name], field)
             part = ratio(ours, theirs)
-            cells += f"{'-':>14}{'':>8}" if part is None else f"{theirs:>14.1f} ({part:.2f}x)"
+            wide = widths[name]
+            cells += f"{'-':>{wide}}{'':>8}" if part is None else f"{theirs:>{wide}.1f}{f'({part:.2f}x)':>8}"
         lines.append(f"{label:<28}{cells}" + ("   more is better" if more else ""))
     tokens = ", ".join(f"{name} {one.prompt_tokens:g}" for name, one in measured.items())
     return [*lines, f"(x: {first} as a part of that server's figure; tokens of a text prompt: {tokens})"]

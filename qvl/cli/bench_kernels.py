@@ -22,7 +22,7 @@ def kernels(
     ] = None,
 ) -> None:
     """Measure the GPU kernels at the shapes of a published Qwen2-VL. The last line is one JSON object."""
-    sections = tuple(only.split(",")) if only else SECTIONS
+    sections = SECTIONS if only is None else tuple(only.split(","))
     unknown = [name for name in sections if name not in ALL]
     if unknown:
         raise ConfigError(f"--only knows {', '.join(ALL)}, not '{unknown[0]}'")

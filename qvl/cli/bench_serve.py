@@ -148,12 +148,13 @@ def serve(
         **_arrival(concurrency, rate),
     }
     loads = [_changed(load, changes) for load in _cases(case)]
+    if (picture is not None or same_picture) and not any(load.pictures for load in loads):
+        raise ConfigError("--picture and --same-picture: there are no pictures in this load; see --num-pictures")
     if sweep is not None or sweep_rates is not None:
-        loads = _sweep(loads, sweep, sweep_rates)
+        loads = _sweep(loads, sweep, sweep_rates, given=concurrency is not None or rate is not None)
     elif plot is not None:
         raise ConfigError("--plot draws latency against load: it needs --sweep or --sweep-rates")
-    if plot is not None and not plot.resolve().parent.is_dir():
-        raise ConfigError(f"--plot {plot}: there is no folder {plot.resolve().parent}")
+    _check_plot(plot)
     options = ({"ignore_eos": True} if ignore_eos else {}) | _json_object(extra_body)
     # What draws and sends is loaded now: numpy and Pillow are no business of the other commands.
     from qvl.bench.load import run
@@ -162,10 +163,13 @@ def serve(
     target = run.connect(base_url, model=model, api_key=api_key, timeout=timeout, options=options)
     _tell(f"{target.model} at {base_url}; a word is {target.tokens_per_word:.2f} tokens there")
     figures = _measure(target, loads, processes or run.default_processes(), warm_up)
+    print(json.dumps(_record(base_url, target, figures)), flush=True)  # before what may fail: it cost the time
     if plot is not None:
-        save_plot(plot, f"{loads[0].name}, {target.model}", figures)
+        try:
+            save_plot(plot, f"{target.model}, {loads[0].name}: {loads[0].content}", figures)
+        except OSError as error:
+            raise ConfigError(f"--plot {plot}: {error.strerror or error}") from error
         _tell(f"wrote {plot}")
-    print(json.dumps(_record(base_url, target, figures)))
     if any(one.errors for one in figures):
         raise typer.Exit(1)
 
@@ -209,14 +213,28 @@ def _cases(name: str | None) -> list[Load]:
     return [CASES[name]]
 
 
-def _sweep(loads: Sequence[Load], concurrencies: str | None, rates: str | None) -> list[Load]:
+def _sweep(loads: Sequence[Load], concurrencies: str | None, rates: str | None, *, given: bool) -> list[Load]:
+    """The one case of `loads` at every level; `given`: a level was named beside them."""
     if len(loads) > 1:
         raise ConfigError("a sweep takes one case, not the suite")
     if concurrencies is not None and rates is not None:
         raise ConfigError("--sweep and --sweep-rates: a sweep goes over one of the two")
+    if given:
+        raise ConfigError("a sweep goes over concurrencies or rates itself: leave --concurrency and --rate out")
     if rates is not None:
         return cases.sweep(loads[0], rates=_numbers("--sweep-rates", rates, float))
     return cases.sweep(loads[0], concurrencies=_numbers("--sweep", concurrencies or "", int))
+
+
+def _check_plot(path: Path | None) -> None:
+    """What would keep the plot from being written should be known before the measurement."""
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {folder}")
+    if path.is_dir() or path.suffix.lower() not in ("", ".png"):
+        raise ConfigError(f"--plot {path}: name the file that the PNG goes into, such as load.png")
 
 
 def _changed(load: Load, changes: dict[str, Any]) -> Load:
@@ -239,7 +257,9 @@ def _size(text: str | None) -> dict[str, int]:
         return {}
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
-        raise ConfigError(f"--picture takes a size such as 1024x1024 (width x height), not '{text}'")
+        raise ConfigError(
+            f"--picture takes a size such as 1024x1024 (width x height), not '{text}'; --num-pictures 0 shows none"
+        )
     return {"width": int(width), "height": int(height)}
 
 

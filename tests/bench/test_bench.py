@@ -12,10 +12,15 @@ import torch
 from qvl.bench import cpu_limit
 from qvl.bench.measure import Figures, Prompt, Workload, measure, ratios
 from qvl.bench.shape import SHAPES, write_shape
+from qvl.bench.stages import Stages
 from qvl.cli.app import run
+from qvl.cli.bench import longest_request
+from qvl.engine.config import resolve
+from qvl.engine.device import read_facts
 from qvl.engine.locate import demo_folder
-from qvl.errors import ConfigError
-from qvl.specs import load_spec
+from qvl.engine.options import EngineOptions
+from qvl.errors import ConfigError, RequestFailed
+from qvl.specs import ProcessorSpec, load_spec
 from qvl.tokenizer import Tokenizer
 
 
@@ -116,6 +121,41 @@ def test_side_by_side_with_transformers(checkpoint: Path, capsys: pytest.Capture
     assert "qvl / peer" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "vllm"], "--against knows transformers"),
+        (["--stages", "--against", "limit"], "leave --against out"),
+        (["--batches", "1,8"], "--batches goes with --stages"),
+        (["--stages", "--batches", "0"], "--batches takes numbers"),
+        (["--picture", "10x9000"], "at most 200 times"),
+        (
+            ["--prompt-tokens", "5000"],
+            "this takes 5,032 tokens in one request, and the checkpoint was trained for 4,096",
+        ),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "engine", str(checkpoint), "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(56, 4), (448, 256), (3584, 16_384), (9000, 16_384)])
+def test_an_engine_has_room_for_the_picture_as_it_is_shown(side: int, tokens: int) -> None:
+    """However large the file is, the checkpoint takes 16,384 tokens of it."""
+    longest = longest_request(Workload(2, 2, (side, side)), ProcessorSpec())
+    assert tokens + 20 < longest <= tokens + 64
+    assert longest_request(Workload(900, 2, (56, 56)), ProcessorSpec()) == 902
+
+
+def test_stages_end_with_an_error_rather_than_wait_for_an_answer_that_ended(checkpoint: Path) -> None:
+    options = EngineOptions(model=str(checkpoint), device="cpu", dtype="float32", max_model_len=16, max_num_seqs=3)
+    config = resolve(options, read_facts("cpu"))
+    stages = Stages(config, Workload(12, 2, None, repeats=1), [5, 6, 7], lambda _: None)
+    with pytest.raises(RequestFailed, match="of 3 answers some ended"):
+        stages.measure([3])
+
+
 def test_quantised_beside_unquantised_alone_and_together(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--prompt-tokens", "12", "--output-tokens", "4", "--picture", "56x56", "--repeats", "1", "--threads", "1"]
     what = ["--dtype", "bfloat16", "--quantization", "int8", "--against", "unquantised", "--streams", "3"]
@@ -158,9 +198,6 @@ def test_both_subjects_compute_the_same_tokens(checkpoint: Path) -> None:
 
     from qvl.bench.ours import QvlSubject
     from qvl.bench.transformers_peer import TransformersSubject
-    from qvl.engine.config import resolve
-    from qvl.engine.device import read_facts
-    from qvl.engine.options import EngineOptions
 
     options = EngineOptions(model=str(checkpoint), device="cpu", dtype="float32", max_model_len=256, num_threads=1)
     ours = QvlSubject(resolve(options, read_facts("cpu")))

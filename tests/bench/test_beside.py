@@ -17,6 +17,7 @@ from qvl.bench.load.http import Address
 from qvl.bench.load.worker import Target
 from qvl.cli.app import run
 from qvl.errors import ConfigError, RequestFailed
+from qvl.server.options import ServerOptions
 from tests.server.live import Live, live
 
 
@@ -115,6 +116,28 @@ def test_two_servers(servers: tuple[Live, Live], capsys: pytest.CaptureFixture[s
     part = record["measured"]["qvl"]["streams_tok_s"] / record["measured"]["echo"]["streams_tok_s"]
     assert f"({part:.2f}x)" in table[4]
     assert "more is better" in table[4]
+
+
+def test_keys_and_names_of_any_length(
+    servers: tuple[Live, Live], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that wants a key is told by its name; a long name leaves the columns apart."""
+    monkeypatch.delenv("QVL_API_KEY", raising=False)
+    flags = ["--output-tokens", "4", "--picture", "none", "--streams", "1", "--rounds", "1"]
+    long = "a-server-with-a-long-name"
+    with live(EchoBackend(), ServerOptions(api_keys=("secret",))) as guarded:
+        named = [f"qvl={servers[0].url}", f"{long}={guarded.url}"]
+        assert run(["bench", "beside", *named, *flags]) == 1
+        assert f"{long}: GET /v1/models: HTTP 401: missing or wrong API key" in capsys.readouterr().err
+        assert run(["bench", "beside", *named, *flags, "--api-key", "secret"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[0].split()[-2:] == ["qvl", long]
+    assert "secret" not in last
+
+
+def test_a_server_that_is_not_there_is_named(servers: tuple[Live, Live], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "beside", f"a={servers[0].url}", "gone=http://127.0.0.1:9"]) == 1
+    assert "gone: no connection to 127.0.0.1:9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "a"]])

@@ -190,6 +190,22 @@ def test_a_sweep_is_drawn(server: Live, tmp_path: Path, capsys: pytest.CaptureFi
     assert [figures["load"]["rate"] for figures in record["runs"]] == [50.0, 100.5]
 
 
+def test_figures_come_before_a_plot_that_fails(
+    server: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measurement took long; a disk that is full must not cost it."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qvl.bench.load.plot.save_plot", full)
+    flags = ["--requests", "2", "--num-pictures", "0", "--output-tokens", "3", "--plot", str(tmp_path / "load.png")]
+    code, _, record, err = bench(server.url, capsys, "--sweep", "1", *flags, *QUICK)
+    assert code == 2
+    assert "load.png: No space left" in err
+    assert record["runs"][0]["errors"] == 0
+
+
 def test_failed_requests_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Texts of 150 words do not fit into 600 characters: every request of the load is refused, the run still ends."""
     with live(Watched(max_model_len=600)) as server:
@@ -238,7 +254,9 @@ def test_fields_that_a_server_does_not_know_can_be_left_out(
 
 def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 1
-    assert "no connection to 127.0.0.1:9" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no connection to 127.0.0.1:9" in err
+    assert "`qvl serve` starts a server" in err
 
 
 @pytest.mark.parametrize(
@@ -254,6 +272,17 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
         (["--sweep", "1", "--sweep-rates", "1"], "one of the two"),
         (["suite", "--sweep", "1"], "not the suite"),
         (["--picture", "big"], "--picture takes a size"),
+        (["--sweep", "1,2,1"], "every level once"),
+        (["--sweep", "1,2", "--rate", "3"], "leave --concurrency and --rate out"),
+        (["--sweep-rates", "1,2", "--concurrency", "3"], "leave --concurrency and --rate out"),
+        (["--sweep", "1,2", "--plot", "/tmp"], "name the file"),
+        (["--sweep", "1,2", "--plot", "load.jpg"], "name the file"),
+        (["text-latency", "--picture", "56x56"], "no pictures in this load"),
+        (["--num-pictures", "0", "--same-picture"], "no pictures in this load"),
+        (["--picture", "none"], "--num-pictures 0"),
+        (["--picture", "66000x4"], "at most 65,500"),
+        (["--timeout", "0"], "time-out must be above 0"),
+        (["--timeout", "nan"], "time-out must be above 0"),
         (["--picture", "0x5"], "sides of pictures must be at least 1"),
         (["--extra-body", "{"], "--extra-body is not JSON"),
         (["--extra-body", "[]"], "--extra-body takes a JSON object"),

@@ -7,16 +7,14 @@ import dataclasses
 import io
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qvl.bench.load.answer import Outcome, Stopwatch
 from qvl.bench.load.cases import CASES, Load, sweep
-from qvl.bench.load.figures import Figures, Spread, summarise, table_head, table_row
+from qvl.bench.load.figures import Spread, summarise, table_head, table_row
 from qvl.bench.load.http import Address
-from qvl.bench.load.plot import save_plot, ticks
 from qvl.bench.load.prompts import bodies, picture
 from qvl.bench.load.worker import Job, Target
 from qvl.errors import ConfigError
@@ -74,6 +72,10 @@ def test_thoughts_are_tokens_too() -> None:
 def test_an_answer_without_text_still_ends() -> None:
     outcome = read(events(piece("", finish_reason="stop"), {"usage": {"completion_tokens": 1}}, "[DONE]"), 10)
     assert (outcome.error, outcome.first, outcome.tpot) == ("", outcome.last, None)
+
+
+def test_an_error_of_null_is_none() -> None:
+    assert read(events(piece("a") | {"error": None}, "[DONE]"), 7).error == ""
 
 
 def test_a_count_tells_of_a_token_that_has_no_text_yet() -> None:
@@ -148,7 +150,9 @@ def test_the_cases_are_the_rows_of_the_table() -> None:
     assert all(case.height == case.width for case in CASES.values())
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 1.0}, {"concurrency": None}, {"concurrency": 0}, {"requests": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 1.0}, {"concurrency": None}, {"concurrency": 0}, {"requests": 0}, {"height": 65_501}]
+)
 def test_loads_that_cannot_be(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         dataclasses.replace(TEXT, **wrong)  # type: ignore[arg-type]
@@ -264,54 +268,3 @@ def test_nothing_answered_is_no_figure() -> None:
     assert (figures.ttft_ms, figures.tpot_ms, figures.itl_ms, figures.e2e_ms) == (None, None, None, None)
     assert figures.req_s == 0.0
     assert table_row(figures).split()[-7:] == ["-"] * 7
-
-
-@pytest.mark.parametrize(
-    ("top", "expected"),
-    [(10.0, [0, 2, 4, 6, 8, 10]), (0.9, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (101.0, [0, 50, 100, 150]), (1e-3, None)],
-)
-def test_ticks(top: float, expected: list[float] | None) -> None:
-    marks = ticks(top)
-    assert marks[-1] >= top > marks[-2]
-    assert expected is None or marks == pytest.approx(expected)
-
-
-def runs(p99: tuple[float, ...]) -> list[Figures]:
-    def one(point: Load, slow: float) -> Figures:
-        outcomes = [answered(0, slow if i == 99 else 0.01, 0.001, 3) for i in range(100)]
-        return summarise(point, outcomes, wall=1.0, processes=1, client_cpu=0.0)
-
-    return [one(point, slow) for point, slow in zip(sweep(TEXT, concurrencies=[1, 2, 4]), p99, strict=True)]
-
-
-def test_the_plot_shows_the_figures(tmp_path: Path) -> None:
-    """The line of the 99th percentile stands where its values are: level when they are, rising when they rise."""
-
-    def heights(p99: tuple[float, ...]) -> list[int]:
-        """The highest red pixel under each load, in the panel of TTFT."""
-        save_plot(tmp_path / "plot.png", "title", runs(p99))
-        with Image.open(tmp_path / "plot.png") as shown:
-            assert shown.format == "PNG"
-            panel = shown.convert("RGB").crop((70, 44 + 44, 500, 44 + 292))
-        width, height = panel.size
-        columns = [24, width // 2, width - 25]
-        return [
-            next(y for y in range(height) if _is_red(panel.getpixel((x, y))))  # type: ignore[arg-type]
-            for x in columns
-        ]
-
-    level, rising = heights((0.2, 0.2, 0.2)), heights((0.05, 0.1, 0.2))
-    assert max(level) - min(level) <= 1
-    assert rising[0] > rising[1] > rising[2]
-    bottom = 292 - 44
-    assert (bottom - rising[1]) / (bottom - rising[2]) == pytest.approx(0.5, abs=0.05)
-
-
-def _is_red(pixel: tuple[int, int, int]) -> bool:
-    return pixel[0] > 200 and pixel[1] < 80 and pixel[2] < 80
-
-
-def test_a_plot_with_levels_where_everything_failed(tmp_path: Path) -> None:
-    broken = summarise(TEXT, [Outcome(0.0, error="gone")], wall=1.0, processes=1, client_cpu=0.0)
-    save_plot(tmp_path / "plot.png", "title", [broken])
-    assert (tmp_path / "plot.png").stat().st_size > 0

@@ -121,7 +121,7 @@ class Stopwatch:
         except msgspec.MsgspecError as error:
             outcome.error = f"an event that is no chunk: {error}"
             return
-        if chunk.error:
+        if chunk.error and bytes(chunk.error) != b"null":
             outcome.error = told(None, data)
         if chunk.usage is not None:
             outcome.prompt_tokens = chunk.usage.prompt_tokens

@@ -14,6 +14,7 @@ from qvl.errors import ConfigError
 
 # Each point of a sweep sends at least this many requests per stream: with fewer, most of it is start and end.
 SWEEP_WAVES = 4
+LONGEST_SIDE = 65_500  # of a JPEG, as libjpeg writes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Load:
             raise ConfigError(f"the request rate must be above 0, not {self.rate}")
         if min(self.requests, self.input_tokens, self.output_tokens, self.width, self.height) < 1 or self.pictures < 0:
             raise ConfigError("requests, tokens and the sides of pictures must be at least 1")
+        if max(self.width, self.height) > LONGEST_SIDE:
+            raise ConfigError(f"a JPEG of {self.width}x{self.height} cannot be: its sides are at most {LONGEST_SIDE:,}")
 
     @property
     def level(self) -> float:
@@ -56,6 +59,13 @@ class Load:
     def label(self) -> str:
         """The level as a table shows it: "64" requests at once, "2.5/s" arrivals."""
         return f"{self.level:g}/s" if self.rate is not None else f"{self.concurrency}"
+
+    @property
+    def content(self) -> str:
+        """What a request holds and wants, in a few words."""
+        size = f"{self.pictures} x {self.width}x{self.height}"
+        shown = f"{size}{', the same' * self.same_picture} + " if self.pictures else ""
+        return f"{shown}{self.input_tokens} tokens in, {self.output_tokens} out"
 
     @property
     def key(self) -> str:
@@ -87,7 +97,9 @@ CASES = {
 
 
 def sweep(load: Load, *, concurrencies: Sequence[int] = (), rates: Sequence[float] = ()) -> list[Load]:
-    """The same load at each level."""
+    """The same load at each level. Raises `ConfigError` for one that comes twice: its prompts would, too."""
+    if len({*concurrencies, *rates}) < len(concurrencies) + len(rates):
+        raise ConfigError("a sweep takes every level once")
     return [
         dataclasses.replace(load, concurrency=level, rate=None, requests=max(load.requests, SWEEP_WAVES * level))
         for level in concurrencies

@@ -42,7 +42,8 @@ class Panel:
 
 
 def save_plot(path: Path, title: str, figures: Sequence[Figures]) -> None:
-    """Write the plot of a sweep, one point for each of `figures`. Raises OSError."""
+    """Write the plot of a sweep, one point for each of `figures`, from the least load up. Raises OSError."""
+    figures = sorted(figures, key=lambda run: run.load.level)
     levels = [run.load.level for run in figures]
     x_label = "concurrency" if figures[0].load.rate is None else "requests per second asked for"
     panels = [
@@ -78,7 +79,7 @@ class Brush:
     def line(self, points: Sequence[Point], color: Color, width: float) -> None:
         self.draw.line([self._at(p) for p in points], fill=color, width=round(width * SCALE), joint="curve")
 
-    def dot(self, point: Point, color: Color, radius: float = 3.5) -> None:
+    def dot(self, point: Point, color: Color, radius: float) -> None:
         x, y = self._at(point)
         r = radius * SCALE
         self.draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
@@ -120,15 +121,22 @@ def _draw(brush: Brush, panel: Panel, levels: Sequence[float], x_label: str) -> 
     for mark in marks:
         brush.line([(left, y_of(mark)), (right, y_of(mark))], FAINT if mark else INK, 1)
         brush.text((left - 8, y_of(mark)), f"{mark:g}", anchor="rm")
-    for level, log in zip(levels, logs, strict=True):
-        brush.text((x_of(log), bottom + 14), f"{level:g}")
+    free = math.inf  # from here on a label of a level would touch the one to its right
+    for level, log in reversed(list(zip(levels, logs, strict=True))):
+        x, half = x_of(log), 4 * len(f"{level:g}")
+        if x + half <= free:
+            brush.text((x, bottom + 14), f"{level:g}")
+            free = x - half - 3
     brush.text(((left + right) / 2, bottom + 34), x_label)
     brush.text((left, top - 24), panel.title, size=14, anchor="lm")
-    for i, series in enumerate(panel.series):
+    for i, series in reversed(list(enumerate(panel.series))):
         points = [(x_of(x), y_of(v)) for x, v in zip(logs, series.values, strict=True) if v is not None]
-        brush.line(points, series.color, 2)
+        # The last series is the thickest and lies below: one that hides another would say that it was not measured.
+        extra = 1.2 * i
+        if points:
+            brush.line(points, series.color, 2 + extra)
         for point in points:
-            brush.dot(point, series.color)
+            brush.dot(point, series.color, 3 + extra)
         if len(panel.series) > 1:
             brush.text(
                 (right - 46 * (len(panel.series) - 1 - i), top - 24), series.label, anchor="rm", color=series.color

@@ -22,7 +22,7 @@ from qvl.bench.load.figures import Figures, summarise
 from qvl.bench.load.http import Address, HttpError, Pool, get
 from qvl.bench.load.prompts import bodies
 from qvl.bench.load.worker import Job, Report, Target, ask, run
-from qvl.errors import RequestFailed, Unavailable
+from qvl.errors import ConfigError, RequestFailed, Unavailable
 
 WORKER = (sys.executable, "-m", "qvl.bench.load.worker")
 MOST_PROCESSES = 4
@@ -30,6 +30,8 @@ MOST_PROCESSES = 4
 START_SECONDS = 0.05
 PROBE_SECONDS = 10.0
 PROBE_WORDS = (64, 192)
+REFUSED = (401, 403)
+NAME_IT = "; `qvl bench serve --model NAME` measures without asking"
 
 
 def default_processes() -> int:
@@ -42,8 +44,11 @@ def connect(
 ) -> Target:
     """The server at `base_url`: its first model where none is named, and how many tokens one of our words is to it.
 
-    Raises `Unavailable` when nothing answers, `RequestFailed` when it names no model or answers no request.
+    Raises `Unavailable` when nothing answers, `RequestFailed` when it names no model or answers no request,
+    `ConfigError` for a time-out that is none.
     """
+    if not timeout > 0:
+        raise ConfigError(f"the time-out must be above 0 seconds, not {timeout:g}")
     address = Address.read(base_url)
     name = model or _first_model(address, api_key)
     target = Target(address, name, api_key, timeout, dict(options))
@@ -103,13 +108,13 @@ def _first_model(address: Address, api_key: str | None) -> str:
     try:
         status, body = run(get(address, "/v1/models", api_key=api_key, timeout=PROBE_SECONDS))
     except HttpError as error:
-        raise Unavailable(f"{error}; `qvl serve` starts a server, --base-url names another") from error
+        raise Unavailable(f"{error}; `qvl serve` starts a server") from error
     if status != 200:
-        raise RequestFailed(f"GET /v1/models: {told(status, body)}; --model names the model without asking")
+        raise RequestFailed(f"GET /v1/models: {told(status, body)}{'' if status in REFUSED else NAME_IT}")
     try:
         return str(msgspec.json.decode(body)["data"][0]["id"])
     except (msgspec.DecodeError, LookupError, TypeError):
-        raise RequestFailed("GET /v1/models names no model; --model does") from None
+        raise RequestFailed(f"GET /v1/models names no model{NAME_IT}") from None
 
 
 def _tokens_per_word(target: Target) -> float:
