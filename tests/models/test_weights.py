@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,16 +290,23 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-def test_the_host_holds_the_weights_once(tmp_path: Path, quantization: str) -> None:
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of more than 200 MB."""
     wide = {"hidden_size": 512, "intermediate_size": 16384, "num_attention_heads": 16, "num_key_value_heads": 2}
     text = {**wide, "vocab_size": 40_000, "num_hidden_layers": 3, "mrope_section": [4, 6, 6]}
-    folder = write_checkpoint(tmp_path / "model", dtype="bfloat16", text=text)
-    weights = (folder / "model.safetensors").stat().st_size
+    folder = write_checkpoint(tmp_path_factory.mktemp("large"), dtype="bfloat16", text=text)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_the_host_holds_the_weights_once(large: Path, quantization: str) -> None:
+    weights = (large / "model.safetensors").stat().st_size
     assert weights > 200e6
     run = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(folder), quantization], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MEASURE, str(large), quantization], capture_output=True, text=True, check=True
     )
     peak, held = map(int, run.stdout.split())
     piece = 0 if quantization == "none" else 64e6  # 16 MB of the file, as fp32, and copied once
