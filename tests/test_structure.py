@@ -223,10 +223,11 @@ def test_the_drawn_house_is_the_real_one() -> None:
     assert drawn == {name: number for name, number in LEVELS.items() if name != "qvl"}
 
 
-def test_the_table_of_the_engine_has_every_file() -> None:
+@pytest.mark.parametrize("package", ["engine", "kernels"])
+def test_the_table_of_a_package_has_every_file(package: str) -> None:
     page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
-    table = page.split("| in `qvl/engine` | |")[1].split("\n\n")[0]
-    files = {path.stem for path in (PACKAGE / "engine").glob("*.py")} - {"__init__"}
+    table = page.split(f"| in `qvl/{package}` | |")[1].split("\n\n")[0]
+    files = [path.stem for path in (PACKAGE / package).rglob("*.py") if path.stem != "__init__"]
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(files)
 
 
