@@ -31,12 +31,14 @@ from qvl.kernels.triton_turns import (
     LOG2E,
     NOTHING,
     add_values,
+    attend_again,
     barriers,
     beyond,
     clear,
     part_sums,
     running,
     scores,
+    seen,
     weigh,
 )
 from qvl.layers.attention import TILE_FIELDS as FIELDS
@@ -99,13 +101,6 @@ def _queries(q_ptr, q0, q1, first_row, tokens, team: gl.constexpr, kv_head, KH: 
     q1.store(gl.load(at + HALF, mask=live, other=0.0))
     fence_async_shared()
     meet()
-
-
-@gluon.jit
-def _seen(s, first, last_key):
-    """Scores of the keys from `first` on, of those that a row may see."""
-    key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-    return gl.where(key[None, :] <= last_key[:, None], s, NOTHING)
 
 
 @gluon.jit
@@ -180,7 +175,7 @@ def _attend(
             mbarrier.arrive(turn.index(1 - team))
             s = warpgroup_mma_wait(0, deps=(under_way,))
             mbarrier.arrive(k_empty.index(at))
-            e, shift, total, acc0, acc1 = running(_seen(s * scale, first, last_key), shift, total, acc0, acc1)
+            e, shift, total, acc0, acc1 = running(seen(s * scale, first, last_key), shift, total, acc0, acc1)
             mbarrier.wait(v_full.index(at), phase)
             if stop - first < KEYS:  # what lies behind the last key may be anything; both teams write the same
                 clear(v0.index(at), stop - first)
@@ -198,45 +193,24 @@ def _attend(
             )  # fmt: skip
             total += gl.convert_layout(gl.sum(parts, 1), gl.SliceLayout(1, S))
         if beyond(total, limit, tokens * GROUP - team * TEAM_ROWS):
-            acc0, acc1, total = _attend_again(
-                k_box, v_box, table_ptr + seq * table_stride, kv_head * (2 * HALF), stop, last_key, q0, q1, alone,
-                scale, acc0, acc1, total, PAGE,
-            )  # fmt: skip
+            source = k_box, v_box, table_ptr + seq * table_stride, kv_head * (2 * HALF), stop, PAGE
+            acc0, acc1, total = attend_again(
+                _get_again, source, stop, last_key, q0, q1, alone, 0, scale, acc0, acc1, total
+            )
         _store(out_ptr, first_row, tokens, team, kv_head, acc0, acc1, total, KH, GROUP)
 
 
 @gluon.jit
-def _attend_again(
-    k_box, v_box, table, column, stop, last_key, q0, q1, full, scale, acc0, acc1, total, PAGE: gl.constexpr
-):
-    """The same with a running maximum, slowly: the team fetches for itself, to where its queries were."""
-    KEYS: gl.constexpr = q0.shape[0]
+def _get_again(values: gl.constexpr, source, start, full, to0, to1):
+    """Keys or values from one of the sequence on, for `attend_again`."""
+    k_box, v_box, table, column, stop, PAGE = source
+    KEYS: gl.constexpr = to0.shape[0]
     BOX: gl.constexpr = k_box.block_shape[0]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    a0 = q0.load(gl.DotOperandLayout(0, S, 2))
-    a1 = q1.load(gl.DotOperandLayout(0, S, 2))
-    seen = gl.convert_layout(last_key, gl.SliceLayout(1, S))
-    summed = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, S))
-    best = summed + NOTHING
-    acc0 = gl.zeros_like(acc0)
-    acc1 = gl.zeros_like(acc1)
-    for first in range(0, stop, KEYS):
-        rows = rows_of(table, first, stop - 1, KEYS // BOX, PAGE, BOX)
-        meet()
-        get(k_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
-        mbarrier.wait(full, 0)
-        s = warpgroup_mma_wait(0, deps=(scores(a0, a1, q0, q1, KEYS, S),))
-        meet()
-        get(v_box, rows, column, full, q0, q1, KEYS // BOX, BOX)
-        e, best, summed, acc0, acc1 = running(_seen(s * scale, first, seen), best, summed, acc0, acc1)
-        mbarrier.wait(full, 1)
-        if first + KEYS > stop:
-            clear(q0, stop - first)
-            clear(q1, stop - first)
-            fence_async_shared()
-            meet()
-        acc0, acc1 = warpgroup_mma_wait(0, deps=add_values(e.to(k_box.dtype), q0, q1, acc0, acc1))
-    return acc0, acc1, gl.convert_layout(summed, total.type.layout)
+    rows = rows_of(table, start, stop - 1, KEYS // BOX, PAGE, BOX)
+    if values:
+        get(v_box, rows, column, full, to0, to1, KEYS // BOX, BOX)
+    else:
+        get(k_box, rows, column, full, to0, to1, KEYS // BOX, BOX)
 
 
 @gluon.jit

@@ -35,6 +35,7 @@ from qvl.kernels.triton_turns import (
     LOG2E,
     NOTHING,
     add_values,
+    attend_again,
     barriers,
     beyond,
     clear,
@@ -207,10 +208,11 @@ def _attend(
     whole = gl.sum(total, 1)
     acc0, acc1, weights = warpgroup_mma_wait(0, deps=(next0, next1, weights))
     if beyond(whole, limit, live):
-        acc0, acc1, whole = _attend_again(
-            q_low, q_high, q0, q1, q_full, gl.load(tile + 2), length, width + column, width, scale,
-            acc0, acc1, whole,
-        )  # fmt: skip
+        source = q_low, q_high, gl.load(tile + 2), width + column, width
+        last_key = gl.zeros_like(whole).to(gl.int32) + (length - 1)
+        acc0, acc1, whole = attend_again(
+            _get_again, source, length, last_key, q0, q1, q_full, 1, scale, acc0, acc1, whole
+        )
     to_ptr = out_ptr + first_row.to(gl.int64) * stride + column
     _store(to_ptr, acc0, whole, live, stride)
     _store(to_ptr + LOW, acc1, whole, live, stride)
@@ -225,34 +227,10 @@ def _get(low, high, row, column, full, to0, to1):
 
 
 @gluon.jit
-def _attend_again(low, high, x0, x1, full, first_key, length, k_column, width, scale, acc0, acc1, like):
-    """The same with a running maximum, slowly: the team fetches for itself, to where its queries were."""
-    KEYS: gl.constexpr = x0.shape[0]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    a0 = x0.load(gl.DotOperandLayout(0, S, 2))
-    a1 = x1.load(gl.DotOperandLayout(0, S, 2))
-    acc0 = gl.zeros_like(acc0)
-    acc1 = gl.zeros_like(acc1)
-    total = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, S))
-    best = total + NOTHING
-    key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
-    for start in range(0, length, KEYS):
-        meet()
-        _get(low, high, first_key + start, k_column, full, x0, x1)
-        mbarrier.wait(full, 1)
-        s = warpgroup_mma_wait(0, deps=(scores(a0, a1, x0, x1, KEYS, S),))
-        meet()
-        _get(low, high, first_key + start, k_column + width, full, x0, x1)
-        s = gl.where((start + key < length)[None, :], s * scale, NOTHING)
-        e, best, total, acc0, acc1 = running(s, best, total, acc0, acc1)
-        mbarrier.wait(full, 0)
-        if start + KEYS > length:
-            clear(x0, length - start)
-            clear(x1, length - start)
-            fence_async_shared()
-            meet()
-        acc0, acc1 = warpgroup_mma_wait(0, deps=add_values(e.to(low.dtype), x0, x1, acc0, acc1))
-    return acc0, acc1, gl.convert_layout(total, like.type.layout)
+def _get_again(values: gl.constexpr, source, start, full, to0, to1):
+    """Keys or values from one of the segment on, for `attend_again`."""
+    low, high, first_key, k_column, width = source
+    _get(low, high, first_key + start, k_column + width if values else k_column, full, to0, to1)
 
 
 @gluon.jit

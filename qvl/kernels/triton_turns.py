@@ -14,7 +14,14 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from qvl.kernels.triton_boxes import meet
 
 LOG2E = 1.4426950408889634
 NOTHING = gl.constexpr(-1e30)  # the score of a key that a row may not see
@@ -51,6 +58,13 @@ def clear(values, live):
     row = gl.arange(0, values.shape[0], gl.SliceLayout(1, L))
     old = values.load(L)
     values.store(gl.where((row < live)[:, None], old, gl.zeros_like(old)))
+
+
+@gluon.jit
+def seen(s, first, last_key):
+    """Scores of the keys from `first` on, of those that a row may see."""
+    key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    return gl.where(key[None, :] <= last_key[:, None], s, NOTHING)
 
 
 @gluon.jit
@@ -93,3 +107,39 @@ def beyond(total, limit, live):
     """Whether the sum of one of the first `live` rows reached the limit, or is not a number."""
     row = gl.arange(0, total.shape[0], total.type.layout)
     return gl.max(gl.where((row >= live) | (total < limit), 0, 1), 0) > 0
+
+
+@gluon.jit
+def attend_again(
+    get: gl.constexpr, source, stop, last_key, x0, x1, full, phase: gl.constexpr, scale, acc0, acc1, total
+):  # fmt: skip
+    """What a tile attends to with a running maximum, slowly: the team fetches for itself, to where its queries were.
+    (Sums of weighted values in two parts, sums of weights.)
+
+    `get` fetches keys or values of a `source`; `full` was waited for an even (`phase` 0) or odd number of times.
+    """
+    KEYS: gl.constexpr = x0.shape[0]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    a0 = x0.load(gl.DotOperandLayout(0, S, 2))
+    a1 = x1.load(gl.DotOperandLayout(0, S, 2))
+    mine = gl.convert_layout(last_key, gl.SliceLayout(1, S))
+    summed = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, S))
+    best = summed + NOTHING
+    acc0 = gl.zeros_like(acc0)
+    acc1 = gl.zeros_like(acc1)
+    for start in range(0, stop, KEYS):
+        meet()
+        get(False, source, start, full, x0, x1)
+        mbarrier.wait(full, phase)
+        s = warpgroup_mma_wait(0, deps=(scores(a0, a1, x0, x1, KEYS, S),))
+        meet()
+        get(True, source, start, full, x0, x1)
+        e, best, summed, acc0, acc1 = running(seen(s * scale, start, mine), best, summed, acc0, acc1)
+        mbarrier.wait(full, 1 - phase)
+        if start + KEYS > stop:
+            clear(x0, stop - start)
+            clear(x1, stop - start)
+            fence_async_shared()
+            meet()
+        acc0, acc1 = warpgroup_mma_wait(0, deps=add_values(e.to(x0.dtype), x0, x1, acc0, acc1))
+    return acc0, acc1, gl.convert_layout(summed, total.type.layout)
