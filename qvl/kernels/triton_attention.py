@@ -102,13 +102,14 @@ class TritonAttention:
         """Rotated q [n, heads, head_dim] against a cache that already holds this step: [n, heads * head_dim]."""
         out = torch.empty_like(q)
         table = plan.metadata.block_table
-        if plan.decodes is not None:
-            attend_decodes(q, kv, table, plan.decodes, out, self.heads, self.tiles)
         if plan.prefills is not None:
             if plan.long is None:
                 attend_prefills(q, kv, table, plan.prefills, out, self.heads, self.tiles)
             else:
                 plan.long.attend_prompts(q, kv, table, plan.prefills, out, self.heads)
+        if plan.decodes is not None:  # behind the prompts: those end with few programs, which leave room for these
+            beside = plan.prefills is not None
+            attend_decodes(q, kv, table, plan.decodes, out, self.heads, self.tiles, beside)
         for chunk in plan.chunks:
             out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
         return out.flatten(1)

@@ -22,18 +22,19 @@ MERGE_SPAN = 4  # and a program of `_decode` of all its heads
 
 
 def attend_decodes(
-    q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, cut: Cut, out: Tensor, heads: Heads, tiles: Tiles
+    q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, cut: Cut, out: Tensor, heads: Heads, tiles: Tiles, beside: bool
 ) -> None:
     """Row i of q and out [n, heads, head_dim] is the token of sequence i, whose keys the cache already holds.
 
     The kernel launched last before this must be another than that of the cut, as the one that makes q is: what is
-    EARLY reads the cut without waiting for it.
+    EARLY reads the cut without waiting for it. `beside`: it is the one for the prompts of this step, which may own the
+    rows of sequences that are empty; this one runs where it leaves multiprocessors idle.
     """
     batch = len(cut.joins)
     many = batch >= MANY
     launch(
-        _decode, (len(cut.items) * heads.num_kv_heads,),
-        q, *kv, table, cut.items, cut.joins, cut.arrived, out, cut.parts, cut.weights, table.stride(0),
+        _decode, (len(cut.items) * heads.num_kv_heads + beside,),
+        q, *kv, table, cut.items, cut.joins, cut.arrived, out, cut.parts, cut.weights, table.stride(0), int(beside),
         heads.head_dim**-0.5 * LOG2E, KH=heads.num_kv_heads, D=heads.head_dim, PAGE=kv[0].shape[1], GROUP=heads.group,
         ROWS=tiles.decode_rows(heads.group), BLOCK=tiles.decode_block, MERGE=MERGE_SPAN if many else 0,
         HEADS=next_power_of_2(heads.group), ITEM_FIELDS=ITEM_FIELDS, JOIN_FIELDS=JOIN_FIELDS, EARLY=tiles.early,
@@ -47,7 +48,7 @@ def attend_decodes(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "beside"])
 def _decode(
     q_ptr,  # [n, KH * GROUP, D]
     k_ptr,  # [blocks, PAGE, KH, D]
@@ -60,6 +61,7 @@ def _decode(
     part_ptr,  # fp32 [items, KH * GROUP, D]
     weight_ptr,  # fp32 [items, KH * GROUP]
     table_stride,
+    beside,  # 0 or 1
     scale,
     KH: tl.constexpr,
     D: tl.constexpr,
@@ -76,7 +78,16 @@ def _decode(
     """One program: one item and the GROUP query heads of one KV head.
 
     With MERGE the last program of a sequence joins its parts, so many at a time.
+
+    `beside` the prompts nobody waits for their end: their programs have all begun, and each of them waited for q and
+    the keys. They read and write nothing that is written here: rows of `out` are theirs or ours. One program more waits
+    for them, as whoever waits for this kernel must not begin before they are done.
     """
+    if (beside == 1) & (tl.program_id(0) == tl.num_programs(0) - 1):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        return
     number = tl.program_id(0) // KH
     kv_head = tl.program_id(0) % KH
     item = items_ptr + number * ITEM_FIELDS
@@ -87,9 +98,10 @@ def _decode(
     table = table_ptr + seq * table_stride
     blocks = blocks_of(table, first, stop, PAGE, BLOCK)
     if EARLY:  # what stands above lay there before the kernel before this one began
-        tl.extra.cuda.gdc_wait()
+        if beside == 0:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if parts == 0:
+    if (parts == 0) | ((beside == 1) & (stop == 0)):
         return
 
     rows = tl.arange(0, ROWS)

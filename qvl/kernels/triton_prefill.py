@@ -19,12 +19,14 @@ LOG2E = 1.4426950408889634
 def attend_prefills(
     q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, work: Tensor, out: Tensor, heads: Heads, tiles: Tiles
 ) -> None:
-    """q and out [n, heads, head_dim]; the cache already holds the keys of this step."""
+    """q and out [n, heads, head_dim]; the cache already holds the keys of this step. The kernel launched next may begin
+    before this one ends.
+    """
     launch(
         _prefill, (len(work) * heads.num_kv_heads,),
         q, *kv, table, work, out, table.stride(0), heads.head_dim**-0.5 * LOG2E,
         KH=heads.num_kv_heads, D=heads.head_dim, PAGE=kv[0].shape[1], GROUP=heads.group, ROWS=tiles.rows,
-        BLOCK=tiles.block, FIELDS=FIELDS, num_warps=tiles.warps, num_stages=tiles.stages,
+        BLOCK=tiles.block, FIELDS=FIELDS, EARLY=tiles.early, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
@@ -99,8 +101,12 @@ def _prefill(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     FIELDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: one tile and the GROUP query heads of one KV head; row r is head r % GROUP of token r // GROUP."""
+    if EARLY:  # in this order: whoever runs beside this relies on what this has waited for
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tiles_ptr + tl.program_id(0) // KH * FIELDS
     kv_head = tl.program_id(0) % KH
     table = table_ptr + tl.load(tile) * table_stride

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qvl.kernels.gpu import launch
 from qvl.kernels.triton_boxes import described, meet
@@ -64,7 +65,9 @@ def takes(block_size: int, longest: int) -> bool:
 def attend_prompts(
     q: Tensor, kv: tuple[Tensor, Tensor], table: Tensor, work: Tensor, out: Tensor, heads: Heads
 ) -> None:
-    """q and out [n, heads, 128]; the cache already holds the keys of this step."""
+    """q and out [n, heads, 128]; the cache already holds the keys of this step. The kernel launched next may begin
+    before this one ends.
+    """
     page = kv[0].shape[1]
     box = min(page, TEAM_ROWS.value), HALF.value
     slots = [cache.view(-1, heads.num_kv_heads * HEAD_DIM) for cache in kv]
@@ -72,7 +75,7 @@ def attend_prompts(
         _prompts, (work.shape[0] * heads.num_kv_heads,),
         *described(slots[0], box), *described(slots[1], box), q, table, work, out, table.stride(0),
         HEAD_DIM**-0.5 * LOG2E, LIMITS[q.dtype], KH=heads.num_kv_heads, GROUP=heads.group, PAGE=page,
-        KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
+        KEYS=KEYS, STAGES=STAGES, FIELDS=FIELDS, EARLY=True, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -243,6 +246,7 @@ def _prompts(
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     FIELDS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """One program: one tile and the GROUP query heads of one KV head."""
     L: gl.constexpr = k_box.layout
@@ -267,6 +271,9 @@ def _prompts(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=TEAMS)
     fence_async_shared()
+    if EARLY:  # in this order: whoever runs beside this relies on what this has waited for
+        gdc_wait()
+        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_attend, (0, k_box, v_box, q_ptr, table_ptr, work_ptr, out_ptr, table_stride, scale, limit, q0.index(0),

@@ -49,18 +49,18 @@ def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *,
     number = "*" + TYPES[dtype]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), number)
     types |= {"table_ptr": "*i32", "table_stride": "i32", "scale": "fp32"}
-    constants = {"KH": 4, "D": head_dim, "PAGE": 16, "GROUP": 7}
+    constants = {"KH": 4, "D": head_dim, "PAGE": 16, "GROUP": 7, "EARLY": tiles.early}
+    early = {"launch_pdl": True} if tiles.early else {}
     if not decode:
         constants |= {"ROWS": tiles.rows, "BLOCK": tiles.block, "FIELDS": triton_prefill.FIELDS}
-        options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages} | early
         return compiled(triton_prefill._prefill, capability, types | {"tiles_ptr": "*i32"}, constants, options)
-    types |= {"items_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
+    types |= {"beside": "i32", "items_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
     types |= dict.fromkeys(("joins_ptr", "arrived_ptr"), "*i32")
-    constants |= {"ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block, "EARLY": tiles.early}
+    constants |= {"ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block}
     constants |= {"MERGE": triton_decode.MERGE_SPAN, "HEADS": 8}
     constants |= {"ITEM_FIELDS": triton_cut.ITEM_FIELDS, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
-    options = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages}
-    options |= {"launch_pdl": True} if tiles.early else {}
+    options = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages} | early
     return compiled(triton_decode._decode, capability, types, constants, options)
 
 
@@ -119,7 +119,10 @@ def test_attention_fits(capability: tuple[int, int], head_dim: int, decode: bool
     kernel = attention(capability, dtype, head_dim, decode=decode)
     assert kernel.metadata.shared <= shared_memory(capability)
     assert instruction in kernel.asm["ptx"]
-    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (decode and early_on(capability))
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == early_on(capability)
+    if early_on(capability) and not decode:  # decodes run beside it, and rely on what it has waited for
+        let_in, wait, load = (kernel.asm["ptx"].index(word) for word in (".launch_dependents", ".wait;", "ld.global"))
+        assert wait < let_in < load
 
 
 def product(capability: tuple[int, int], weights: torch.dtype, width: int) -> Any:

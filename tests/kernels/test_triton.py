@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from qvl.kernels import fused
 from qvl.kernels.fp8 import FP8, Rounded, round_rows
 from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import GatherAttention
-from qvl.layers.attention import AttentionMetadata, Heads
+from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts
 from tests.kernels.interpreted import DEVICE, INTERPRETED, ON_GPU, here, run_in_the_interpreter
 from tests.models import oracle
 from tests.models.pages import Pages
@@ -143,6 +144,30 @@ def test_padded_rows_store_nothing_and_give_zeros() -> None:
     gather = GatherAttention()
     exact = gather.run(qkv[1:2].clone(), (angles[0][1:2], angles[1][1:2]), before, gather.plan(alone))
     assert close(out[1], exact[0], torch.float32)
+
+
+@here
+def test_empty_rows_of_decodes_leave_those_of_prompts_alone() -> None:
+    """A recorded step: it has room for three decodes, one is there, and prompts begin in the row behind it."""
+    heads, query, context = Heads(4, 2, 16), [1, 9], [40, 20]
+    step, blocks = a_step(query, context, 4)
+    kv = numbers(blocks, 4, 2, 16), numbers(blocks, 4, 2, 16)
+    qkv, angles = numbers(10, 8 * 16), some_angles(10, 16)
+    gather = GatherAttention()
+    exact = gather.run(qkv.clone(), angles, (kv[0].clone(), kv[1].clone()), gather.plan(step))
+    attention = triton_attention(heads)
+    tiles = cut_prompts(query, context, 1, attention.tile_tokens)
+    tiles[:, 0] += 2
+    recorded = replace(
+        step,
+        seq_lens=torch.tensor([40, 0, 0, 20], dtype=torch.int32, device=DEVICE),
+        block_table=step.block_table[[0, 0, 0, 1]],
+        query_lens=[1] * 3,
+        context_lens=[10_000] * 3,
+        num_decodes=3,
+        prompt_tiles=torch.from_numpy(np.concatenate([tiles, np.zeros_like(tiles)])).to(DEVICE),
+    )
+    assert close(attention.run(qkv, angles, kv, attention.plan(recorded)), exact, torch.float32)
 
 
 @here

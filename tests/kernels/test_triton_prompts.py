@@ -76,6 +76,7 @@ def test_it_fits_and_keeps_its_numbers_in_registers(
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert "setmaxnreg" in ptx
+    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
     assert re.search(r"\bSTL\b", kernel.asm["sass"]) is None
 
 
@@ -181,3 +182,36 @@ def test_prompts(heads: Heads, query: list[int], context: list[int], dtype: torc
     plan.prefills = torch.cat((plan.prefills, torch.zeros(3, 4, dtype=torch.int32, device=CUDA)))
     out = attention.run(qkv, angles, (k, v), plan)
     assert float((out.float() - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("kernel", [AlwaysTaken, None])
+@pytest.mark.parametrize("answers", [3, 40])  # parts joined by a kernel of its own, and by the last program of each
+def test_answers_beside_prompts_in_a_graph(answers: int, kernel: Any) -> None:
+    """Neither waits for the other, and whoever comes next waits for both."""
+    torch.manual_seed(0)
+    query, context = [1] * answers + [200, 90], [1700] * answers + [1300, 90]
+    step, blocks = a_step(query, context, CUDA)
+    step.num_decodes = answers
+    dtype, rows = torch.bfloat16, sum(query)
+    k, v = (torch.randn(blocks, 16, 4, 128, device=CUDA, dtype=dtype) for _ in range(2))
+    half = torch.rand(rows, 1, 64, device=CUDA).repeat(1, 1, 2) * 6
+    angles = half.cos(), half.sin()
+    attention, gather = attention_with(kernel), GatherAttention()
+    plan = attention.plan(step)
+    qkv = torch.zeros(rows, 36 * 128, device=CUDA, dtype=dtype)
+
+    def layers() -> Tensor:
+        return torch.stack([attention.run(qkv, angles, (k, v), plan) + 1 for _ in range(3)])
+
+    layers()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layers()
+    for _ in range(5):
+        qkv.copy_(torch.randn(qkv.shape, device=CUDA))
+        graph.replay()
+        exact = gather.run(qkv.float(), angles, (k.float(), v.float()), gather.plan(step))
+        for layer in out.float() - 1:
+            assert float((layer - exact).norm() / exact.norm()) < 2e-2
