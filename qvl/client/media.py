@@ -79,8 +79,8 @@ def _seen_by_model(picture: Any, rule: PictureRule, limits: PixelLimits) -> byte
     """PNG of the picture at the model's size; None where it is not larger, or where the server must judge it."""
     from qvl.media.fetch import MediaPolicy  # only who sends large pictures pays for decoders
     from qvl.media.image import decode_image
-    from qvl.media.load import picture_size
     from qvl.media.resize import resize_bicubic
+    from qvl.media.sizes import picture_size
 
     try:
         pixels = decode_image(picture, max_pixels=MediaPolicy().max_image_pixels)

@@ -19,7 +19,8 @@ from qvl.engine.protocol import AddRequest, MediaInput, PixelFile
 from qvl.errors import InvalidRequest, PromptTooLong, TooManyMedia
 from qvl.media.image import Empty
 from qvl.media.kept import Kept
-from qvl.media.load import LoadedMedia, frame_size, keep_pictures, load, picture_size
+from qvl.media.load import LoadedMedia, keep_pictures, load
+from qvl.media.sizes import frame_size, picture_size
 from qvl.prompt import Control, Prompt, Segment, TextRun, Vision, build
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import MediaSlot, Tokenizer

@@ -1,6 +1,6 @@
 """From a media part of a message to the pixels, the grid and the digest that the engine needs.
 
-Knows how the sizes a request asks for combine with the checkpoint's. Does not know tokens, batches or devices.
+Knows the ways to name a picture or a video. Does not know tokens, batches or devices.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qvl.errors import BadMedia, InvalidRequest
+from qvl.errors import BadMedia
 from qvl.media import fetch
 from qvl.media.fetch import MediaPolicy
 from qvl.media.given_up import turn
 from qvl.media.image import Empty, decode_image, decode_later
 from qvl.media.kept import DEFAULT_BYTES, Kept
 from qvl.media.later import Decoding
-from qvl.media.resize import resize_bicubic, smart_resize
+from qvl.media.resize import resize_bicubic
+from qvl.media.sizes import check_limits, frame_size, picture_size
 from qvl.media.stages import reported, stage
 from qvl.media.video import FrameStack, check_sampling, decode_video, sample_indices
 from qvl.specs import ProcessorSpec
-from qvl.types import Grid, MediaKind, MediaPart, PictureRule, PixelLimits
+from qvl.types import Grid, MediaKind, MediaPart, PixelLimits
 
 DIGEST_BYTES = 16
 
@@ -116,7 +117,7 @@ def load(
             loaded.decoding.finish()
         return loaded
     limits = part.limits.over(limits)
-    _check(limits, spec)
+    check_limits(limits, spec)
     if part.kind == "video":
         check_sampling(limits, spec)
     if fetch.is_remote(part.source):
@@ -196,56 +197,6 @@ def _loaded(
         num_tokens=grid.num_tokens(spec.merge_size),
         decoding=decoding,
     )
-
-
-def picture_size(height: int, width: int, spec: ProcessorSpec | PictureRule, limits: PixelLimits) -> tuple[int, int]:
-    """Height and width in pixels that a picture of `height` x `width` has for the model."""
-    height, width = _wanted_size(height, width, limits)
-    low, high = _bounds(limits, spec.min_pixels, spec.max_pixels, spec.max_pixels)
-    return smart_resize(height, width, factor=spec.factor, min_pixels=low, max_pixels=high)
-
-
-def frame_size(num_frames: int, height: int, width: int, spec: ProcessorSpec, limits: PixelLimits) -> tuple[int, int]:
-    """Height and width in pixels of each frame for the model: the more frames, the smaller they are."""
-    height, width = _wanted_size(height, width, limits)
-    total = min(limits.total_pixels or spec.video_total_pixels, spec.video_total_pixels)
-    share = total / max(num_frames, 1) * spec.temporal_patch_size
-    most = int(max(min(spec.video_max_pixels, share), spec.video_min_pixels * 1.05))
-    low, high = _bounds(limits, spec.video_min_pixels, most, max(spec.video_max_pixels, most))
-    return smart_resize(height, width, factor=spec.factor, min_pixels=min(low, high), max_pixels=high)
-
-
-def _wanted_size(height: int, width: int, limits: PixelLimits) -> tuple[int, int]:
-    """The size that the request asks for, else the picture's own; both are then fitted to the model's bounds."""
-    if limits.resized_height is None or limits.resized_width is None:
-        return height, width
-    return limits.resized_height, limits.resized_width
-
-
-def _bounds(limits: PixelLimits, low: int, high: int, cap: int) -> tuple[int, int]:
-    """The request's area bounds within the checkpoint's: one given alone moves the other out of its way."""
-    if limits.min_pixels is not None and limits.min_pixels > cap:
-        raise InvalidRequest(f"min_pixels may be at most {cap}", param="min_pixels")
-    if limits.max_pixels is not None:
-        high = min(high, limits.max_pixels)
-    low = min(low, high) if limits.min_pixels is None else limits.min_pixels
-    return low, high
-
-
-def _check(limits: PixelLimits, spec: ProcessorSpec) -> None:
-    smallest = spec.factor**2
-    if limits.min_pixels is not None and limits.min_pixels < 1:
-        raise InvalidRequest("min_pixels must be at least 1", param="min_pixels")
-    if limits.max_pixels is not None and limits.max_pixels < smallest:
-        raise InvalidRequest(f"max_pixels must be at least {smallest}", param="max_pixels")
-    if limits.min_pixels is not None and limits.max_pixels is not None and limits.min_pixels > limits.max_pixels:
-        raise InvalidRequest("min_pixels is larger than max_pixels", param="min_pixels")
-    if limits.total_pixels is not None and limits.total_pixels < smallest:
-        raise InvalidRequest(f"total_pixels must be at least {smallest}", param="total_pixels")
-    if (limits.resized_height is None) != (limits.resized_width is None):
-        raise InvalidRequest("resized_height and resized_width go together", param="resized_height")
-    if limits.resized_height is not None and min(limits.resized_height, limits.resized_width or 0) < 1:
-        raise InvalidRequest("resized_height and resized_width must be at least 1", param="resized_height")
 
 
 def _picture_file(source: Any, policy: MediaPolicy, seconds: float | None = None) -> bytes | None:

@@ -23,8 +23,8 @@ from PIL import Image
 from qvl.errors import InvalidRequest
 from qvl.media.clip import ClipFacts, clip_facts, frames_at
 from qvl.media.fetch import MediaPolicy, read
-from qvl.media.load import frame_size
 from qvl.media.resize import resize_bicubic
+from qvl.media.sizes import frame_size
 from qvl.media.video import Pixels
 from qvl.specs import ProcessorSpec
 from qvl.types import MediaPart, PixelLimits

@@ -10,8 +10,8 @@ from PIL import Image
 
 from qvl.media.fetch import MediaPolicy, read
 from qvl.media.image import decode_image
-from qvl.media.load import picture_size
 from qvl.media.resize import resize_bicubic
+from qvl.media.sizes import picture_size
 from qvl.types import MediaPart, PictureRule, PixelLimits
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
