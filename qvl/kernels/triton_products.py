@@ -35,7 +35,6 @@ from qvl.kernels.triton_boxes import described
 ROWS = 64  # of a team
 TEAMS = gl.constexpr(2)
 COLUMNS = 256  # of a tile, which are rows of the weight
-WRITTEN = 128  # columns of the result that a team writes at a time
 DEPTH = 64  # numbers of a row that are fetched at a time
 STAGES = 3  # places for what is fetched
 REGISTERS = 168  # of a thread at the start; then those that multiply take those of the one that fetches
@@ -66,9 +65,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, sta
         _product, (dealt.shape[1],),
         *described(x, (ROWS, DEPTH)),
         *described(weight.view(halves, size, -1), (halves, columns, DEPTH)),
-        *described(out, (ROWS, WRITTEN)),
+        *described(out, (ROWS, columns)),
         dealt, out if bias is None else bias, len(dealt), size, x.shape[1],
-        BIAS=bias is not None, ACTIVATION=activation, STAGES=stages, num_warps=4, maxnreg=REGISTERS,
+        ACTIVATION=activation, STAGES=stages, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out
 
@@ -172,7 +171,6 @@ def _fetch(x_box, w_box, dealt_ptr, turns, depth, x, w, full, empty, STAGES: gl.
 def _multiply(
     out_box, dealt_ptr, bias_ptr, turns, size, depth, x, w, out, full, empty,
     TEAM: gl.constexpr,
-    BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -189,6 +187,9 @@ def _multiply(
         next_row, next_column, next_teams = _tile(dealt_ptr, i + 1, turns)
         if teams > TEAM:
             acc = gl.zeros((ROWS, ALL), gl.float32, L)
+            if ACTIVATION == 2:  # long before it is added, so that nobody waits for memory then
+                columns = column * COLUMNS + gl.arange(0, ALL, gl.SliceLayout(0, L))
+                bias = gl.load(bias_ptr + columns, mask=columns < size, other=0.0)
             for k in range(0, depth, DEPTH):
                 at = n % STAGES
                 mbarrier.wait(full.index(at), n // STAGES & 1)
@@ -200,7 +201,11 @@ def _multiply(
                 n += 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES))
-            _finish(out_box, bias_ptr, acc, (row + TEAM) * ROWS, column * COLUMNS, size, out, BIAS, ACTIVATION)
+            if ACTIVATION == 1:
+                done = _silu_and_mul(acc)
+            else:
+                done = _quick_gelu(acc * 0.5 + (bias.to(gl.float32) * 0.5)[None, :])
+            _write(out_box, done, (row + TEAM) * ROWS, column * COLUMNS, out)
         elif teams > 0:
             for _ in range(0, depth, DEPTH):
                 mbarrier.wait(full.index(n % STAGES), n // STAGES & 1)
@@ -210,41 +215,28 @@ def _multiply(
 
 
 @gluon.jit
-def _finish(out_box, bias_ptr, acc, row, column, size, out, BIAS: gl.constexpr, ACTIVATION: gl.constexpr):
-    """What stands behind the product, and the way to memory."""
-    WRITTEN: gl.constexpr = out.shape[1]
-    if BIAS:
-        at = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-        acc += gl.load(bias_ptr + at, mask=at < size, other=0.0).to(gl.float32)[None, :]
-    left, right = acc.reshape([acc.shape[0], 2, WRITTEN]).permute(0, 2, 1).split()
-    if ACTIVATION == 1:
-        _write(out_box, _times_sigmoid(left * right, left * -1.4426950408889634), row, column, out)
-    else:
-        _write(out_box, _times_sigmoid(left, left * (-1.702 * 1.4426950408889634)), row, column, out)
-        _write(out_box, _times_sigmoid(right, right * (-1.702 * 1.4426950408889634)), row, column + WRITTEN, out)
+def _silu_and_mul(x):
+    """silu(left half) * right half."""
+    gate, up = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+    half = gate * 0.5
+    return _times_sigmoid(half, half) * up
 
 
 @gluon.jit
-def _times_sigmoid(x, power):
-    """x / (1 + 2 ** power), four numbers of a thread with one reciprocal: there are few units for those.
-
-    With more than 30 the fourth power of 2 might leave fp32, and less than a billionth of x is left.
-    """
-    size: gl.constexpr = x.shape[1]
-    e = 1.0 + gl.exp2(gl.minimum(power, 30.0))
-    a, b = e.reshape([x.shape[0], size // 2, 2]).split()
-    ab = a * b
-    one, other = ab.reshape([x.shape[0], size // 16, 2, 4]).permute(0, 1, 3, 2).split()
-    both = _reciprocal(one * other)
-    inverse = gl.join(both * other, both * one).permute(0, 1, 3, 2).reshape([x.shape[0], size // 2])
-    inverse = gl.convert_layout(inverse, ab.type.layout, assert_trivial=True)
-    each = gl.join(inverse * b, inverse * a).reshape([x.shape[0], size])
-    return x * gl.convert_layout(each, x.type.layout, assert_trivial=True)
+def _quick_gelu(half):
+    """Of twice the numbers."""
+    return _times_sigmoid(half, half * 1.702)
 
 
 @gluon.jit
-def _reciprocal(x):
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+def _times_sigmoid(x, z):
+    """2 * x * sigmoid(2 * z), by the one instruction that there is for tanh; a sigmoid is wrong by 2 ** -12 at most."""
+    return x * _tanh(z) + x
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -279,7 +271,6 @@ def _product(
     turns,
     size,
     depth,
-    BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -293,9 +284,9 @@ def _product(
     gl.warp_specialize(
         [
             (_multiply, (out_box, dealt_ptr, bias_ptr, turns, size, depth, x, w, out.index(0), full, empty,
-                         0, BIAS, ACTIVATION, STAGES)),
+                         0, ACTIVATION, STAGES)),
             (_multiply, (out_box, dealt_ptr, bias_ptr, turns, size, depth, x, w, out.index(1), full, empty,
-                         1, BIAS, ACTIVATION, STAGES)),
+                         1, ACTIVATION, STAGES)),
             (_fetch, (x_box, w_box, dealt_ptr, turns, depth, x, w, full, empty, STAGES)),
         ],
         [4, 1],  # warps of the second and the third

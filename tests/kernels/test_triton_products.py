@@ -127,34 +127,38 @@ def test_few_tiles_of_a_last_turn_are_shared() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-def test_it_fits_and_keeps_its_sums_in_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["SILU", "QUICK_GELU"])
+def test_it_fits_and_keeps_its_sums_in_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    products = pytest.importorskip("qvl.kernels.triton_products", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = compiled_products(torch.bfloat16, "bf16")
+    kernel = compiled_products(torch.bfloat16, "bf16", getattr(products, name))
     assert kernel.metadata.shared <= shared_memory(HOPPER)
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n256k16" in ptx
     assert "cp.async.bulk.tensor.3d" in ptx  # gate and up at once
     assert re.search(r"cp.async.bulk.tensor.2d.global", ptx)
     assert "setmaxnreg" in ptx
+    assert "tanh.approx.f32" in ptx
     assert re.search(r"\bSTL\b", kernel.asm["sass"]) is None
 
 
-def compiled_products(dtype: torch.dtype, name: str) -> Any:
-    """As `silu_product` launches it."""
+def compiled_products(dtype: torch.dtype, name: str, activation: int) -> Any:
+    """As `product` launches it."""
     from qvl.kernels import triton_products as products
     from qvl.kernels.triton_boxes import layout_of
 
+    halves = 2 if activation == products.SILU else 1
+    columns = products.COLUMNS // halves
     boxes = {
         "x_box": (products.ROWS, products.DEPTH),
-        "w_box": (2, products.COLUMNS // 2, products.DEPTH),
-        "out_box": (products.ROWS, products.WRITTEN),
+        "w_box": (halves, columns, products.DEPTH),
+        "out_box": (products.ROWS, columns),
     }
     types: dict[str, str] = {
         argument: f"tensordesc<{name}{list(box)},{layout_of(box, dtype)!r}>" for argument, box in boxes.items()
     }
     types |= {"dealt_ptr": "*i32", "bias_ptr": f"*{name}"} | dict.fromkeys(("turns", "size", "depth"), "i32")
-    constants = {"BIAS": False, "ACTIVATION": products.SILU, "STAGES": products.STAGES}
+    constants = {"ACTIVATION": activation, "STAGES": products.STAGES}
     aligned = ("dealt_ptr", "bias_ptr", "size", "depth")
     return compiled_for_hopper(products._product, types, constants, aligned, products.REGISTERS)
 
@@ -201,6 +205,26 @@ def test_quick_gelu_as_exact_as_two_steps(rows: int, depth: int, size: int) -> N
     out = quick_gelu_product(x, weight, bias)
     assert relative_error(out, exact) <= relative_error(with_quick_gelu(x, weight, bias), exact)
     assert torch.equal(out, quick_gelu_product(x, weight, bias))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_sigmoid_near_zero_is_as_exact_as_in_two_steps() -> None:
+    """What is left there is the difference of two numbers that are nearly the same."""
+    from qvl.kernels.triton_products import quick_gelu_product, silu_product
+
+    x, weight, bias = numbers(256, 64), numbers(512, 64, scale=1 / 4), numbers(512)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    below = exact < -3
+    assert below.sum() > 1000
+    error = quick_gelu_product(x, weight, bias).double() - exact * torch.sigmoid(1.702 * exact)
+    of_two = with_quick_gelu(x, weight, bias).double() - exact * torch.sigmoid(1.702 * exact)
+    assert error[below].abs().mean() <= of_two[below].abs().mean()
+    exact = written_out(x.double(), weight.double())
+    below = F.linear(x.double(), weight[:256].double()) < -3
+    assert below.sum() > 1000
+    error, of_two = silu_product(x, weight).double() - exact, written_out(x, weight).double() - exact
+    assert error[below].abs().mean() <= of_two[below].abs().mean()
 
 
 @pytest.mark.gpu
