@@ -59,7 +59,7 @@ INLINE void span8(const enum way way, const int tiles, const int columns, const 
     for (long j = 0; j < length; j += 4, w += 4 * TILE)
         UNROLL for (int t = 0; t < tiles; t++) {
             const int8_t *own = w + t * apart * p->k * TILE;
-            __builtin_prefetch(own + AHEAD, 0, 2);
+            __builtin_prefetch(own + AHEAD(columns), 0, 2);
 #ifdef WIDE
             if (way == WIDER) {
                 wide_step(columns, own, (const int16_t *)p->codes + column * p->k + at + j, p->k, sum + t);

@@ -75,7 +75,7 @@ INLINE void span4(const int tiles, const int columns, const product *p, const in
         for (int s = 0; s < STEPS4; s += TOGETHER, w += TOGETHER * 4 * TILE)
             UNROLL for (int t = 0; t < tiles; t++) {
                 const int8_t *own = w + t * apart * p->k * TILE / 2;
-                UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(own + AHEAD + f * 64, 0, 2);
+                UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(own + AHEAD(columns) + f * 64, 0, 2);
                 steps4(columns, own, x + 4 * s, p->k, sum + t);
             }
         UNROLL for (int i = 0; i < sums; i++)
