@@ -33,24 +33,27 @@ INLINE void steps4(const int columns, const int8_t *w, const int8_t *x, long k, 
     vw pairs[STRIP][BESIDE] = {0};
 #endif
     UNROLL for (int s = 0; s < TOGETHER; s++, w += 4 * TILE, x += 4) {
-        vu low[BESIDE], high[BESIDE];
+        vu codes[2][BESIDE]; /* the low halves of bytes, and the high ones */
         UNROLL for (int v = 0; v < BESIDE; v++) {
             vu both = (vu)LOAD(w + v * BYTES);
-            low[v] = both & 15;
-            high[v] = (vu)((vh)both >> 4) & 15;
-        }
-        UNROLL for (int c = 0; c < columns; c++) {
-            vb first = four(x + c * k), second = four(x + c * k + BLOCK4 / 2);
-            UNROLL for (int v = 0; v < BESIDE; v++) {
+            codes[0][v] = both & 15;
+            codes[1][v] = (vu)((vh)both >> 4) & 15;
 #if defined(WIDE)
-                pairs[c][v] += (vw)_mm256_maddubs_epi16((__m256i)low[v], (__m256i)first);
-                pairs[c][v] += (vw)_mm256_maddubs_epi16((__m256i)high[v], (__m256i)second);
-                __asm__ volatile("" : "+x"(pairs[c][v])); /* or the compiler puts all products aside and adds them later */
-#else
-                sum[c][v] = dot_us(dot_us(sum[c][v], low[v], first), high[v], second);
+            __asm__ volatile("" : "+x"(codes[0][v]), "+x"(codes[1][v])); /* or the compiler opens them again and again */
 #endif
-            }
         }
+        UNROLL for (int h = 0; h < 2; h++)
+            UNROLL for (int c = 0; c < columns; c++) {
+                vb same = four(x + c * k + h * (BLOCK4 / 2));
+                UNROLL for (int v = 0; v < BESIDE; v++) {
+#if defined(WIDE)
+                    pairs[c][v] += (vw)_mm256_maddubs_epi16((__m256i)codes[h][v], (__m256i)same);
+                    __asm__ volatile("" : "+x"(pairs[c][v])); /* or it puts all products aside and adds them later */
+#else
+                    sum[c][v] = dot_us(sum[c][v], codes[h][v], same);
+#endif
+                }
+            }
     }
 #if defined(WIDE)
     UNROLL for (int c = 0; c < columns; c++)
