@@ -206,7 +206,7 @@ def test_a_line_follows_its_owner() -> None:
     for rules, want in ((replace(NEUTRAL, top_p=1e-9), {299}), (NEUTRAL, None), (replace(NEUTRAL, min_p=1.0), {299})):
         owner = object()
         said = set()
-        for length in range(2, 8):
+        for length in range(2, 5 if want else 8):  # where every draw is the same, the line is written, kept, and kept
             one = SamplerRow(0, owner, 1, rules, 3, (), [0] * length, 1, length)
             said |= set(sampler.draw(logits, sampler.best(logits), [one]).fetch().wait()[0])
         assert said == want if want else len(said) > 3

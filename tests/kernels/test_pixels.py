@@ -53,9 +53,20 @@ def made(pixels: Levels, height: int, width: int, spec: ProcessorSpec, dtype: to
     return patches(torch.from_numpy(pixels).to(DEVICE), height, width, spec, dtype).cpu()
 
 
+# 16 bits only change what the second kernel writes: no need to see them in every shape, a row of pixels is a program.
 @here
-@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 30, 56), (1, 61, 20), (1, 28, 90), (3, 40, 70), (2, 56, 28)])
-def test_patches_are_those_of_pixels_that_pillow_resized(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "narrow"),
+    [
+        ((1, 28, 28), True),
+        ((1, 30, 56), True),
+        ((1, 61, 20), False),
+        ((1, 28, 90), True),
+        ((3, 40, 70), False),
+        ((2, 56, 28), False),
+    ],
+)
+def test_patches_are_those_of_pixels_that_pillow_resized(shape: tuple[int, int, int], narrow: bool) -> None:
     spec, height, width = ProcessorSpec(), 28, 56
     pixels = noise(*shape, 3)
     resized = torch.from_numpy(by_pillow(pixels, height, width)).permute(0, 3, 1, 2)
@@ -65,7 +76,8 @@ def test_patches_are_those_of_pixels_that_pillow_resized(shape: tuple[int, int, 
     ours = made(pixels, height, width, spec, torch.float32)
     assert ours.shape == expected.shape
     assert (ours - expected).abs().max() < 1e-5, "a hundredth of a grey level is 1.5e-4"
-    assert torch.allclose(made(pixels, height, width, spec, torch.bfloat16).float(), expected, rtol=1e-2, atol=1e-3)
+    if narrow or ON_GPU:
+        assert torch.allclose(made(pixels, height, width, spec, torch.bfloat16).float(), expected, rtol=1e-2, atol=1e-3)
 
 
 @here
