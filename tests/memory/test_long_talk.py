@@ -95,7 +95,7 @@ def test_the_pictures_differ() -> None:
     assert len({label(number) for number in range(200)}) == 200
 
 
-@lengths(40)
+@lengths(24)
 def test_the_server_drops_the_oldest_turns(server: Live, turns: int) -> None:
     told = talk_whole(server, turns)
     kept = [2 * (number + 1) - 1 - (one["dropped_messages"] if one else 0) for number, one in enumerate(told)]
