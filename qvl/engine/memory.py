@@ -17,7 +17,7 @@ import torch
 
 from qvl.engine.config import DTYPE_BYTES, EngineConfig
 from qvl.engine.probe import StepCost
-from qvl.engine.prompt_graphs import most_tokens, num_wide
+from qvl.engine.prompt_graphs import MOST_NARROW, most_tokens, num_wide
 from qvl.engine.sampler import ROWS_AT_ONCE
 from qvl.engine.tower_graphs import MOST_GRAPHS, MOST_PATCHES
 from qvl.engine.vision import MAX_BATCH_PATCHES
@@ -128,7 +128,7 @@ def kept_bytes(config: EngineConfig, own: Own = NONE) -> int:
     counts = rows * text.vocab_size * 2
     prompts = most_tokens(config, own.joined) * text.hidden_size * size
     patches = MOST_PATCHES * config.spec.vision.patch_dim * size if own.tower else 0
-    outside = (own.tower * MOST_GRAPHS + own.joined * num_wide(config)) * GRAPH_BYTES + LIBRARIES
+    outside = (own.tower * MOST_GRAPHS + num_wide(config, own.joined)) * GRAPH_BYTES + LIBRARIES
     return 2 * tables + counts + prompts + patches + graph_bytes(config, own) + outside
 
 
@@ -138,9 +138,10 @@ def graph_bytes(config: EngineConfig, own: Own = NONE) -> int:
     """
     rows = config.max_num_seqs
     logits = rows * config.spec.text.vocab_size * DTYPE_BYTES[config.dtype]
-    steps = [decoder_bytes(config, most_tokens(config, joined=False)), decoder_bytes(config, rows) + logits]
-    if own.joined:
-        steps.append(decoder_bytes(config, most_tokens(config, joined=True), joined=True))
+    most = most_tokens(config, own.joined)
+    steps = [decoder_bytes(config, rows) + logits, decoder_bytes(config, most, own.joined)]
+    if own.joined:  # which few rows are not
+        steps.append(decoder_bytes(config, min(most, MOST_NARROW)))
     return max(*steps, vision_bytes(config, MOST_PATCHES, in_place=True) if own.tower else 0)
 
 

@@ -28,10 +28,11 @@ from qvl.kernels.linear import joins
 from qvl.layers.attention import TILE_FIELDS, AttentionMetadata, KVCache, cut_prompts
 from qvl.models.qwen2_vl import DecoderLayer, Qwen2VLForConditionalGeneration
 
-MOST_TOKENS = 512
+MOST_NARROW = 512
 SIZE_STEP = 64  # rows that a product takes at a time: fewer would hardly be faster
+MOST_TOKENS = 768  # what a step with answers takes at most, if nobody says otherwise
 MOST_JOINED = 1024  # where gate and up are one kernel and take no memory: so many fit into that of the others
-WIDE_STEP = 128
+WIDE_STEP = 128  # above MOST_NARROW
 LONGEST = 1023  # tokens of context: longer ones have a kernel of their own, which pays among so many rows
 MOST_ALONE = 256  # up to here the kernels of decodes cost what can be noticed where there are none
 MOST_PROMPTS = 32
@@ -52,9 +53,9 @@ def most_tokens(config: EngineConfig, joined: bool) -> int:
     return min(MOST_JOINED if joined else MOST_TOKENS, config.max_num_batched_tokens)
 
 
-def num_wide(config: EngineConfig) -> int:
-    """Shapes that there are only where gate and up are joined."""
-    return len(shapes_for(most_tokens(config, joined=True))) - len(shapes_for(most_tokens(config, joined=False)))
+def num_wide(config: EngineConfig, joined: bool) -> int:
+    """Shapes of more than MOST_NARROW tokens."""
+    return sum(shape.tokens > MOST_NARROW for shape in shapes_for(most_tokens(config, joined)))
 
 
 def joins_gate_and_up(model: Qwen2VLForConditionalGeneration) -> bool:
@@ -65,7 +66,7 @@ def joins_gate_and_up(model: Qwen2VLForConditionalGeneration) -> bool:
 
 def shapes_for(most: int) -> list[Shape]:
     """The smallest first."""
-    few = min(most, MOST_TOKENS)
+    few = min(most, MOST_NARROW)
     sizes = [*range(SIZE_STEP, few, SIZE_STEP), *range(few, most, WIDE_STEP), most]
     return [Shape(size, decodes) for size in sizes for decodes in (False, True) if decodes or size <= MOST_ALONE]
 
@@ -102,7 +103,7 @@ class PromptSteps:
         count, num_prompts = len(numbers.token_ids), len(numbers.query_lens) - numbers.num_decodes
         if count > self.most or num_prompts > MOST_PROMPTS:
             return None
-        if count > MOST_TOKENS and max(numbers.context_lens[numbers.num_decodes :], default=0) > LONGEST:
+        if count > MOST_NARROW and max(numbers.context_lens[numbers.num_decodes :], default=0) > LONGEST:
             return None
         return next(
             shape for shape in self.shapes if shape.tokens >= count and (shape.decodes or not numbers.num_decodes)

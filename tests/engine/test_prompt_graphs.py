@@ -42,7 +42,8 @@ def test_wider_steps_are_recorded_where_gate_and_up_are_joined(
 ) -> None:
     """The same answers; rows of long contexts among them are left to the kernel for those."""
     monkeypatch.setattr(prompt_graphs, "joins_gate_and_up", lambda _: True)
-    sizes = {"MOST_TOKENS": 8, "SIZE_STEP": 4, "MOST_JOINED": 20, "WIDE_STEP": 6, "MOST_ALONE": 8, "LONGEST": 40}
+    sizes = {"MOST_NARROW": 8, "MOST_TOKENS": 14, "MOST_JOINED": 20, "SIZE_STEP": 4, "WIDE_STEP": 6, "MOST_ALONE": 8}
+    sizes["LONGEST"] = 40
     for name, value in sizes.items():
         monkeypatch.setattr(prompt_graphs, name, value)
     asks = [Ask([words(i, count)], greedy(6 + i)) for i, count in enumerate((12, 18, 33, 60))]
@@ -70,6 +71,7 @@ def test_wider_steps_are_recorded_where_gate_and_up_are_joined(
 def test_shapes_hold_all_tiles_that_may_come(checkpoint: Path) -> None:
     wide = [shape.tokens for shape in shapes_for(1024) if shape.decodes]
     assert wide == [*range(64, 513, 64), 640, 768, 896, 1024]
+    assert [shape.tokens for shape in shapes_for(768)][-3:] == [512, 640, 768]
     assert shapes_for(24) == [Shape(24, decodes=False), Shape(24, decodes=True)]
     sizes = [shape.tokens for shape in shapes_for(500) if shape.decodes]
     assert sizes == [64, 128, 192, 256, 320, 384, 448, 500]
