@@ -1,8 +1,7 @@
 /* Vectors of bytes, and products of them that sum into 32 bits.
  *
  * `BYTES` is the width of a vector. The portable way is also what tests run to check the logic of instructions that
- * their machine lacks (-DQVL_PORTABLE=64). WIDE: bytes have no product of their own that sums into 32 bits (AVX2), so
- * that codes of 16 bits are faster for several rows of x; see cpu_eight.h.
+ * their machine lacks (-DQVL_PORTABLE=64). WIDE: bytes have no product of their own that sums into 32 bits (AVX2).
  */
 #pragma once
 #include "cpu_vectors.h"

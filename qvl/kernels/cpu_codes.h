@@ -7,10 +7,10 @@
 #include "cpu_bytes.h"
 #include <math.h>
 
-/* What one call computes. Of x: codes [m, k] of 8 bits or, `wide`, of 16; of every span a scale [m, spans]; of every
- * BLOCK4 codes their sum [m, spans, PER_SPAN]. `tiles` of W are a piece of work. */
+/* What one call computes. Of x: codes [m, k]; of every span a scale [m, spans]; of every BLOCK4 codes their sum
+ * [m, spans, PER_SPAN]. `tiles` of W are a piece of work. */
 typedef struct {
-    int bits, wide;
+    int bits;
     const int8_t *w;
     const uint16_t *steps; /* of blocks of 4 bits; rows of 8 bits have scales */
     const float *from, *row_scales, *bias;

@@ -1,20 +1,12 @@
 /* Products with W of 8 bits, over one span of x.
  *
- * A processor with AVX2 alone has no product of bytes that sums into 32 bits. With their sign they cost it three places
- * that multiply for 32 products, codes of 16 bits two, which fill no more than their pairs: nothing can overflow. Whole
- * numbers, so both ways find the same sums.
+ * A processor with AVX2 alone has no product of bytes that sums into 32 bits: with their sign they cost it three places
+ * that multiply for 32 products. Codes of 16 bits need two, and as many that add; they were slower all the same.
  */
 #pragma once
 #include "cpu_tiles.h"
 
-enum way { FOUR, BYTEWISE, WIDER };
-#ifdef WIDE
-#define SEVERAL WIDER /* the way for more than one row of x */
-#else
-#define SEVERAL BYTEWISE
-#endif
-
-/* Four numbers of a tile times `columns` rows of x, k apart: codes of 8 bits. */
+/* Four numbers of a tile times `columns` rows of x, k apart. */
 INLINE void bytes_step(const int columns, const int8_t *w, const int8_t *x, long k, vd (*sum)[BESIDE]) {
     vb wv[BESIDE];
     vu u[BESIDE];
@@ -25,29 +17,10 @@ INLINE void bytes_step(const int columns, const int8_t *w, const int8_t *x, long
     }
 }
 
-#ifdef WIDE
-/* The same: codes of 16 bits, of every four the even ones first. */
-INLINE void wide_step(const int columns, const int8_t *w, const int16_t *x, long k, vd (*sum)[BESIDE]) {
-    __m256i even[BESIDE], odd[BESIDE];
-    UNROLL for (int v = 0; v < BESIDE; v++) {
-        vw both = (vw)LOAD(w + v * BYTES);
-        even[v] = (__m256i)((vw)((vh)both << 8) >> 8), odd[v] = (__m256i)(both >> 8);
-    }
-    UNROLL for (int c = 0; c < columns; c++) {
-        __m256i first = (__m256i)four(x + c * k), second = (__m256i)four(x + c * k + 2);
-        UNROLL for (int v = 0; v < BESIDE; v++) {
-            sum[c][v] += (vd)_mm256_madd_epi16(even[v], first);
-            sum[c][v] += (vd)_mm256_madd_epi16(odd[v], second);
-            __asm__ volatile("" : "+x"(sum[c][v])); /* or the compiler puts products aside and adds them later */
-        }
-    }
-}
-#endif
-
 /* Numbers [at, at + length) of k of some tiles, `apart` from each other, times `columns` rows of x, one of both numbers
  * being 1: to `out`, still to be scaled. */
-INLINE void span8(const enum way way, const int tiles, const int columns, const product *p, const int8_t *w, long apart,
-                  long column, long at, long length, vn (*out)[BESIDE]) {
+INLINE void span8(const int tiles, const int columns, const product *p, const int8_t *w, long apart, long column, long at,
+                  long length, vn (*out)[BESIDE]) {
     const int sums = tiles + columns - 1;
     vd sum[STRIP][BESIDE];
     UNROLL for (int i = 0; i < sums; i++) {
@@ -60,12 +33,6 @@ INLINE void span8(const enum way way, const int tiles, const int columns, const 
         UNROLL for (int t = 0; t < tiles; t++) {
             const int8_t *own = w + t * apart * p->k * TILE;
             __builtin_prefetch(own + AHEAD(columns), 0, 2);
-#ifdef WIDE
-            if (way == WIDER) {
-                wide_step(columns, own, (const int16_t *)p->codes + column * p->k + at + j, p->k, sum + t);
-                continue;
-            }
-#endif
             bytes_step(columns, own, p->codes + column * p->k + at + j, p->k, sum + t);
         }
     UNROLL for (int i = 0; i < sums; i++)

@@ -10,7 +10,7 @@
 #define STRIP (BYTES == 64 ? 8 : 4) /* rows of x that a tile meets at a time */
 /* Bytes of W that are fetched before they are needed. Several rows of x read a tile at a time, which is one stream
  * where a single row has two, and the last of them leave the memory idle: they reach into the next tile. */
-#define AHEAD(columns) ((columns) > 1 ? 4096 : 1024)
+#define AHEAD(columns) ((columns) > 1 ? 2048 : 1024)
 
 typedef float vn __attribute__((vector_size(BYTES))); /* a number for each of some rows */
 typedef float vn_u __attribute__((vector_size(BYTES), aligned(4)));

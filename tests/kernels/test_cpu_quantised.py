@@ -84,7 +84,7 @@ def test_the_largest_codes_do_not_overflow(bits: int, rows: int) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "signs", "one large", "groups of four"])
 def test_one_row_and_many_find_the_same_sums(kind: str) -> None:
-    """Where bytes have no product of their own, one row of x is multiplied as bytes and more as codes of 16 bits."""
+    """A single row of x meets several tiles at a time, and a tile several rows: whole numbers have the same sums."""
     made = {
         "normal": torch.randn,
         "uniform": lambda *shape: torch.rand(*shape) * 2 - 1,
