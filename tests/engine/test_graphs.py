@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qvl.engine.engine import Engine
 from qvl.engine.graphs import DecodeSteps, Recorder, bucket_sizes
@@ -29,6 +30,35 @@ from qvl.layers.attention import AttentionMetadata
 from tests.engine.harness import Ask, greedy, make_engine, pixels, run, words
 
 BLOCK = 16
+
+
+class Operations(TorchDispatchMode):
+    """Tensor operations as they come. What would make the host wait for a number cannot be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, list[Any], Any, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, form = tree_flatten((args, kwargs or {}))
+        masked = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in given)
+        by_place = func is torch.ops.aten.index.Tensor and not masked
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags) and not by_place:
+            raise RuntimeError(f"{func} depends on what tensors hold")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, given, form, tree_flatten(out)[0]))
+        return out
+
+    def again(self, last: torch.Tensor) -> torch.Tensor:
+        """All of them, and what now stands where `last` stood."""
+        now: dict[int, Any] = {}  # by the tensor that was recorded, which `calls` keeps
+        for func, given, form, made in self.calls:
+            args, kwargs = tree_unflatten([now.get(id(one), one) for one in given], form)
+            outs = tree_flatten(func(*args, **kwargs))[0]
+            now.update({id(old): new for old, new in zip(made, outs, strict=True) if isinstance(old, torch.Tensor)})
+        found = now[id(last)]
+        assert isinstance(found, torch.Tensor)
+        return found
 
 
 class Tracer:
@@ -48,13 +78,14 @@ class Tracer:
             raise RuntimeError("out of memory for one more graph\nwith details")
         if not ran:
             work()
-        graph = make_fx(lambda: work())()
+        with Operations() as operations:
+            last = work()
         self.recorded += 1
 
         def replay() -> torch.Tensor:
             self.replayed += 1
             self.left.fill_(torch.nan)
-            self.left = graph()
+            self.left = operations.again(last)
             return self.left
 
         return replay
