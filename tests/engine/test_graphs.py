@@ -41,12 +41,14 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, form = tree_flatten((args, kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        made = tree_flatten(out)[0]
         masked = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in given)
         by_place = func is torch.ops.aten.index.Tensor and not masked
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags) and not by_place:
-            raise RuntimeError(f"{func} depends on what tensors hold")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, given, form, tree_flatten(out)[0]))
+        unknown_size = torch.Tag.dynamic_output_shape in func.tags and not by_place
+        if unknown_size or not all(isinstance(one, torch.Tensor | None) for one in made):
+            raise RuntimeError(f"{func} tells the host what tensors hold")
+        self.calls.append((func, given, form, made))
         return out
 
     def again(self, last: torch.Tensor) -> torch.Tensor:
