@@ -23,7 +23,8 @@ from tests.server.live import Live, live
 
 @pytest.fixture
 def servers() -> Iterator[tuple[Live, Live]]:
-    with live(EchoBackend()) as one, live(EchoBackend()) as other:
+    """Tokens come apart enough that a busy client does not read a whole answer at once, which would be an error."""
+    with live(EchoBackend(seconds_per_token=0.05)) as one, live(EchoBackend(seconds_per_token=0.05)) as other:
         yield one, other
 
 
@@ -123,9 +124,9 @@ def test_keys_and_names_of_any_length(
 ) -> None:
     """A server that wants a key is told by its name; a long name leaves the columns apart."""
     monkeypatch.delenv("QVL_API_KEY", raising=False)
-    flags = ["--output-tokens", "4", "--picture", "none", "--streams", "1", "--rounds", "1"]
+    flags = ["--output-tokens", "7", "--picture", "none", "--streams", "1", "--rounds", "1"]
     long = "a-server-with-a-long-name"
-    with live(EchoBackend(), ServerOptions(api_keys=("secret",))) as guarded:
+    with live(EchoBackend(seconds_per_token=0.05), ServerOptions(api_keys=("secret",))) as guarded:
         named = [f"qvl={servers[0].url}", f"{long}={guarded.url}"]
         assert run(["bench", "beside", *named, *flags]) == 1
         assert f"{long}: GET /v1/models: HTTP 401: missing or wrong API key" in capsys.readouterr().err

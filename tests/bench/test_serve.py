@@ -107,20 +107,11 @@ def test_a_closed_loop(server: Live, backend: Watched, capsys: pytest.CaptureFix
     assert 2 <= backend.most <= 4
 
 
-def test_the_concurrency_is_kept(server: Live, backend: Watched, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, record, err = bench(
-        server.url,
-        capsys,
-        "--requests",
-        "30",
-        "--concurrency",
-        "3",
-        "--num-pictures",
-        "0",
-        "--output-tokens",
-        "9",
-        *QUICK,
-    )
+def test_the_concurrency_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    backend = Watched(hold=3)
+    flags = ["--requests", "30", "--concurrency", "3", "--num-pictures", "0", "--output-tokens", "9"]
+    with live(backend) as server:
+        code, _, record, err = bench(server.url, capsys, *flags, "--input-tokens", "8", *QUICK)
     assert code == 0, err
     assert backend.most == 3
     assert record["runs"][0]["requests"] == 30
