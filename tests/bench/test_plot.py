@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
@@ -92,8 +93,7 @@ def test_labels_of_levels_that_crowd_are_left_out(tmp_path: Path) -> None:
         save_plot(tmp_path / "plot.png", "title", figures)
         with Image.open(tmp_path / "plot.png") as shown:
             band = shown.convert("L").crop((60, 44 + 298, 510, 44 + 314))
-        darkest = [band.crop((x, 0, x + 1, band.height)).getextrema()[0] for x in range(band.width)]
-        return [value < 160 for value in darkest]
+        return [bool(dark) for dark in (np.asarray(band).min(axis=0) < 160)]
 
     assert marked([1, 90, 92, 94, 96, 98, 99, 100]) == marked([1, 100]) != marked([1, 10, 100])
 
