@@ -39,7 +39,7 @@ INLINE void steps4(const int columns, const int8_t *w, const int8_t *x, long k, 
             codes[0][v] = both & 15;
             codes[1][v] = (vu)((vh)both >> 4) & 15;
 #if defined(WIDE)
-            __asm__ volatile("" : "+x"(codes[0][v]), "+x"(codes[1][v])); /* or the compiler opens them again and again */
+            if (columns > 1) __asm__ volatile("" : "+x"(codes[0][v]), "+x"(codes[1][v])); /* or they are opened again */
 #endif
         }
         UNROLL for (int h = 0; h < 2; h++)
