@@ -19,8 +19,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from qvl.kernels.cpu_linear import native_product
-from qvl.kernels.cpu_quantised import QuantisedMatrix
+from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
+from qvl.kernels.on_cpu.linear_floats import native_product
 from qvl.layers.linear import Linear
 from qvl.models.parameters import allocate
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qvl.bench.gpu_timing import Row, copies, median_seconds, numbers, seconds_of
 from qvl.bench.shape import SHAPES, Shape
-from qvl.kernels import fp8, fused, triton_linear
+from qvl.kernels import fp8, fused
 from qvl.kernels.attention import choose_attention
 from qvl.kernels.gpu import capability_of, early_on
+from qvl.kernels.on_gpu import linear_row
 from qvl.kernels.segments import Segments, preferred_order, segment_attention
 from qvl.layers.attention import AttentionMetadata, Heads, PagedAttention
 
@@ -52,7 +53,7 @@ def products(shape: Shape) -> Iterator[Row]:
             weights = [numbers(rows, width, scale=0.02) for _ in range(copies(SIZE * rows * width))]
             x, gain = numbers(m, width), numbers(width) if norm else None
             ours = partial(
-                triton_linear.product, x, norm=gain, gated=gated, residual=numbers(m, rows) if residual else None
+                linear_row.product, x, norm=gain, gated=gated, residual=numbers(m, rows) if residual else None
             )
             ways = {"torch": [partial(F.linear, x, w) for w in weights]}
             if m == 1:
@@ -74,26 +75,26 @@ def tuning(shape: Shape) -> Iterator[Row]:
     for name, rows, width, _, norm, gated, _ in matrices(shape):
         weights = [numbers(rows, width, scale=0.02) for _ in range(copies(SIZE * rows * width))]
         ours = partial(
-            triton_linear.product, numbers(1, width), norm=numbers(width) if norm else None, gated=gated, early=early
+            linear_row.product, numbers(1, width), norm=numbers(width) if norm else None, gated=gated, early=early
         )
-        chosen = triton_linear.shape_for(rows, width, CUDA)
+        chosen = linear_row.shape_for(rows, width, CUDA)
         for cut in dict.fromkeys([chosen, *cuts(rows, width)]):
             seconds = seconds_of([partial(ours, w, shape=cut) for w in weights])
             label = f"{name}, {cut.rows} x {cut.block}, {cut.warps} warps, {cut.programs} programs"
             yield Row("tuning", f"{label}{' (chosen)' if cut == chosen else ''}", seconds, SIZE * rows * width)
 
 
-def cuts(rows: int, width: int) -> Iterator[triton_linear.Shape]:
+def cuts(rows: int, width: int) -> Iterator[linear_row.Shape]:
     """A program for each group of rows; where rows fit into a block, also as many as may be resident."""
-    count = triton_linear.multiprocessors(CUDA)
+    count = linear_row.multiprocessors(CUDA)
     for each, block, warps in itertools.product((2, 4), (1024, 2048, 4096), (4, 8, 16)):
         groups = -(-rows // each)
         if width > block:
-            if block < triton_linear.WIDEST:
-                yield triton_linear.Shape(each, block, warps, groups)
+            if block < linear_row.WIDEST:
+                yield linear_row.Shape(each, block, warps, groups)
             continue
         for resident in (16, 32, 48):
-            yield triton_linear.Shape(each, block, warps, min(groups, count * resident // warps))
+            yield linear_row.Shape(each, block, warps, min(groups, count * resident // warps))
 
 
 def a_step(query: list[int], context: list[int]) -> tuple[AttentionMetadata, int]:
@@ -222,7 +223,7 @@ def eight_bits(shape: Shape) -> Iterator[Row]:
         seconds = seconds_of([partial(matrix.product, rounded, None) for matrix in held])
         yield Row("fp8", f"{m} rows, {name}, fp8", seconds, 1.0 * rows * width, work / 2)
         if m == 1:
-            ours = partial(triton_linear.product, x, early=early_on(capability_of(CUDA)))
+            ours = partial(linear_row.product, x, early=early_on(capability_of(CUDA)))
             seconds = seconds_of([partial(ours, matrix.codes, scales=matrix.scales) for matrix in held])
             yield Row("fp8", f"{m} rows, {name}, fp8 weights, triton", seconds, 1.0 * rows * width)
 

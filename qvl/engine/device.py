@@ -15,7 +15,7 @@ import torch
 from qvl.engine.config import DeviceFacts
 from qvl.engine.host_memory import available_host_memory
 from qvl.errors import ConfigError
-from qvl.kernels.cpu_linear import preferred_cpu_dtype
+from qvl.kernels.on_cpu.linear_floats import preferred_cpu_dtype
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # `docker run --cpus`: microseconds of processor in each period
 NON_BLOCKING = 1  # the default stream does not wait for it, nor it for that

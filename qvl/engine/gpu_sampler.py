@@ -45,7 +45,7 @@ def make_sampler(
 def sampling_kernels(
     vocab_size: int, never_sampled: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> ModuleType | None:
-    """`qvl.kernels.triton_sampling` on a GPU where it builds and chooses as torch's operations do on the host.
+    """`qvl.kernels.on_gpu.sampling` on a GPU where it builds and chooses as torch's operations do on the host.
 
     Tried out once; warns when it should run and does not.
     """
@@ -55,7 +55,7 @@ def sampling_kernels(
     def trial(kernels: Any) -> str | None:
         return problem_of(kernels, vocab_size, never_sampled, device, dtype)
 
-    return tried_out("triton_sampling", "the kernels that choose tokens", trial, COST)
+    return tried_out("sampling", "the kernels that choose tokens", trial, COST)
 
 
 class GpuSampler(Sampler):

@@ -63,7 +63,7 @@ class Layout:
 class TowerSteps:
     """Runs what `layout_of` has a layout for. What has no recording runs eagerly, in the same shapes.
 
-    `kernel` attends: as `qvl.kernels.triton_segments`. Without a recorder nothing is ever recorded.
+    `kernel` attends: as `qvl.kernels.on_gpu.attention_segments`. Without a recorder nothing is ever recorded.
     """
 
     def __init__(self, tower: VisionTower, kernel: Any, device: torch.device, recorder: Recorder | None) -> None:

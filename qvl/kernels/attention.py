@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvl.errors import ConfigError
-from qvl.kernels import cpu_attention
 from qvl.kernels.gpu import (
     BF16_FROM,
     HOPPER,
@@ -27,12 +26,13 @@ from qvl.kernels.gpu import (
     tried_out,
     warn_of,
 )
+from qvl.kernels.on_cpu import paged_attention as cpu_attention
 from qvl.kernels.sdpa import GatherAttention
 from qvl.kernels.trial import problem_of
 from qvl.layers.attention import Heads, PagedAttention
 
 if TYPE_CHECKING:  # importing it imports Triton
-    from qvl.kernels.triton_attention import TritonAttention
+    from qvl.kernels.on_gpu.paged_attention import TritonAttention
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SLOWER_PROMPTS = "another kernel is used instead: attention in long prompts takes about a third longer"
@@ -74,7 +74,7 @@ def triton_gpu(
     problem = gpu_problem()
     if problem is not None:
         raise Unavailable(problem)
-    from qvl.kernels.triton_attention import TritonAttention
+    from qvl.kernels.on_gpu.paged_attention import TritonAttention
 
     tiles = tiles_for(capability, dtype, heads.head_dim)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -84,7 +84,7 @@ def triton_gpu(
 
     prompts = None
     if capability == HOPPER and heads.head_dim == 128:
-        prompts = tried_out("triton_prompts", "the attention kernel for prompts", trial, SLOWER_PROMPTS)
+        prompts = tried_out("attention_prompts", "the attention kernel for prompts", trial, SLOWER_PROMPTS)
     problem = problem_of_trial("the attention kernel", lambda: trial(None)) if prompts is None else None
     if problem is not None:
         raise Unavailable(warn_of(problem, SLOWER))

@@ -49,9 +49,9 @@ def compile_one(question: dict[str, Any]) -> None:
 
 def make_ready() -> None:
     """Import what children need before there are any: they come with it."""
-    for source in sorted(Path(__file__).parent.glob("triton_*.py")):
+    for source in sorted(Path(__file__).with_name("on_gpu").glob("[a-z]*.py")):
         with suppress(*OTHER_WORDS):  # it is for another Triton; whoever wants it hears why
-            importlib.import_module(f"qvl.kernels.{source.stem}")
+            importlib.import_module(f"qvl.kernels.on_gpu.{source.stem}")
     importlib.import_module("triton.runtime.cache").triton_key()
 
 

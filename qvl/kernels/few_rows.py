@@ -19,7 +19,7 @@ SLOWER = "torch's products are used instead: a token of 2 to 64 requests at a ti
 
 
 class FewRows(Protocol):
-    """`qvl.kernels.triton_few`, as it is used; a test may put something else there."""
+    """`qvl.kernels.on_gpu.linear_few`, as it is used; a test may put something else there."""
 
     def takes(self, weight: Tensor, gated: bool) -> bool: ...
 
@@ -50,11 +50,11 @@ def kernel_for(x: Tensor, weight: Tensor, gated: bool) -> FewRows | None:
 
 @functools.cache
 def few_rows(device: torch.device, dtype: torch.dtype) -> FewRows | None:
-    """`qvl.kernels.triton_few` where it runs, tried out once; warns when it should and does not."""
+    """`qvl.kernels.on_gpu.linear_few` where it runs, tried out once; warns when it should and does not."""
     if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
 
     def trial(kernel: Any) -> str | None:
         return kernel.problem_of(device, dtype)
 
-    return tried_out("triton_few", "the kernel for products of a few rows", trial, SLOWER)
+    return tried_out("linear_few", "the kernel for products of a few rows", trial, SLOWER)

@@ -21,7 +21,7 @@ from qvl.kernels.gpu import gpu_kernels
 from qvl.kernels.native import NativeUnavailable, load_native
 from qvl.kernels.sums import Sums, finished, memory_of
 
-SOURCE = Path(__file__).with_name("cpu_layers.c")
+SOURCE = Path(__file__).parent / "on_cpu" / "ops.c"
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "qvl_add_rms_norm": (_P, _P, _P, _P, _L, _L, _F, _I),
@@ -37,7 +37,7 @@ _SIGNATURES = {
 def cpu_kernels() -> Any | None:
     """The compiled library with its signatures set, or None (the linear kernels tell the operator why)."""
     try:
-        library = load_native(SOURCE, visible=True)  # cpu_decode.c calls it
+        library = load_native(SOURCE, visible=True)  # all_layers.c calls it
     except NativeUnavailable:
         return None
     for name, arguments in _SIGNATURES.items():

@@ -206,10 +206,10 @@ def problem_of_trial(name: str, trial: Callable[[], str | None]) -> str | None:
 
 
 def tried_out(module: str, name: str, trial: Callable[[Any], str | None], cost: str) -> Any | None:
-    """The module of `qvl.kernels` with the kernel of this name, or None where it cannot be used, told once."""
+    """The module of `qvl.kernels.on_gpu` with the kernel of this name, or None where it cannot be used, told once."""
 
     def found() -> Any:
-        return importlib.import_module(f"qvl.kernels.{module}")
+        return importlib.import_module(f"qvl.kernels.on_gpu.{module}")
 
     problem = problem_of_trial(name, lambda: trial(found()))
     if problem is None:
@@ -227,23 +227,23 @@ def gpu_problem() -> str | None:
 
 def first_kernel() -> str | None:
     settle_cache()
-    from qvl.kernels import triton_ops
+    from qvl.kernels.on_gpu import ops
 
     x = torch.ones(2, 16, device="cuda")
     for _ in range(2):  # compiled, and then launched again as what was compiled
-        if not torch.allclose(triton_ops.quick_gelu(x.clone()), x * torch.sigmoid(1.702 * x)):
+        if not torch.allclose(ops.quick_gelu(x.clone()), x * torch.sigmoid(1.702 * x)):
             return "a first kernel gave wrong numbers"
     return None
 
 
 @functools.cache
 def gpu_kernels() -> ModuleType | None:
-    """`qvl.kernels.triton_ops` when it can be used."""
+    """`qvl.kernels.on_gpu.ops` when it can be used."""
     if gpu_problem() is not None:
         return None
-    from qvl.kernels import triton_ops
+    from qvl.kernels.on_gpu import ops
 
-    return triton_ops
+    return ops
 
 
 def told(error: BaseException) -> str:

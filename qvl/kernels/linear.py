@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels.cpu_linear import choose_cpu_linear
-from qvl.kernels.cpu_quantised import QuantisedMatrix, kernels
 from qvl.kernels.few_rows import MOST, few_rows
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
 from qvl.kernels.fused import quick_gelu
 from qvl.kernels.gpu import HOPPER, capability_of, early_on, gpu_problem, tried_out
+from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix, kernels
+from qvl.kernels.on_cpu.linear_floats import choose_cpu_linear
 
 
 class OneRow(Protocol):
-    """`qvl.kernels.triton_linear`, as it is used; a test may put something else there."""
+    """`qvl.kernels.on_gpu.linear_row`, as it is used; a test may put something else there."""
 
     def product(
         self,
@@ -39,7 +39,7 @@ class OneRow(Protocol):
 
 
 class ManyRows(Protocol):
-    """`qvl.kernels.triton_products`, as it is used; a test may put something else there."""
+    """`qvl.kernels.on_gpu.linear_many`, as it is used; a test may put something else there."""
 
     def silu_product(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
@@ -70,14 +70,14 @@ def takes_one(x: Tensor) -> bool:
 
 @functools.cache
 def one_row(device: torch.device, dtype: torch.dtype) -> OneRow | None:
-    """`qvl.kernels.triton_linear` when it runs there, tried out once; warns when it does not."""
+    """`qvl.kernels.on_gpu.linear_row` when it runs there, tried out once; warns when it does not."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
 
     def trial(kernel: Any) -> str | None:
         return kernel.problem_of(device, dtype, early_on(capability_of(device)))
 
-    return tried_out("triton_linear", "the kernel for products of one row", trial, SLOWER)
+    return tried_out("linear_row", "the kernel for products of one row", trial, SLOWER)
 
 
 def gated_many(x: Tensor, weight: Tensor) -> Tensor | None:  # [n, in], [2 * size, in] -> [n, size]
@@ -104,14 +104,14 @@ def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [n,
 
 @functools.cache
 def many_rows(device: torch.device, dtype: torch.dtype) -> ManyRows | None:
-    """`qvl.kernels.triton_products` where it runs, tried out once; warns when it should run and does not."""
+    """`qvl.kernels.on_gpu.linear_many` where it runs, tried out once; warns when it should run and does not."""
     if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
 
     def trial(kernel: Any) -> str | None:
         return kernel.problem_of(device, dtype)
 
-    return tried_out("triton_products", "the kernel for products of many rows", trial, APART)
+    return tried_out("linear_many", "the kernel for products of many rows", trial, APART)
 
 
 def empty_matrix(form: str, rows: int, width: int, device: torch.device | str) -> QuantisedMatrix | Fp8Matrix:

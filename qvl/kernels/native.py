@@ -20,7 +20,7 @@ from pathlib import Path
 SWITCH = "QVL_NATIVE_KERNELS"  # "0" turns compiled kernels off, to compare or to find a fault
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-pthread")
-THREADS = Path(__file__).with_name("cpu_threads.c")
+THREADS = Path(__file__).parent / "on_cpu" / "share.c"
 COMPILE_SECONDS = 120
 SMALL = 1 << 20  # of work: some 20 microseconds on one core; calling for help takes a few
 READING = 6  # rows for which a product computes as long as it takes to read its weights

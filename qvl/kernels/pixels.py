@@ -66,10 +66,10 @@ def bicubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @functools.cache
 def pixel_kernels(spec: ProcessorSpec, dtype: torch.dtype) -> Any | None:
-    """`qvl.kernels.triton_pixels` where it makes these patches on the current GPU, None elsewhere."""
+    """`qvl.kernels.on_gpu.pixel_patches` where it makes these patches on the current GPU, None elsewhere."""
     if gpu_problem() is not None:
         return None
-    return tried_out("triton_pixels", "the kernel that makes patches", lambda k: problem_of(k, spec, dtype), SLOWER)
+    return tried_out("pixel_patches", "the kernel that makes patches", lambda k: problem_of(k, spec, dtype), SLOWER)
 
 
 def problem_of(kernels: Any, spec: ProcessorSpec, dtype: torch.dtype, device: str = "cuda") -> str | None:

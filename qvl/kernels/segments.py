@@ -68,10 +68,10 @@ def segment_attention(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segm
     """
     turned = rotate(qkv[:, :2].flatten(1, 2), *angles)
     if segments.tiles is not None:
-        from qvl.kernels import triton_segments
+        from qvl.kernels.on_gpu import attention_segments
 
         assert turned.data_ptr() == qkv.data_ptr()
-        return triton_segments.attend_segments(qkv, segments.tiles, segments.tile_rows)
+        return attention_segments.attend_segments(qkv, segments.tiles, segments.tile_rows)
     q, k = turned.unflatten(1, (2, -1)).unbind(1)
     return attend_by_torch(q, k, qkv[:, 2], segments)
 
@@ -95,7 +95,7 @@ def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 
 @functools.cache
 def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType | None:
-    """`qvl.kernels.triton_segments` where it runs, tried out once; warns when it should run and does not."""
+    """`qvl.kernels.on_gpu.attention_segments` where it runs, tried out once; warns when it should run and does not."""
     if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
     if halves(head_dim) is None:
@@ -104,7 +104,7 @@ def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> M
     def trial(kernel: ModuleType) -> str | None:
         return problem_of(kernel, device, dtype, head_dim)
 
-    return tried_out("triton_segments", "the kernel for attention in pictures", trial, SLOWER)
+    return tried_out("attention_segments", "the kernel for attention in pictures", trial, SLOWER)
 
 
 def halves(head_dim: int) -> tuple[int, int] | None:

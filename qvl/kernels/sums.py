@@ -1,7 +1,7 @@
 """A product that whoever reads it finishes: so is it computed sooner, and the reader has to touch every number anyway.
 
 Knows the arithmetic. Does not know which product leaves what, or who reads it. What reads it on a GPU is in
-`qvl.kernels.triton_ops`.
+`qvl.kernels.on_gpu.ops`.
 """
 
 from __future__ import annotations

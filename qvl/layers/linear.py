@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.few_rows import sums_of_few
 from qvl.kernels.fp8 import Fp8Matrix, Rounded
 from qvl.kernels.linear import empty_matrix, linear
+from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.kernels.sums import Sums
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from qvl.kernels import cpu_decode
-from qvl.kernels.cpu_attention import CpuAttention
-from qvl.kernels.cpu_decode import CpuDecode, Sizes, Table
+from qvl.kernels.on_cpu import all_layers
+from qvl.kernels.on_cpu.all_layers import CpuDecode, Sizes, Table
+from qvl.kernels.on_cpu.paged_attention import CpuAttention
 from qvl.layers.attention import Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
 from qvl.specs import TextSpec
@@ -58,7 +58,7 @@ class CpuDecoder:
 
 
 def weights_of(layer: DecoderLayer) -> list[Tensor | None]:
-    """In the order of `layer` in cpu_decode.c."""
+    """In the order of `layer` in all_layers.c."""
     attention, mlp = layer.self_attn, layer.mlp
     found: list[Tensor | None] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
     for matrix in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
@@ -78,7 +78,7 @@ def cpu_decoder(spec: TextSpec, dtype: torch.dtype, quantization: str, attention
     if not isinstance(attention, CpuAttention):
         return None
     heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    call = cpu_decode.choose(
+    call = all_layers.choose(
         Sizes(spec.hidden_size, spec.intermediate_size, heads, spec.rms_norm_eps), dtype, quantization
     )
     return None if call is None else CpuDecoder(call)

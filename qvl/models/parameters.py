@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qvl.kernels.cpu_memory import in_large_pages
-from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.fp8 import Fp8Matrix
+from qvl.kernels.on_cpu.large_pages import in_large_pages
+from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.layers.linear import Linear
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 

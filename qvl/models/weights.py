@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qvl.errors import CheckpointError
-from qvl.kernels.cpu_quantised import QuantisedMatrix
 from qvl.kernels.fp8 import Fp8Matrix
+from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.layers.linear import Linear
 from qvl.models.parameters import materialise, quantised_matrix
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration

@@ -1,5 +1,5 @@
 """The sampler's kernels against brute force in float64: on a GPU where there is one, else in Triton's interpreter in a
-process of its own, as in tests/kernels/test_triton.py.
+process of its own, as in tests/kernels/on_gpu/test_triton.py.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def test_in_the_interpreter() -> None:
 
 
 def kernels_sampler(vocab: int = VOCAB) -> GpuSampler:
-    from qvl.kernels import triton_sampling
+    from qvl.kernels.on_gpu import sampling
 
     if INTERPRETED:  # where every operation takes as long however many numbers it works on
-        triton_sampling.AT_A_TIME = 4096
-    return GpuSampler(vocab, 64, NEVER if vocab == VOCAB else (), DEVICE, triton_sampling)
+        sampling.AT_A_TIME = 4096
+    return GpuSampler(vocab, 64, NEVER if vocab == VOCAB else (), DEVICE, sampling)
 
 
 def row(
@@ -214,11 +214,11 @@ def test_a_line_follows_its_owner() -> None:
 
 @here
 def test_kernels_that_choose_otherwise_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvl.kernels import triton_sampling
+    from qvl.kernels.on_gpu import sampling
 
-    assert gpu_sampler.problem_of(triton_sampling, 300, (5,), DEVICE, torch.float32) is None
+    assert gpu_sampler.problem_of(sampling, 300, (5,), DEVICE, torch.float32) is None
     monkeypatch.setattr(GpuSampler, "_with_exceptions", lambda self, rows, words: words)
-    assert "instead of" in str(gpu_sampler.problem_of(triton_sampling, 300, (5,), DEVICE, torch.float32))
+    assert "instead of" in str(gpu_sampler.problem_of(sampling, 300, (5,), DEVICE, torch.float32))
 
 
 def test_without_a_gpu_torch_chooses() -> None:

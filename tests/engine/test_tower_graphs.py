@@ -45,7 +45,7 @@ SPEC = VisionSpec(
 
 
 class Tiles:
-    """As `qvl.kernels.triton_segments`: what tiles are."""
+    """As `qvl.kernels.on_gpu.attention_segments`: what tiles are."""
 
     FIELDS = 4
 

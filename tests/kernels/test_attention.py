@@ -32,7 +32,7 @@ def not_tried_yet() -> Iterator[None]:
 @pytest.fixture
 def gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU on which every kernel builds and gives right numbers, as far as the choice can see."""
-    pytest.importorskip("qvl.kernels.triton_attention", reason="Triton is not installed")
+    pytest.importorskip("qvl.kernels.on_gpu.paged_attention", reason="Triton is not installed")
     monkeypatch.setattr(attention, "gpu_problem", lambda: None)
     monkeypatch.setattr(attention, "problem_of", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
@@ -127,8 +127,8 @@ def test_without_triton_there_is_one_warning_with_reason_and_cost(
 ) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "qvl.kernels.triton_ops", None)
-    monkeypatch.delattr(sys.modules["qvl.kernels"], "triton_ops", raising=False)
+    monkeypatch.setitem(sys.modules, "qvl.kernels.on_gpu.ops", None)
+    monkeypatch.delattr(sys.modules["qvl.kernels.on_gpu"], "ops", raising=False)
     gpu.warn_of.cache_clear()
     gpu.gpu_problem.cache_clear()
     try:

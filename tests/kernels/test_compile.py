@@ -43,7 +43,7 @@ def compiled(
 
 def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, decode: bool) -> Any:
     """For seven query heads a KV head, as in the 7B."""
-    from qvl.kernels import triton_cut, triton_decode, triton_prefill
+    from qvl.kernels.on_gpu import attention_cut, attention_decode, attention_prefill
 
     tiles = tiles_for(capability, dtype, head_dim)
     number = "*" + TYPES[dtype]
@@ -52,33 +52,34 @@ def attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *,
     constants = {"KH": 4, "D": head_dim, "PAGE": 16, "GROUP": 7, "EARLY": tiles.early}
     early = {"launch_pdl": True} if tiles.early else {}
     if not decode:
-        constants |= {"ROWS": tiles.rows, "BLOCK": tiles.block, "FIELDS": triton_prefill.FIELDS}
+        constants |= {"ROWS": tiles.rows, "BLOCK": tiles.block, "FIELDS": attention_prefill.FIELDS}
         options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages} | early
-        return compiled(triton_prefill._prefill, capability, types | {"tiles_ptr": "*i32"}, constants, options)
+        return compiled(attention_prefill._prefill, capability, types | {"tiles_ptr": "*i32"}, constants, options)
     types |= {"beside": "i32", "items_ptr": "*i32", "part_ptr": "*fp32", "weight_ptr": "*fp32"}
     types |= dict.fromkeys(("joins_ptr", "arrived_ptr"), "*i32")
     constants |= {"ROWS": tiles.decode_rows(7), "BLOCK": tiles.decode_block}
-    constants |= {"MERGE": triton_decode.MERGE_SPAN, "HEADS": 8}
-    constants |= {"ITEM_FIELDS": triton_cut.ITEM_FIELDS, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
+    constants |= {"MERGE": attention_decode.MERGE_SPAN, "HEADS": 8}
+    constants |= {"ITEM_FIELDS": attention_cut.ITEM_FIELDS, "JOIN_FIELDS": attention_cut.JOIN_FIELDS}
     options = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages} | early
-    return compiled(triton_decode._decode, capability, types, constants, options)
+    return compiled(attention_decode._decode, capability, types, constants, options)
 
 
 def test_the_cut_and_the_join_build() -> None:
-    from qvl.kernels import triton_cut, triton_decode
+    from qvl.kernels.on_gpu import attention_cut, attention_decode
 
     constants = {"EARLY": True}
     options = {"num_warps": 4, "launch_pdl": True}
     types = dict.fromkeys(("lens_ptr", "items_ptr", "joins_ptr", "arrived_ptr"), "*i32")
     types |= dict.fromkeys(("batch", "count", "most"), "i32")
-    numbers = {"KH": 4, "PLACES": 4, "BATCH": 256, "BLOCK": 32, "LEAST": triton_cut.LEAST, "MOST_PARTS": 32}
-    fields = {"ITEM_FIELDS": triton_cut.ITEM_FIELDS, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
-    ptx = compiled(triton_cut._cut, (9, 0), types, numbers | fields | constants, options).asm["ptx"]
+    numbers = {"KH": 4, "PLACES": 4, "BATCH": 256, "BLOCK": 32, "LEAST": attention_cut.LEAST, "MOST_PARTS": 32}
+    fields = {"ITEM_FIELDS": attention_cut.ITEM_FIELDS, "JOIN_FIELDS": attention_cut.JOIN_FIELDS}
+    ptx = compiled(attention_cut._cut, (9, 0), types, numbers | fields | constants, options).asm["ptx"]
     assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
     types = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "joins_ptr": "*i32", "out_ptr": "*bf16"}
-    numbers = {"H": 28, "D": 128, "SPAN": triton_decode.JOIN_SPAN, "JOIN_FIELDS": triton_cut.JOIN_FIELDS}
+    numbers = {"H": 28, "D": 128, "SPAN": attention_decode.JOIN_SPAN, "JOIN_FIELDS": attention_cut.JOIN_FIELDS}
     for first in (False, True):
-        ptx = compiled(triton_decode._join, (9, 0), types, numbers | constants | {"FIRST": first}, options).asm["ptx"]
+        built = compiled(attention_decode._join, (9, 0), types, numbers | constants | {"FIRST": first}, options)
+        ptx = built.asm["ptx"]
         let_in, wait = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
         assert (let_in < wait) == first
         assert max(let_in, wait) < ptx.index("st.global")
@@ -86,16 +87,16 @@ def test_the_cut_and_the_join_build() -> None:
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
 def test_patches_build(capability: tuple[int, int]) -> None:
-    from qvl.kernels import triton_pixels
+    from qvl.kernels.on_gpu import pixel_patches
 
     types = {"pixels_ptr": "*u8", "starts_ptr": "*i32", "weights_ptr": "*i32", "width": "i32", "taps": "i32"}
     compiled(
-        triton_pixels._across, capability, types | {"out_ptr": "*u8", "wide": "i32"}, {"BLOCK": triton_pixels.BLOCK}, {}
+        pixel_patches._across, capability, types | {"out_ptr": "*u8", "wide": "i32"}, {"BLOCK": pixel_patches.BLOCK}, {}
     )
     types |= dict.fromkeys(("count", "tall", "height"), "i32")
     types |= dict.fromkeys((f"{name}{i}" for name in ("mean", "std") for i in range(3)), "fp32")
     constants = {"PATCH": 14, "FRAMES": 2, "MERGE": 2, "SIZE": 1176, "BLOCK": 2048}
-    kernel = compiled(triton_pixels._down, capability, types | {"out_ptr": "*fp16"}, constants, {"num_warps": 4})
+    kernel = compiled(pixel_patches._down, capability, types | {"out_ptr": "*fp16"}, constants, {"num_warps": 4})
     assert "st.global" in kernel.asm["ptx"]
 
 
@@ -127,18 +128,18 @@ def test_attention_fits(capability: tuple[int, int], head_dim: int, decode: bool
 
 def product(capability: tuple[int, int], weights: torch.dtype, width: int) -> Any:
     """One row times gate_up_proj of the 7B with the norm in front, or of a wider model."""
-    from qvl.kernels import triton_linear
+    from qvl.kernels.on_gpu import linear_row
 
     dtype = torch.float16 if capability < (8, 0) else torch.bfloat16
-    number, shape = "*" + TYPES[dtype], triton_linear.shape_for(37888, width, torch.device("cpu"))
+    number, shape = "*" + TYPES[dtype], linear_row.shape_for(37888, width, torch.device("cpu"))
     types = {"x_ptr": number, "w_ptr": "*" + TYPES[weights], "scales_ptr": "*fp32"}
     types |= dict.fromkeys(("norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), number)
     types |= {"n": "i32", "k": "i32", "eps": "fp32"}
     constants = {"ROWS": shape.rows, "BLOCK": shape.block, "WHOLE": width <= shape.block, "NORM": True, "GATED": True}
     constants |= {"SCALED": weights == torch.float8_e4m3fn, "BIAS": False, "RESIDUAL": False}
     constants["EARLY"] = early = early_on(capability)
-    options = {"num_warps": shape.warps, "maxnreg": triton_linear.REGISTERS} | ({"launch_pdl": True} if early else {})
-    return compiled(triton_linear._product, capability, types, constants, options)
+    options = {"num_warps": shape.warps, "maxnreg": linear_row.REGISTERS} | ({"launch_pdl": True} if early else {})
+    return compiled(linear_row._product, capability, types, constants, options)
 
 
 @pytest.mark.parametrize("width", [3584, 8192])
@@ -159,9 +160,9 @@ def test_weights_are_read_sixteen_bytes_at_a_time(
 def test_a_row_that_fits_into_registers_is_shared_by_as_many_programs_as_run_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qvl.kernels.triton_linear import Shape, shape_for
+    from qvl.kernels.on_gpu.linear_row import Shape, shape_for
 
-    monkeypatch.setattr("qvl.kernels.triton_linear.multiprocessors", lambda _: 132)
+    monkeypatch.setattr("qvl.kernels.on_gpu.linear_row.multiprocessors", lambda _: 132)
     shapes = [
         shape_for.__wrapped__(rows, k, torch.device("cuda")) for rows, k in ((37888, 3584), (8960, 1536), (6, 64))
     ]
@@ -170,7 +171,7 @@ def test_a_row_that_fits_into_registers_is_shared_by_as_many_programs_as_run_at_
 
 
 def test_a_row_in_fp8_builds_where_fp8_is() -> None:
-    from qvl.kernels.triton_ops import ROUND_BLOCK, ROUND_WARPS, _silu_and_round
+    from qvl.kernels.on_gpu.ops import ROUND_BLOCK, ROUND_WARPS, _silu_and_round
 
     types = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "size": "i32"}
     constants = {"PIECES": 5, "EARLY": False, "BLOCK": ROUND_BLOCK}

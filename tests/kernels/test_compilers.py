@@ -149,7 +149,7 @@ def test_what_they_compiled_is_found(monkeypatch: pytest.MonkeyPatch, driver: Dr
     """And a kernel that they cannot compile is answered too, which leaves it to whoever asked."""
     from triton import knobs
 
-    from qvl.kernels import triton_tower
+    from qvl.kernels.on_gpu import ops_tower
 
     found: list[bool] = []
     monkeypatch.setattr(knobs.compilation, "listener", lambda cache_hit, **_: found.append(cache_hit))
@@ -157,14 +157,14 @@ def test_what_they_compiled_is_found(monkeypatch: pytest.MonkeyPatch, driver: Dr
     monkeypatch.setattr(compilers, "PATIENCE", 600.0)
     begun = Compilers()
     monkeypatch.setattr(compilers, "_begun", begun)
-    kernel = fresh(monkeypatch, triton_tower._quick_gelu)
+    kernel = fresh(monkeypatch, ops_tower._quick_gelu)
     monkeypatch.setattr(kernel, "hash", "depends on what was hashed before")
     with gpu.compiling_together():
-        triton_tower.quick_gelu(torch.zeros(5, 8))
-        triton_tower.quick_gelu(torch.zeros(5, 8, dtype=torch.bfloat16))
+        ops_tower.quick_gelu(torch.zeros(5, 8))
+        ops_tower.quick_gelu(torch.zeros(5, 8, dtype=torch.bfloat16))
     assert found == [True, True] and driver.loaded == [kernel.__name__] * 2
     target = vars(driver.get_current_target())
-    begun.compile({"module": triton_tower.__name__, "name": "_unknown", "hash": "", "what": "{}", "target": target})
+    begun.compile({"module": ops_tower.__name__, "name": "_unknown", "hash": "", "what": "{}", "target": target})
     end_compilers()
     assert knobs.runtime.jit_cache_hook is None and compilers._begun is None
     assert begun._process.wait(600) == 0  # its input has ended

@@ -32,27 +32,27 @@ def test_without_a_mode_for_it_kernels_just_run(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_was_compiled_is_loaded_before_it_is_launched(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    from qvl.kernels import triton_tower
+    from qvl.kernels.on_gpu import ops_tower
 
-    fresh(monkeypatch, triton_tower._quick_gelu)
+    fresh(monkeypatch, ops_tower._quick_gelu)
     with gpu.compiling_together():
         for dtype in (torch.bfloat16, torch.float16):
-            triton_tower.quick_gelu(torch.zeros(5, 8, dtype=dtype))
+            ops_tower.quick_gelu(torch.zeros(5, 8, dtype=dtype))
     assert driver.loaded == ["_quick_gelu", "_quick_gelu"] and driver.seen == []
-    triton_tower.quick_gelu(torch.zeros(5, 8, dtype=torch.float16))
+    ops_tower.quick_gelu(torch.zeros(5, 8, dtype=torch.float16))
     assert len(driver.loaded) == 2 and len(driver.seen) == 1
 
 
 def test_what_cannot_be_loaded_says_so_when_it_is_launched(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    from qvl.kernels import triton_tower
+    from qvl.kernels.on_gpu import ops_tower
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(driver.utils, "load_binary", refuse)
-    fresh(monkeypatch, triton_tower._quick_gelu)
+    fresh(monkeypatch, ops_tower._quick_gelu)
     with gpu.compiling_together():
-        triton_tower.quick_gelu(torch.zeros(5, 8))
+        ops_tower.quick_gelu(torch.zeros(5, 8))
     with pytest.raises(RuntimeError, match="no such instruction"):
-        triton_tower.quick_gelu(torch.zeros(5, 8))
+        ops_tower.quick_gelu(torch.zeros(5, 8))
     assert driver.seen == []

@@ -96,5 +96,5 @@ def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     choose = few_rows.few_rows
-    said = warning_of(problem, "qvl.kernels.triton_few", few_rows, choose, monkeypatch, caplog)
+    said = warning_of(problem, "qvl.kernels.on_gpu.linear_few", few_rows, choose, monkeypatch, caplog)
     assert few_rows.SLOWER in said

@@ -21,14 +21,14 @@ def same(first: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
 
 
 def test_triton_gets_the_same_arguments_once_more(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    from qvl.kernels import triton_tower
+    from qvl.kernels.on_gpu import ops_tower
 
-    for kernel in (triton_tower._quick_gelu, triton_tower._rotate):
+    for kernel in (ops_tower._quick_gelu, ops_tower._rotate):
         fresh(monkeypatch, kernel)
     x, angles = torch.zeros(5, 3, 8, dtype=torch.bfloat16), torch.zeros(5, 1, 8)
     ways: list[Callable[[], object]] = [
-        lambda: triton_tower.quick_gelu(x),
-        lambda: triton_tower.rotate(x[:, :2], angles, angles),
+        lambda: ops_tower.quick_gelu(x),
+        lambda: ops_tower.rotate(x[:, :2], angles, angles),
     ]
     for launch in ways:
         for _ in range(3):
@@ -41,18 +41,18 @@ def test_triton_gets_the_same_arguments_once_more(monkeypatch: pytest.MonkeyPatc
 
 
 def test_so_it_is_with_descriptions_of_tensors(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    from qvl.kernels import triton_segments, triton_tower
+    from qvl.kernels.on_gpu import attention_segments, ops_tower
 
-    fresh(monkeypatch, triton_tower._quick_gelu)
-    compiled = triton_tower._quick_gelu[(1,)](torch.zeros(8), 8, BLOCK=8)
+    fresh(monkeypatch, ops_tower._quick_gelu)
+    compiled = ops_tower._quick_gelu[(1,)](torch.zeros(8), 8, BLOCK=8)
     # Compiling it takes long, and another stands for it: what the launcher gets is not what was compiled.
-    kernel = fresh(monkeypatch, triton_segments._segments)
+    kernel = fresh(monkeypatch, attention_segments._segments)
     monkeypatch.setattr(kernel, "_do_compile", lambda *_: compiled)
     driver.seen.clear()
-    tiles = torch.from_numpy(triton_segments.tiles_of([200, 56], 64))
+    tiles = torch.from_numpy(attention_segments.tiles_of([200, 56], 64))
     qkv = torch.zeros(256, 3, 2, 80, dtype=torch.bfloat16)
     for memory in (qkv, qkv, qkv.clone()):
-        triton_segments.attend_segments(memory, tiles, 64)
+        attention_segments.attend_segments(memory, tiles, 64)
     first, second, third = driver.seen
     assert same(first, second)
     boxes = [box.block_shape for box in second[9:13]]

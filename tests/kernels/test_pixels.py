@@ -48,7 +48,7 @@ def test_in_the_interpreter() -> None:
 
 
 def made(pixels: Levels, height: int, width: int, spec: ProcessorSpec, dtype: torch.dtype) -> Any:
-    from qvl.kernels.triton_pixels import patches
+    from qvl.kernels.on_gpu.pixel_patches import patches
 
     return patches(torch.from_numpy(pixels).to(DEVICE), height, width, spec, dtype).cpu()
 
@@ -92,14 +92,14 @@ def test_another_geometry() -> None:
 @here
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_trial_takes_what_is_right_and_tells_what_is_not(dtype: torch.dtype) -> None:
-    from qvl.kernels import triton_pixels
+    from qvl.kernels.on_gpu import pixel_patches
 
     class Zeros:
         @staticmethod
         def patches(pixels: torch.Tensor, height: int, width: int, spec: ProcessorSpec, dtype: torch.dtype) -> Any:
             return torch.zeros(4, 1176, dtype=dtype)
 
-    assert problem_of(triton_pixels, ProcessorSpec(), dtype, DEVICE.type) is None
+    assert problem_of(pixel_patches, ProcessorSpec(), dtype, DEVICE.type) is None
     problem = problem_of(Zeros, ProcessorSpec(), dtype, DEVICE.type)
     assert problem is not None
     assert "wrong numbers" in problem

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl.kernels import cpu_attention
+from qvl.kernels.on_cpu import paged_attention as cpu_attention
 from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, causal_lower_right, group_by_length
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 from tests.kernels.compiled import skip_without_compiler

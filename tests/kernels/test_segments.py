@@ -145,9 +145,9 @@ def test_a_cpu_has_no_kernel_of_ours() -> None:
 @pytest.mark.parametrize("lengths", [[1], [128], [129, 128, 5476], [4] * 9])
 def test_every_query_row_is_in_one_tile(lengths: list[int], rows: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from qvl.kernels import triton_segments
+    from qvl.kernels.on_gpu import attention_segments
 
-    tiles = triton_segments.tiles_of(lengths, rows)
+    tiles = attention_segments.tiles_of(lengths, rows)
     assert tiles.dtype == np.int32
     covered = [row for first, count, _, _ in tiles.tolist() for row in range(first, first + count)]
     assert sorted(covered) == list(range(sum(lengths)))
@@ -162,7 +162,7 @@ def test_every_query_row_is_in_one_tile(lengths: list[int], rows: int) -> None:
 
 def test_long_segments_take_programs_of_three_teams() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from qvl.kernels.triton_segments import FORMS, MANY_KEYS, TEAM_ROWS, rows_for
+    from qvl.kernels.on_gpu.attention_segments import FORMS, MANY_KEYS, TEAM_ROWS, rows_for
 
     for lengths, teams in (([MANY_KEYS - 1] * 9, 1), ([4, MANY_KEYS], 3)):
         rows = rows_for(lengths)
@@ -183,7 +183,7 @@ def test_programs_fit_on_a_multiprocessor_and_keep_their_numbers_in_registers(
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from qvl.kernels.triton_segments import FORMS
+    from qvl.kernels.on_gpu.attention_segments import FORMS
 
     kernel = compiled_segments(rows, dtype, name)
     assert programs * (kernel.metadata.shared + KIB) <= shared_memory(HOPPER) + KIB  # the driver takes 1 KiB for each
@@ -197,8 +197,8 @@ def test_programs_fit_on_a_multiprocessor_and_keep_their_numbers_in_registers(
 
 def compiled_segments(rows: int, dtype: torch.dtype, name: str) -> Any:
     """For the tower's head_dim, as `attend_segments` launches it."""
-    from qvl.kernels import triton_segments as segments
-    from qvl.kernels.triton_boxes import described
+    from qvl.kernels.on_gpu import attention_segments as segments
+    from qvl.kernels.on_gpu.boxes import described
 
     dim, form = 80, segments.FORMS[rows]
     boxes = segments.boxes_of(dim, form.keys)

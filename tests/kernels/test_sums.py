@@ -88,14 +88,14 @@ def test_norms_finish_them(dtype: torch.dtype, parts: int, scaled: bool) -> None
 @pytest.mark.parametrize(("parts", "scaled"), [(1, False), (5, False), (1, True)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rotations_finish_them(dtype: torch.dtype, parts: int, scaled: bool, bias: bool) -> None:
-    from qvl.kernels import triton_ops
+    from qvl.kernels.on_gpu import ops
 
     heads, kv_heads, dim, rows = 3, 2, 16, 3
     x = some(rows, (heads + 2 * kv_heads) * dim, dtype, parts, scaled, bias)
     half = torch.rand(rows, 1, dim // 2).repeat(1, 1, 2).to(DEVICE) * 6
     kv = tuple(torch.zeros(8, 1, kv_heads, dim, dtype=dtype, device=DEVICE) for _ in range(2))
     slots = torch.tensor([5, -1, 2], device=DEVICE)
-    q = triton_ops.rope_and_store(x, half.cos(), half.sin(), slots, (kv[0], kv[1]), False)
+    q = ops.rope_and_store(x, half.cos(), half.sin(), slots, (kv[0], kv[1]), False)
     wide = written_out(x).float()
     exact_q, exact_k, exact_v = fused.split_and_rotate(wide, (half.cos(), half.sin()), (kv_heads, dim))
     assert close(q, exact_q.double(), dtype)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl.kernels import cpu_decode
-from qvl.kernels.cpu_decode import MOST
-from qvl.kernels.cpu_linear import native_product
-from qvl.kernels.cpu_quantised import kernels
 from qvl.kernels.native import NativeUnavailable
+from qvl.kernels.on_cpu import all_layers
+from qvl.kernels.on_cpu.all_layers import MOST
+from qvl.kernels.on_cpu.linear_codes import kernels
+from qvl.kernels.on_cpu.linear_floats import native_product
 from qvl.kernels.sdpa import GatherAttention
 from qvl.models.cpu_decoder import CpuDecoder, cpu_decoder
 from qvl.models.registry import build_model
@@ -31,7 +31,7 @@ def load(folder: Path, dtype: torch.dtype, quantization: str) -> Any:
     """The network; skips where nothing is compiled, or torch multiplies few rows faster."""
     model = build_model(load_spec(folder), dtype, "cpu", quantization)
     if model.cpu_decoder is None:
-        if cpu_decode.decode_library() is None or (quantization != "none" and kernels().library is None):
+        if all_layers.decode_library() is None or (quantization != "none" and kernels().library is None):
             skip_without_compiler()
         try:
             native_product(dtype)
@@ -146,8 +146,8 @@ def test_without_a_part_there_is_none(checkpoints: tuple[Path, ...], monkeypatch
     assert cpu_decoder(spec, bf16, "none", attention) is not None
     assert cpu_decoder(spec, bf16, "none", GatherAttention()) is None
     assert cpu_decoder(spec, bf16, "fp8", attention) is None
-    monkeypatch.setattr(cpu_decode, "compiled_products", lambda *_: None)
+    monkeypatch.setattr(all_layers, "compiled_products", lambda *_: None)
     assert cpu_decoder(spec, bf16, "none", attention) is None
     monkeypatch.undo()
-    monkeypatch.setattr(cpu_decode, "decode_library", lambda: None)
+    monkeypatch.setattr(all_layers, "decode_library", lambda: None)
     assert cpu_decoder(spec, bf16, "none", attention) is None

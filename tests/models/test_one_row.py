@@ -67,5 +67,5 @@ def test_a_cpu_has_no_kernel_for_one_row(checkpoints: tuple[Path, ...]) -> None:
 def test_a_kernel_that_fails_its_trial_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
-    said = warning_of(problem, "qvl.kernels.triton_linear", linear, linear.one_row, monkeypatch, caplog)
+    said = warning_of(problem, "qvl.kernels.on_gpu.linear_row", linear, linear.one_row, monkeypatch, caplog)
     assert "15 % longer" in said

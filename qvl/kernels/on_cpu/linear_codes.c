@@ -1,0 +1,107 @@
+/* y = x W^T + b on a CPU with weights of 8 or 4 bits and activations rounded to 8 bits as they come.
+ *
+ * Knows caches and threads. Does not know Python. What a scale covers is summed in whole numbers, exactly; above that
+ * stand fp32 sums in one order, so an answer does not depend on its company in a batch.
+ *
+ * W lies in tiles of 16 rows side by side: see tiles.h. A tile is read from its first byte to its last; more rows of x
+ * than it meets at a time pass by while a chunk of it is in a cache.
+ */
+#include "eight.h"
+#include "four.h"
+#include "share.h"
+
+#define K_CHUNK 2048             /* numbers of the rows of a tile that meet all of x, near by in a cache */
+#define STREAMS 2                /* tiles that one row of x meets at a time: a processor follows more than one */
+#define PIECE_BYTES (192 * 1024) /* of W in a piece of work */
+
+static void round_piece(const void *what, long row) {
+    const product *p = what;
+    round_row(p->from + row * p->ldx, p->width, p->k, p->codes + row * p->k, scales_of(p, row, 0), sums_of(p, row, 0));
+}
+
+/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k; one of both numbers is 1. */
+INLINE void tile(const int bits, const int tiles, const int columns, const product *p, long column, long t, long apart,
+                 long from, long stop) {
+    float sums[STRIP][TILE];
+    for (int i = 0; i < tiles; i++) take_sums(columns, p, column, t + i * apart, from, sums + i);
+    for (long at = from; at < stop; at += SPAN) {
+        const int8_t *w = p->w + (t * p->k + at) * TILE * bits / 8;
+        long length = stop - at < SPAN ? stop - at : SPAN;
+        vn out[STRIP][BESIDE];
+        if (bits == 4)
+            span4(tiles, columns, p, w, p->steps + (t * p->k + at) / BLOCK4 * TILE, apart, column, at, length, out);
+        else
+            span8(tiles, columns, p, w, apart, column, at, length, out);
+        UNROLL for (int i = 0; i < tiles + columns - 1; i++)
+            UNROLL for (int v = 0; v < BESIDE; v++) {
+                vn_u *to = (vn_u *)(sums[i] + v * (BYTES / 4));
+                *to = weighed_add(*to, out[i][v], *scales_of(p, column + (columns > 1 ? i : 0), at / SPAN) - (vn){0});
+            }
+    }
+    for (int i = 0; i < tiles; i++) keep_sums(columns, p, column, t + i * apart, stop, sums + i);
+}
+
+/* Tiles [first, last) times the only row of x. */
+INLINE void lone(const int bits, const product *p, long first, long last) {
+    long apart = (last - first) / STREAMS;
+    for (long t = first; t < first + apart; t++) tile(bits, STREAMS, 1, p, 0, t, apart, 0, p->k);
+    for (long t = first + apart * STREAMS; t < last; t++) tile(bits, 1, 1, p, 0, t, 0, 0, p->k);
+}
+
+/* Tiles [first, last) times all of x. */
+INLINE void tiles(const int bits, const product *p, long first, long last) {
+    const long chunk = p->m <= STRIP ? p->k : K_CHUNK;
+    for (long from = 0; from < p->k; from += chunk) {
+        long stop = p->k - from < chunk ? p->k : from + chunk;
+        for (long t = first; t < last; t++)
+            for (long c = 0, left; (left = p->m - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4)
+                switch (left >= STRIP ? STRIP : left) {
+                case 1: tile(bits, 1, 1, p, c, t, 0, from, stop); break;
+                case 2: tile(bits, 1, 2, p, c, t, 0, from, stop); break;
+                case 3: tile(bits, 1, 3, p, c, t, 0, from, stop); break;
+                case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop); break;
+#if STRIP > 4
+                default: tile(bits, 1, 4, p, c, t, 0, from, stop);
+#endif
+                }
+    }
+}
+
+static void tile_piece(const void *what, long piece) {
+    const product *p = what;
+    long all = (p->n + TILE - 1) / TILE, first = piece * p->tiles, last = all - first < p->tiles ? all : first + p->tiles;
+    if (p->m == 1)
+        p->bits == 4 ? lone(4, p, first, last) : lone(8, p, first, last);
+    else
+        p->bits == 4 ? tiles(4, p, first, last) : tiles(8, p, first, last);
+}
+
+/* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
+void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
+                          const float *row_scales, const float *bias, float *y, char *scratch, long m, long n, long width,
+                          long k, int threads) {
+    long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE;
+    long tiles = PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
+    if (tiles > fair) tiles = fair;
+    if (tiles < 1) tiles = 1;
+    product p = {bits, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, ldx, m, n, width, k, spans, tiles};
+    p.sums = (int32_t *)(p.scales + m * spans);
+    p.codes = (int8_t *)(p.sums + m * spans * PER_SPAN);
+    qvl_share(m, m * k > 16384 ? threads : 1, round_piece, &p);
+    qvl_share((all + p.tiles - 1) / p.tiles, threads, tile_piece, &p);
+}
+
+long qvl_quantised_scratch(long m, long k) { return m * (k + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
+
+void qvl_quantise8(const float *x, int8_t *w, float *scales, long first, long count, long width, long k, int threads) {
+    const writing p = {x, w, scales, first, width, k};
+    qvl_share(count, count * width > 65536 ? threads : 1, write8, &p);
+}
+
+void qvl_quantise4(const float *x, uint8_t *w, uint16_t *steps, long first, long count, long width, long k,
+                   int threads) {
+    const writing p = {x, w, steps, first, width, k};
+    qvl_share(count, count * width > 65536 ? threads : 1, write4, &p);
+}
+
+const char *qvl_quantised_path(void) { return PATH; }

@@ -1,0 +1,173 @@
+"""Products of fp32 activations with 16- or 32-bit weights on a CPU.
+
+Knows three ways: the compiled kernel (reads the weights as they are, at the speed of memory), torch's own product
+where the processor has 16-bit instructions, and widening panels of the weights for torch's fp32 product. Does not
+know layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl.kernels.native import NativeUnavailable, load_native, threads_for
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+SOURCE = Path(__file__).with_name("linear_floats.c")
+GROUP = 64  # the kernel pads rows of x to at most this many numbers
+FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
+BLOCK = 12  # and their number to a multiple of at most this
+SLICE = 2048  # rows of x that are rearranged at a time, which bounds the memory for it
+PANEL_BYTES = 8 * 1024 * 1024
+NAMES = {torch.bfloat16: "qvl_linear_bf16", torch.float16: "qvl_linear_f16", torch.float32: "qvl_linear_f32"}
+
+_log = logging.getLogger("qvl.kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLinear:
+    """The chosen product for `FEW` rows or less and the one for more, and why."""
+
+    few: Product
+    many: Product
+    reason: str
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return (self.few if x.shape[0] <= FEW else self.many)(x, weight, bias)
+
+
+@functools.cache
+def choose_cpu_linear(dtype: torch.dtype) -> CpuLinear:
+    """What is fastest here for weights of `dtype`; decided once per process, in well under a second after the first
+    build.
+    """
+    torch_reason = "torch has 16-bit matrix instructions here" if has_16_bit_matmul(dtype) else ""
+    try:
+        native = native_product(dtype)
+    except NativeUnavailable as error:
+        warn_once(str(error))
+        if dtype == torch.float32:
+            return CpuLinear(whole, whole, f"torch fp32 ({error})")
+        if torch_reason:
+            return CpuLinear(whole, whole, f"torch {dtype} ({torch_reason}; {error})")
+        return CpuLinear(rounded_or_panels, panels, f"torch, weights widened by panels ({error})")
+    if dtype == torch.float32:
+        return CpuLinear(native, whole, "compiled kernel for few rows, torch fp32 for many")
+    if torch_reason:
+        return measured(native, dtype)
+    return CpuLinear(native, native, f"compiled kernel ({dtype} weights, fp32 sums)")
+
+
+def preferred_cpu_dtype() -> tuple[torch.dtype, str]:
+    """The faster weight dtype on this CPU, and why."""
+    try:
+        native_product(torch.bfloat16)
+    except NativeUnavailable as error:
+        if has_16_bit_matmul(torch.bfloat16):
+            return torch.bfloat16, "the processor has bf16 matrix instructions"
+        return torch.float32, f"no bf16 instructions and no compiled kernel ({error})"
+    return torch.bfloat16, "the compiled kernel reads bf16 weights at the speed of memory: half the bytes of fp32"
+
+
+def has_16_bit_matmul(dtype: torch.dtype) -> bool:
+    """Whether torch computes products of this dtype with 16-bit instructions rather than a plain loop."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False
+
+
+@functools.cache
+def native_product(dtype: torch.dtype) -> Product:
+    """The compiled kernel for weights of `dtype`; NativeUnavailable says why there is none."""
+    function = getattr(load_native(SOURCE), NAMES[dtype])
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    pointers, longs = [pointer] * 4, [long] * 3
+    function.argtypes = [pointer, long, *pointers, *longs, ctypes.c_int, ctypes.c_int]
+    function.restype = None
+    split = int(dtype == torch.bfloat16)
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        (m, k), n = x.shape, weight.shape[0]
+        assert x.dtype == torch.float32, x.dtype
+        assert weight.is_contiguous(), weight.stride()
+        out = torch.empty(m, n)
+        threads = threads_for(m, n, k, torch.get_num_threads())
+        scratch = torch.empty((min(m, SLICE) + BLOCK) * (k + GROUP))
+        for start in range(0, m, SLICE):
+            function(
+                x.data_ptr() + 4 * start * x.stride(0), x.stride(0), weight.data_ptr(),
+                None if bias is None else bias.data_ptr(), out.data_ptr() + 4 * start * n, scratch.data_ptr(),
+                min(m - start, SLICE), n, k, split, threads,
+            )  # fmt: skip
+        return out
+
+    return product
+
+
+def whole(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own product in the dtype of the weights."""
+    out = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return out if bias is None else out + bias
+
+
+def panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Some rows of the weights at a time in fp32, so that the process holds little more than the 16-bit weights."""
+    rows = max(1, PANEL_BYTES // (4 * weight.shape[1]))
+    out = torch.empty(x.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], rows):
+        panel = weight[start : start + rows].float()
+        out[:, start : start + rows] = x @ panel.T
+    return out if bias is None else out.add_(bias)
+
+
+def rounded_or_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch multiplies one 16-bit row faster than it widens the weights."""
+    return (whole if x.shape[0] == 1 else panels)(x, weight, bias)
+
+
+def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
+    """Compiled kernel or torch, by a measurement of both on one matrix that no cache holds."""
+    weight = torch.zeros(6144, 4096, dtype=dtype)
+    chosen: list[Product] = []
+    words = []
+    for rows in (1, 64):
+        ours, theirs = seconds(native, weight, rows), seconds(whole, weight, rows)
+        chosen.append(native if ours <= theirs else whole)
+        name = "compiled kernel" if ours <= theirs else "torch"
+        words.append(f"{rows} rows: {name} ({ours * 1e3:.1f} ms compiled, {theirs * 1e3:.1f} ms torch)")
+    return CpuLinear(chosen[0], chosen[1], "; ".join(words))
+
+
+def seconds(product: Product, weight: Tensor, rows: int) -> float:
+    """The best of three, after one to warm up."""
+    x = torch.zeros(rows, weight.shape[1])
+    product(x, weight, None)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        product(x, weight, None)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Tell the operator what is lost and why."""
+    _log.warning(
+        "compiled CPU kernels are off: %s. Answers stay the same, but a token of 16-bit weights takes twice as long",
+        reason,
+    )

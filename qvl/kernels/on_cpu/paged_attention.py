@@ -1,0 +1,100 @@
+"""Paged attention on a CPU: compiled kernels store and decode, torch attends in prefill.
+
+Knows the block layout and the compiled library. Does not know layers or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvl.kernels.fused import cpu_kernels, split_and_rotate
+from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
+from qvl.layers.attention import AttentionMetadata, PagedAttention
+
+SPLIT = 256  # as in ops.c
+MAX_DIM = 512
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@dataclass(slots=True)
+class Plan:
+    """The step, with the prefill chunks' gathers and masks; `table` and `lengths` are int32 and contiguous."""
+
+    slots: Tensor
+    table: Tensor
+    lengths: Tensor
+    num_decodes: int
+    block_size: int
+    splits: int
+    prefills: list[PrefillChunk]
+
+
+class CpuAttention:
+    """fp32 activations, a cache in any of `TYPES`."""
+
+    name = "cpu"
+    graph_safe = False
+    takes_sums = False
+    tile_tokens = 0
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+
+    def plan(self, metadata: AttentionMetadata) -> Plan:
+        """Decoding needs only the block table; long contexts are split between threads."""
+        longest = max(metadata.context_lens[: metadata.num_decodes], default=0)
+        return Plan(
+            metadata.slot_mapping.contiguous(),
+            metadata.block_table.int().contiguous(),
+            metadata.seq_lens.int().contiguous(),
+            metadata.num_decodes,
+            metadata.block_size,
+            -(-longest // SPLIT),
+            prefill_chunks(metadata),
+        )
+
+    def run(self, qkv: Tensor, angles: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+        """As `qvl.layers.attention.PagedAttention.run`."""
+        q, k, v = split_and_rotate(qkv, angles, kv[0].shape[2:])
+        self.store(k, kv[0], plan)
+        self.store(v, kv[1], plan)
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        if plan.num_decodes:
+            self.decode(q, kv, plan, out)
+        for chunk in plan.prefills:
+            out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
+        return out.flatten(1)
+
+    def store(self, new: Tensor, cache: Tensor, plan: Plan) -> None:
+        """Rows of new [n, kv_heads, head_dim] into their slots."""
+        width = new.shape[1] * new.shape[2]
+        if new.stride(2) != 1 or new.stride(1) != new.shape[2]:
+            new = new.contiguous()
+        self.library.qvl_store(
+            new.data_ptr(), new.stride(0), cache.data_ptr(), plan.slots.data_ptr(), new.shape[0], width,
+            TYPES[cache.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+
+    def decode(self, q: Tensor, kv: tuple[Tensor, Tensor], plan: Plan, out: Tensor) -> None:
+        """The first num_decodes rows of q against their sequences, into the same rows of out."""
+        heads, dim = q.shape[1:]
+        scratch = torch.empty(plan.num_decodes * heads * plan.splits * (dim + 2))
+        self.library.qvl_decode_attention(
+            q.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), plan.table.data_ptr(), plan.table.stride(0),
+            plan.lengths.data_ptr(), out.data_ptr(), scratch.data_ptr(), plan.num_decodes, heads, kv[0].shape[2], dim,
+            plan.block_size, plan.splits, dim**-0.5, TYPES[kv[0].dtype], torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def choose(head_dim: int) -> tuple[PagedAttention, str] | None:
+    """The compiled attention when it was built and `head_dim` fills its vectors."""
+    library = cpu_kernels()
+    if library is None or head_dim % library.qvl_lanes() or head_dim > MAX_DIM:
+        return None
+    lanes = library.qvl_lanes()
+    return CpuAttention(library), f"cpu: compiled paged decoding ({lanes} floats a vector), torch SDPA for prefill"
