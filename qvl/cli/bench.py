@@ -120,16 +120,14 @@ def _config(given: dict[str, Any], workload: Workload, threads: int | None) -> E
 
 def longest_request(workload: Workload, processor: ProcessorSpec) -> int:
     """Tokens of the longest prompt with its answer; a large picture is shown as large as the checkpoint takes it."""
-    from qvl.media.resize import smart_resize
+    from qvl.media.sizes import picture_size
+    from qvl.types import PixelLimits
 
     text = workload.prompt_tokens + workload.output_tokens
     if workload.picture is None:
         return text
-    factor = processor.factor
-    height, width = smart_resize(
-        *workload.picture, factor=factor, min_pixels=processor.min_pixels, max_pixels=processor.max_pixels
-    )
-    return max(text, AROUND_PICTURE + height * width // factor**2)
+    height, width = picture_size(*workload.picture, processor, PixelLimits())
+    return max(text, AROUND_PICTURE + height * width // processor.factor**2)
 
 
 def _run(config: EngineConfig, workload: Workload, against: str | None) -> dict[str, Figures]:
