@@ -35,7 +35,7 @@ CPU_KV_BYTES = 4 * GIB
 SMALLEST_DEFAULT_LEN = 4096
 ENCODER_CACHE_BYTES = {"cpu": GIB // 4, "cuda": GIB // 8}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
-# On a GPU a step of so many tokens takes no longer than three of decodes alone, and more at once is hardly faster.
+# More at once leaves more steps without prompts, in which answers cost the most: see docs/performance.md.
 MIXED_TOKENS = {"cpu": 2048, "cuda": 768}
 NUM_SEQS = {"cpu": 64, "cuda": 256}
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qvl.engine.config import EngineConfig
+from qvl.engine.config import MIXED_TOKENS, EngineConfig
 from qvl.engine.inputs import UNKNOWN, MediaRows, Numbers, StepNumbers, known_ids
 from qvl.engine.rows import SequenceRows
 from qvl.kernels.linear import joins
@@ -30,7 +30,7 @@ from qvl.models.qwen2_vl import DecoderLayer, Qwen2VLForConditionalGeneration
 
 MOST_NARROW = 512
 SIZE_STEP = 64  # rows that a product takes at a time: fewer would hardly be faster
-MOST_TOKENS = 768  # what a step with answers takes at most, if nobody says otherwise
+MOST_TOKENS = MIXED_TOKENS["cuda"]
 MOST_JOINED = 1024  # where gate and up are one kernel and take no memory: so many fit into that of the others
 WIDE_STEP = 128  # above MOST_NARROW
 LONGEST = 1023  # tokens of context: longer ones have a kernel of their own, which pays among so many rows
