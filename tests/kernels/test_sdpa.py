@@ -13,28 +13,12 @@ from qvl.kernels.on_cpu import paged_attention as cpu_attention
 from qvl.kernels.sdpa import MAX_PADDING, GatherAttention, causal_lower_right, group_by_length
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 from tests.kernels.compiled import skip_without_compiler
+from tests.kernels.steps import a_step
 
 
 def metadata(query: list[int], context: list[int], block_size: int) -> AttentionMetadata:
     """Sequences whose blocks lie scattered in a cache; table entries past the end point anywhere."""
-    need = [-(-length // block_size) for length in context]
-    order = torch.randperm(sum(need), generator=torch.Generator().manual_seed(3)).split(need)
-    table = torch.zeros(len(need), max(need) + 1, dtype=torch.int32)
-    slots = []
-    for i, blocks in enumerate(order):
-        table[i, : need[i]] = blocks
-        index = torch.arange(context[i] - query[i], context[i])
-        slots.append(blocks[index // block_size] * block_size + index % block_size)
-    return AttentionMetadata(
-        cu_seqlens_q=torch.tensor([0, *query]).cumsum(0).int(),
-        seq_lens=torch.tensor(context, dtype=torch.int32),
-        block_table=table,
-        slot_mapping=torch.cat(slots),
-        query_lens=query,
-        context_lens=context,
-        block_size=block_size,
-        num_decodes=sum(1 for n in query if n == 1),
-    )
+    return a_step(query, context, block_size, generator=torch.Generator().manual_seed(3))[0]
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,33 +13,19 @@ from torch import Tensor
 from qvl.kernels import gpu
 from qvl.kernels.gpu import HOPPER, KIB, capability_of, shared_memory, tiles_for
 from qvl.kernels.sdpa import GatherAttention
-from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts
+from qvl.layers.attention import Heads, cut_prompts
 from tests.kernels.driver import Driver, driver
+from tests.kernels.steps import a_step
 
 __all__ = ["driver"]
 
 attention_prompts = pytest.importorskip("qvl.kernels.on_gpu.attention_prompts", reason="Triton is not installed")
 
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+CUDA = torch.device("cuda")
 SEVEN = Heads(28, 4, 128)
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or capability_of(CUDA) != HOPPER, reason="no GPU of compute capability 9.0"
 )
-
-
-def a_step(query: list[int], context: list[int], device: torch.device, page: int = 16) -> tuple[AttentionMetadata, int]:
-    """Prompts and chunks of prompts, their blocks scattered; and how many blocks there are."""
-    need = [-(-length // page) for length in context]
-    order = torch.randperm(sum(need)).split(need)
-    table = torch.zeros(len(need), max(need) + 3, dtype=torch.int32)
-    slots = []
-    for i, blocks in enumerate(order):
-        table[i, : need[i]] = blocks
-        at = torch.arange(context[i] - query[i], context[i])
-        slots.append(blocks[at // page] * page + at % page)
-    bounds, lengths = torch.tensor([0, *query]).cumsum(0).int(), torch.tensor(context, dtype=torch.int32)
-    bounds, lengths, table, where = (x.to(device) for x in (bounds, lengths, table, torch.cat(slots)))
-    return AttentionMetadata(bounds, lengths, table, where, query, context, page, num_decodes=0), sum(need)
 
 
 class AlwaysTaken:
@@ -108,7 +94,7 @@ def test_long_prompts_go_to_it_in_its_own_tiles(monkeypatch: pytest.MonkeyPatch)
         ([100, 1024], 24, False, ("other", small)),  # blocks that it does not take
         ([100, 1024], 16, True, ("other", small)),
     ):
-        step, blocks = a_step([50, 60], context, CPU, page)
+        step, blocks = a_step([50, 60], context, page, num_decodes=0)
         if recorded:
             tiles = cut_prompts(step.query_lens, step.context_lens, 0, attention.tile_tokens)
             step.prompt_tiles = torch.from_numpy(tiles)
@@ -126,7 +112,7 @@ def test_scores_far_above_those_of_the_last_keys_are_right(page: int, dtype: tor
     """The kernel shifts all exponentials of a row by the largest score of its last keys, with which it begins."""
     torch.manual_seed(0)
     query, context = [300, 40], [1000, 700]
-    step, blocks = a_step(query, context, CUDA, page)
+    step, blocks = a_step(query, context, page, CUDA, num_decodes=0)
     q = torch.randn(340, 28, 128, device=CUDA, dtype=dtype)
     k, v = (torch.randn(blocks, page, 4, 128, device=CUDA, dtype=dtype) for _ in range(2))
     k[step.block_table[0, 0].long()] *= 100
@@ -162,7 +148,7 @@ def test_scores_far_above_those_of_the_last_keys_are_right(page: int, dtype: tor
 def test_prompts(heads: Heads, query: list[int], context: list[int], dtype: torch.dtype) -> None:
     """What lies behind a sequence's last key is not a number, and some tiles are none."""
     torch.manual_seed(0)
-    step, blocks = a_step(query, context, CUDA)
+    step, blocks = a_step(query, context, 16, CUDA, num_decodes=0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=CUDA)
@@ -192,8 +178,7 @@ def test_answers_beside_prompts_in_a_graph(answers: int, kernel: Any) -> None:
     """Neither waits for the other, and whoever comes next waits for both."""
     torch.manual_seed(0)
     query, context = [1] * answers + [200, 90], [1700] * answers + [1300, 90]
-    step, blocks = a_step(query, context, CUDA)
-    step.num_decodes = answers
+    step, blocks = a_step(query, context, 16, CUDA)
     dtype, rows = torch.bfloat16, sum(query)
     k, v = (torch.randn(blocks, 16, 4, 128, device=CUDA, dtype=dtype) for _ in range(2))
     half = torch.rand(rows, 1, 64, device=CUDA).repeat(1, 1, 2) * 6

@@ -19,8 +19,9 @@ from qvl.kernels import fused
 from qvl.kernels.fp8 import FP8, Rounded, round_rows
 from qvl.kernels.gpu import Tiles
 from qvl.kernels.sdpa import GatherAttention
-from qvl.layers.attention import AttentionMetadata, Heads, cut_prompts
+from qvl.layers.attention import Heads, cut_prompts
 from tests.kernels.interpreted import DEVICE, INTERPRETED, ON_GPU, here, run_in_the_interpreter
+from tests.kernels.steps import a_step
 from tests.models import oracle
 from tests.models.pages import Pages
 
@@ -65,29 +66,6 @@ def triton_attention(heads: Heads, tiles: Tiles = TILES, multiprocessors: int = 
     return TritonAttention(heads, tiles, multiprocessors)
 
 
-def a_step(query: list[int], context: list[int], page: int) -> tuple[AttentionMetadata, int]:
-    """Sequences whose blocks lie scattered, decodes first; and how many blocks there are."""
-    need = [max(1, -(-length // page)) for length in context]
-    order = torch.randperm(sum(need)).split(need)
-    table = torch.zeros(len(need), max(need) + 2, dtype=torch.int32)
-    slots = []
-    for i, blocks in enumerate(order):
-        table[i, : need[i]] = blocks
-        at = torch.arange(context[i] - query[i], context[i])
-        slots.append(blocks[at // page] * page + at % page)
-    step = AttentionMetadata(
-        cu_seqlens_q=torch.tensor([0, *query]).cumsum(0).int().to(DEVICE),
-        seq_lens=torch.tensor(context, dtype=torch.int32, device=DEVICE),
-        block_table=table.to(DEVICE),
-        slot_mapping=torch.cat(slots).to(DEVICE),
-        query_lens=query,
-        context_lens=context,
-        block_size=page,
-        num_decodes=sum(1 for n in query if n == 1),
-    )
-    return step, sum(need)
-
-
 def some_angles(rows: int, dim: int) -> tuple[Tensor, Tensor]:
     half = (torch.rand(rows, 1, dim // 2) * 6).repeat(1, 1, 2).to(DEVICE)
     return half.cos(), half.sin()
@@ -106,7 +84,7 @@ def some_angles(rows: int, dim: int) -> tuple[Tensor, Tensor]:
 )
 @pytest.mark.parametrize("tensor_cores", [True, False])
 def test_attention(heads: Heads, query: list[int], context: list[int], page: int, tensor_cores: bool) -> None:
-    step, blocks = a_step(query, context, page)
+    step, blocks = a_step(query, context, page, DEVICE)
     dtype = torch.bfloat16 if ON_GPU and tensor_cores else torch.float32
     qkv = numbers(sum(query), (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, dtype=dtype)
     angles = some_angles(sum(query), heads.head_dim)
@@ -126,7 +104,7 @@ def test_attention(heads: Heads, query: list[int], context: list[int], page: int
 def test_padded_rows_store_nothing_and_give_zeros() -> None:
     """What a CUDA graph's bucket holds besides its requests; the host's lengths are upper bounds that nobody reads."""
     heads = Heads(4, 2, 16)
-    step, blocks = a_step([1, 1, 1], [400, 7, 1], 4)
+    step, blocks = a_step([1, 1, 1], [400, 7, 1], 4, DEVICE)
     step.seq_lens[2], step.slot_mapping[2] = 0, -1
     step.context_lens = [10_000] * 3
     qkv, angles = numbers(3, 8 * 16), some_angles(3, 16)
@@ -138,7 +116,7 @@ def test_padded_rows_store_nothing_and_give_zeros() -> None:
     for new, old in zip(kv, before, strict=True):
         changed = (new != old).flatten(2).any(-1).flatten().nonzero().flatten()
         assert sorted(changed.tolist()) == sorted(step.slot_mapping[:2].tolist())
-    alone, _ = a_step([1], [1], 4)
+    alone, _ = a_step([1], [1], 4, DEVICE)
     alone.seq_lens, alone.block_table = step.seq_lens[1:2], step.block_table[1:2]
     alone.slot_mapping, alone.context_lens = step.slot_mapping[1:2], [7]
     gather = GatherAttention()
@@ -150,7 +128,7 @@ def test_padded_rows_store_nothing_and_give_zeros() -> None:
 def test_empty_rows_of_decodes_leave_those_of_prompts_alone() -> None:
     """A recorded step: it has room for three decodes, one is there, and prompts begin in the row behind it."""
     heads, query, context = Heads(4, 2, 16), [1, 9], [40, 20]
-    step, blocks = a_step(query, context, 4)
+    step, blocks = a_step(query, context, 4, DEVICE)
     kv = numbers(blocks, 4, 2, 16), numbers(blocks, 4, 2, 16)
     qkv, angles = numbers(10, 8 * 16), some_angles(10, 16)
     gather = GatherAttention()
@@ -210,7 +188,7 @@ def test_every_key_of_every_decode_is_in_one_item(lengths: list[int]) -> None:
 def test_few_long_contexts_among_many_short_ones(count: int) -> None:
     """Twice, as two layers do: what counted the parts of the first is ready for the second."""
     heads, lengths = Heads(3, 1, 16), [3] * (count - 2) + [900, 300]
-    step, blocks = a_step([1] * count, lengths, 16)
+    step, blocks = a_step([1] * count, lengths, 16, DEVICE)
     kv, qkv = (numbers(blocks, 16, 1, 16), numbers(blocks, 16, 1, 16)), numbers(count, 5 * 16)
     angles = some_angles(count, 16)
     tiles = replace(TILES, decode_block=64)  # some in every part, the last not full
