@@ -2,8 +2,8 @@
 
 A code block after the line `<!-- run -->` is executed against a running server of the bundled checkpoint;
 `<!-- run: words -->` also wants these words in its output, `<!-- run: some ... others -->` both, in this order. Beside
-that: links point at files, both READMEs show the same commands, docs/flags.md is what the commands say, and a page of
-numbers names hardware, commit and command.
+that: links point at files, both READMEs show the same commands, docs/flags.md is what the commands say, and pages of
+numbers name hardware, commit and command.
 
 Knows Markdown as far as it is used here. Does not know what the commands do.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README, TRANSLATION = ROOT / "README.md", ROOT / "README.zh-CN.md"
-NUMBERS = ROOT / "docs" / "performance.md"
+NUMBERS = [ROOT / "docs" / name for name in ("performance.md", "performance-log.md")]
 DEFAULT_ADDRESS = "127.0.0.1:8000"
 LANGUAGES = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 SECONDS_PER_BLOCK = 300  # two slow cores with other work on them
@@ -103,12 +103,13 @@ def number_complaints() -> Iterator[str]:
 
     Figures that nobody measured say so instead, in a line that begins with `Computed:` and names what they come from.
     """
-    for section in re.split(r"^## ", NUMBERS.read_text(encoding="utf-8"), flags=re.M)[1:]:
-        title = section.splitlines()[0]
-        if re.search(r"^\|[-: |]+\|$", section, re.M) and "Computed:" not in section:
-            for fact in ("Hardware:", "Commit:", "Command:"):
-                if fact not in section:
-                    yield f"docs/performance.md: '{title}' has figures but no '{fact}'"
+    for page in NUMBERS:
+        for section in re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.M)[1:]:
+            title = section.splitlines()[0]
+            if re.search(r"^\|[-: |]+\|$", section, re.M) and "Computed:" not in section:
+                for fact in ("Hardware:", "Commit:", "Command:"):
+                    if fact not in section:
+                        yield f"{page.relative_to(ROOT)}: '{title}' has figures but no '{fact}'"
 
 
 @contextmanager
