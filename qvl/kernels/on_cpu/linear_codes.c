@@ -6,8 +6,8 @@
  * W lies in tiles of 16 rows side by side: see tiles.h. A tile is read from its first byte to its last; more rows of x
  * than it meets at a time pass by while a chunk of it is in a cache.
  */
+#include "amx.h"
 #include "eight.h"
-#include "four.h"
 #include "share.h"
 
 #define K_CHUNK 2048             /* numbers of the rows of a tile that meet all of x, near by in a cache */
@@ -16,6 +16,11 @@
 
 static void round_piece(const void *what, long row) {
     const product *p = what;
+    if (row >= p->m) { /* filling */
+        memset(p->codes + row * p->k, 0, p->k);
+        memset(scales_of(p, row, 0), 0, p->spans * sizeof(float));
+        return;
+    }
     round_row(p->from + row * p->ldx, p->width, p->k, p->codes + row * p->k, scales_of(p, row, 0), sums_of(p, row, 0));
 }
 
@@ -70,6 +75,12 @@ INLINE void tiles(const int bits, const product *p, long first, long last) {
 static void tile_piece(const void *what, long piece) {
     const product *p = what;
     long all = (p->n + TILE - 1) / TILE, first = piece * p->tiles, last = all - first < p->tiles ? all : first + p->tiles;
+#if defined(AMX)
+    if (amx_takes(p->m)) {
+        p->bits == 4 ? amx_tiles(4, p, first, last) : amx_tiles(8, p, first, last);
+        return;
+    }
+#endif
     if (p->m == 1)
         p->bits == 4 ? lone(4, p, first, last) : lone(8, p, first, last);
     else
@@ -80,18 +91,19 @@ static void tile_piece(const void *what, long piece) {
 void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
                           const float *row_scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
-    long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE;
+    long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE, held = rows_held(m);
     long tiles = PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
     if (tiles > fair) tiles = fair;
     if (tiles < 1) tiles = 1;
+    if (amx_takes(m)) tiles += tiles % 2; /* they meet x in pairs */
     product p = {bits, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, ldx, m, n, width, k, spans, tiles};
-    p.sums = (int32_t *)(p.scales + m * spans);
-    p.codes = (int8_t *)(p.sums + m * spans * PER_SPAN);
-    qvl_share(m, m * k > 16384 ? threads : 1, round_piece, &p);
+    p.sums = (int32_t *)(p.scales + held * spans);
+    p.codes = (int8_t *)(p.sums + held * spans * PER_SPAN);
+    qvl_share(held, m * k > 16384 ? threads : 1, round_piece, &p);
     qvl_share((all + p.tiles - 1) / p.tiles, threads, tile_piece, &p);
 }
 
-long qvl_quantised_scratch(long m, long k) { return m * (k + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
+long qvl_quantised_scratch(long m, long k) { return rows_held(m) * (k + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
 
 void qvl_quantise8(const float *x, int8_t *w, float *scales, long first, long count, long width, long k, int threads) {
     const writing p = {x, w, scales, first, width, k};
@@ -104,4 +116,4 @@ void qvl_quantise4(const float *x, uint8_t *w, uint16_t *steps, long first, long
     qvl_share(count, count * width > 65536 ? threads : 1, write4, &p);
 }
 
-const char *qvl_quantised_path(void) { return PATH; }
+const char *qvl_quantised_path(void) { return amx_runs() ? PATH " and AMX" : PATH; }

@@ -137,7 +137,7 @@ def open_library(flags: tuple[str, ...] = ()) -> Any:
 
 
 def path_of(library: Any) -> str:
-    """The instructions that it multiplies with: "AVX2", "AVX-VNNI", "AVX-512 VNNI" or "portable"."""
+    """The instructions that it multiplies with: "AVX2", "AVX-VNNI", "AVX-512 VNNI" (and AMX) or "portable"."""
     name: bytes = library.qvl_quantised_path()
     return name.decode()
 
@@ -163,7 +163,8 @@ def compiled_product(library: Any, matrix: QuantisedMatrix, x: Tensor, bias: Ten
 def computes_right(library: Any) -> bool:
     """A few products with the largest codes of both signs, against the same arithmetic in torch."""
     generator = torch.Generator().manual_seed(0)
-    for bits, rows, width, count in ((8, 6, 600, 7), (8, 4, 64, 1), (4, 6, 700, 7), (4, 5, 128, 2)):
+    sizes = ((8, 6, 600, 7), (8, 4, 64, 1), (8, 37, 1100, 50), (4, 6, 700, 7), (4, 5, 128, 2), (4, 37, 1100, 50))
+    for bits, rows, width, count in sizes:
         matrix = QuantisedMatrix.empty(bits, rows, width)
         values = torch.randn(rows, width, generator=generator).sign() * (1 + torch.arange(width) % 3)
         write_with_torch(matrix, 0, values)

@@ -32,13 +32,21 @@ INLINE vn weighed_add(vn sum, vn dots, vn scale) {
 #endif
 }
 
+/* A row of a tile, or what there is of it: a whole one without a call. */
+INLINE void copy_row(float *to, const float *from, long rows) {
+    if (rows == TILE)
+        memcpy(to, from, TILE * sizeof(float));
+    else
+        memcpy(to, from, rows * sizeof(float));
+}
+
 /* What tile t has summed for `columns` rows of x when it has got to number `from` of k, out of y and back into it. With
  * all of k it becomes the result. */
 INLINE void take_sums(const int columns, const product *p, long column, long t, long from, float (*sums)[TILE]) {
     long rows = p->n - t * TILE < TILE ? p->n - t * TILE : TILE;
     for (int c = 0; c < columns; c++) {
         memset(sums[c], 0, sizeof sums[c]);
-        if (from) memcpy(sums[c], p->y + (column + c) * p->n + t * TILE, rows * sizeof(float));
+        if (from) copy_row(sums[c], p->y + (column + c) * p->n + t * TILE, rows);
     }
 }
 
@@ -49,6 +57,6 @@ INLINE void keep_sums(const int columns, const product *p, long column, long t, 
             for (int r = 0; r < TILE; r++) sums[c][r] *= p->row_scales[first + r];
         if (stop == p->k && p->bias)
             for (int r = 0; r < rows; r++) sums[c][r] += p->bias[first + r];
-        memcpy(p->y + (column + c) * p->n + first, sums[c], rows * sizeof(float));
+        copy_row(p->y + (column + c) * p->n + first, sums[c], rows);
     }
 }
