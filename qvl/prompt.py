@@ -8,6 +8,7 @@ the one way to a pad token is a `Vision` segment.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +20,7 @@ from qvl.types import Grid, MediaKind
 
 KEY_BYTES = 16
 ID_BYTES = 8
+OPENING_ID_BYTES = 4
 _BLOCK = hashlib.blake2b(digest_size=KEY_BYTES, person=b"qvl block")
 
 
@@ -43,6 +45,16 @@ class Vision:
     kind: MediaKind
     grid: Grid
     digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a block begins. Two blocks of one `family` share the keys and values of as many tokens as their `ids` begin
+    alike (`OPENING_ID_BYTES` each, the highest byte first: sorted as bytes they are sorted token by token).
+    """
+
+    family: bytes
+    ids: bytes
 
 
 Segment: TypeAlias = TextRun | Control | Vision
@@ -164,6 +176,24 @@ def extend_key(parent: bytes, token_ids: Sequence[int], spans: Iterable[Span] = 
     neither.
     """
     return _next_key(parent, _bytes_of(token_ids), spans, start, start + len(token_ids))
+
+
+def opening_of(parent: bytes, token_ids: Sequence[int], spans: Sequence[Span], start: int) -> Opening | None:
+    """How the block `token_ids`, which need not be full, begins: it follows the block `parent`, from token `start` on.
+
+    Its family are the blocks after the same `parent` that begin at the same place of the same picture, if at one. Its
+    ids end before the first picture that begins later on. None where nothing but a picture is in the block.
+    """
+    end = start + len(token_ids)
+    first = bisect_right(spans, start, key=lambda span: span.end)
+    if first < len(spans) and spans[first].offset <= start:
+        if spans[first].end >= end:
+            return None
+        parent = _next_key(parent, b"", spans[first : first + 1], start, end)
+        first += 1
+    if first < len(spans) and spans[first].offset < end:
+        token_ids = token_ids[: spans[first].offset - start]
+    return Opening(parent, np.asarray(token_ids, dtype=f">u{OPENING_ID_BYTES}").tobytes())
 
 
 def _bytes_of(token_ids: Sequence[int]) -> bytes:

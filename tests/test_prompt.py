@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvl.prompt import Control, Segment, Span, TextRun, Vision, block_keys, build, extend_key, mrope_positions, root_key
+from qvl.prompt import (
+    OPENING_ID_BYTES,
+    Control,
+    Segment,
+    Span,
+    TextRun,
+    Vision,
+    block_keys,
+    build,
+    extend_key,
+    mrope_positions,
+    opening_of,
+    root_key,
+)
 from qvl.types import Grid
 
 START, END, IMAGE, VIDEO = 1, 2, 3, 4
@@ -62,9 +77,10 @@ def random_segments(rng: np.random.Generator) -> list[Segment]:
     segments: list[Segment] = [TextRun("x" * int(rng.integers(0, 9)))]
     for _ in range(int(rng.integers(0, 6))):
         if rng.random() < 0.5:
-            segments += vision("image", 1, int(rng.integers(1, 9)), int(rng.integers(1, 9)))
+            kind, sides = "image", [1, *map(int, rng.integers(1, 9, size=2))]
         else:
-            segments += vision("video", *(int(side) for side in rng.integers(1, 9, size=3)))
+            kind, sides = "video", [int(side) for side in rng.integers(1, 9, size=3)]
+        segments += vision(kind, *sides, digest=f"{kind}{sides}".encode().ljust(16))
         segments.append(TextRun("y" * int(rng.integers(0, 9))))
     return segments
 
@@ -220,3 +236,53 @@ def test_keys_extend_block_by_block(seed, block_size, salt):
         if not any(span.offset <= start and end <= span.end for span in prompt.spans):  # no answer ends such a block
             assert key == extend_key(parent, ids[start:end], prompt.spans, start)
         parent = key
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 9))
+def test_openings_tell_what_two_blocks_have_in_common(seed, block_size):
+    """By brute force: tokens of two prompts are the same while ids, pictures and places in them are."""
+    rng = np.random.default_rng(seed)
+    segments = random_segments(rng)
+    prompts = [lay([*segments[: rng.integers(len(segments) + 1)], *random_segments(rng)]) for _ in range(2)]
+
+    def tokens(prompt):
+        inside = {i: (span.digest, i - span.offset) for span in prompt.spans for i in range(span.offset, span.end)}
+        return [inside.get(i, token) for i, token in enumerate(prompt.token_ids)]
+
+    one, two = map(tokens, prompts)
+    same = next(
+        (i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), min(len(one), len(two))
+    )
+    start = same // block_size * block_size
+    openings = []
+    for prompt in prompts:
+        parent = [root_key(), *block_keys(prompt.token_ids, prompt.spans, block_size)][start // block_size]
+        ids = prompt.token_ids[start : start + block_size]
+        openings.append(opening_of(parent, ids, prompt.spans, start))
+    if None in openings:  # nothing but a picture in one of them
+        return
+    first, second = openings
+    shared = 0
+    if first.family == second.family:
+        pairs = zip(first.ids, second.ids, strict=False)
+        shared = next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(first.ids), len(second.ids)))
+    assert start + shared // OPENING_ID_BYTES <= same
+    begins = [span.offset for prompt in prompts for span in prompt.spans if start < span.offset]
+    inside = [span for prompt in prompts for span in prompt.spans if span.offset <= start < span.end]
+    if len(inside) == 0 or (len(inside) == 2 and inside[0].digest == inside[1].digest):
+        assert start + shared // OPENING_ID_BYTES >= min([same, *begins])
+
+
+def test_an_opening_ends_before_a_picture_and_has_none_inside_of_one():
+    ids, (span,) = picture_prompt(before="xxxxx", pads=20)
+    assert (span.offset, span.end) == (5, 25)
+    before = opening_of(root_key(), ids[:8], (span,), 0)
+    assert len(before.ids) == 5 * OPENING_ID_BYTES
+    assert opening_of(b"parent", ids[8:16], (span,), 8) is None
+    behind = opening_of(b"parent", ids[24:32], (span,), 24)
+    assert len(behind.ids) == 8 * OPENING_ID_BYTES
+    assert behind.family != b"parent"
+    other = replace(span, digest=b"b" * 16)
+    assert opening_of(b"parent", ids[24:32], (other,), 24).family != behind.family
+    assert opening_of(b"parent", ids[25:33], (span,), 25).family == b"parent"

@@ -41,6 +41,14 @@ class ScheduledMedia:
         return self.seq.spans[self.index]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The keys and values of block `source` are copied to block `target`, before anything of the step is written."""
+
+    source: int
+    target: int
+
+
 @dataclass(slots=True)
 class ScheduledBatch:
     """One step. The first `num_decodes` entries of `seqs` are decodes: one token each, all of them sample.
@@ -52,6 +60,7 @@ class ScheduledBatch:
     seqs: list[ScheduledSeq] = field(default_factory=list)
     encode: list[ScheduledMedia] = field(default_factory=list)
     num_decodes: int = 0
+    copies: list[BlockCopy] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

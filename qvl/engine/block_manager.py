@@ -5,13 +5,16 @@
     cached ---- take (as a hit) ---> held  ---------------> cached     free, with a key: the newest end of the LRU order
     cached ---- take (as new) -----> held                              the oldest one is taken, its key forgotten
 
-Knows block numbers, reference counts and prefix keys. Does not know sequences, tokens or memory.
+Knows block numbers, reference counts, prefix keys and openings. Does not know sequences or memory.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+
+from qvl.engine.openings import Openings
+from qvl.prompt import Opening
 
 
 class BlockManager:
@@ -26,6 +29,7 @@ class BlockManager:
         self._refs = [0] * num_blocks
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._openings = Openings()
 
     @property
     def num_free(self) -> int:
@@ -45,6 +49,10 @@ class BlockManager:
                 break
             found.append(block)
         return found
+
+    def lookup_opening(self, opening: Opening) -> tuple[int, int]:
+        """The block whose first tokens are most like those of `opening`, and how many: 0 for none. Takes nothing."""
+        return self._openings.find(opening)
 
     def take(self, hits: Sequence[int], num_new: int, keep_free: int = 0) -> list[int] | None:
         """Hold the blocks `hits` (just returned by `lookup`) and `num_new` others: `hits` followed by these.
@@ -66,6 +74,7 @@ class BlockManager:
         else:
             block, _ = self._cached.popitem(last=False)
             del self._block_of[self._key_of.pop(block)]
+            self._openings.remove(block)
         self._refs[block] = 1
         return block
 
@@ -80,12 +89,17 @@ class BlockManager:
                 else:
                     self._blank.append(block)
 
-    def register(self, block: int, key: bytes) -> None:
-        """Make a held, fully computed block findable. Where another block already has this key, that one stays."""
+    def register(self, block: int, key: bytes, opening: Opening | None = None) -> None:
+        """Make a held, fully computed block findable, by its `opening` as well if it has one.
+
+        Where another block already has this key, that one stays.
+        """
         if self.enable_prefix_caching and key not in self._block_of and block not in self._key_of:
             assert self._refs[block] > 0, f"block {block} registered but not held"
             self._block_of[key] = block
             self._key_of[block] = key
+            if opening is not None:
+                self._openings.add(block, opening)
 
     def forget_all(self) -> None:
         """Empty the prefix cache; held blocks stay held."""
@@ -93,6 +107,7 @@ class BlockManager:
         self._cached.clear()
         self._key_of.clear()
         self._block_of.clear()
+        self._openings = Openings()
 
     def check_integrity(self) -> None:
         """Every block is in exactly one state and both key maps agree; meant for tests and for idle moments."""
@@ -105,3 +120,4 @@ class BlockManager:
         assert {block: key for key, block in self._block_of.items()} == self._key_of
         assert cached <= self._key_of.keys(), "a cached block has no key"
         assert not blank & self._key_of.keys(), "a blank block has a key"
+        assert len(self._openings) == sum(block in self._openings for block in self._key_of), "an opening without a key"

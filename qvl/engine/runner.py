@@ -146,6 +146,8 @@ class ModelRunner:
         if self.freed is not None:
             self.freed.give_back()
         with self._on_stream():
+            for copy in batch.copies:
+                self.kv_cache.copy_block(copy.source, copy.target)
             failed = self.encoder.encode(batch.encode)
             # This step was planned before anybody heard of what failed in the one before.
             flight = healthy_part(batch, self._failed_before | failed)

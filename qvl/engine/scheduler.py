@@ -18,7 +18,7 @@ from bisect import insort
 from collections.abc import Iterator
 from typing import Any
 
-from qvl.engine.batch import ScheduledBatch, StepResult
+from qvl.engine.batch import BlockCopy, ScheduledBatch, StepResult
 from qvl.engine.block_manager import BlockManager
 from qvl.engine.encoder_cache import EncoderCache
 from qvl.engine.grammar import AnswerGrammar
@@ -184,7 +184,8 @@ class Scheduler:
         table = self.blocks.take(hits, num_new, keep_free=len(self.running))
         if table is None:
             return False
-        seq.num_computed = len(hits) * block_size
+        source, num_shared = self._beginning_of(seq, len(hits))
+        seq.num_computed = len(hits) * block_size + num_shared
         num_tokens = self.pictures.prepare(seq, min(seq.num_to_compute, step.tokens_left), step)
         if num_tokens == 0:
             self.blocks.free(table)
@@ -193,10 +194,20 @@ class Scheduler:
         self.waiting.remove(seq)
         insort(self.running, seq, key=lambda other: other.arrival)
         seq.start_running(table, len(hits))
+        if num_shared:
+            step.batch.copies.append(BlockCopy(source, table[len(hits)]))
         self._add("prefix_queried_tokens", seq.num_tokens)
         self._add("prefix_hit_tokens", seq.num_computed)
         step.add(seq, num_tokens)
         return True
+
+    def _beginning_of(self, seq: Sequence, index: int) -> tuple[int, int]:
+        """A block that begins as block `index` of `seq` does, and how many tokens can be had from it."""
+        opening = seq.opening(index)
+        if opening is None:
+            return 0, 0
+        source, num_shared = self.blocks.lookup_opening(opening)
+        return source, min(num_shared, seq.num_tokens - 1 - index * self.blocks.block_size)
 
     def _coming(self) -> Iterator[tuple[Sequence, int]]:
         """Prompts that are to be computed next, in their order, and from which token on."""
@@ -238,7 +249,7 @@ class Scheduler:
         if seq.status is not Status.RUNNING:  # preempted while this step was in flight: the blocks are its own no more
             return
         for index in range(seq.num_registered, end // self.blocks.block_size):
-            self.blocks.register(seq.block_table[index], seq.keys[index])
+            self.blocks.register(seq.block_table[index], seq.keys[index], seq.opening(index))
             seq.num_registered = index + 1
         self.pictures.release(seq, end)
 

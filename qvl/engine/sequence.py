@@ -20,7 +20,7 @@ import numpy.typing as npt
 from qvl.engine.grammar import AnswerGrammar
 from qvl.engine.pixels import PromisedPixels
 from qvl.engine.protocol import AddRequest, MediaInput
-from qvl.prompt import Span, block_keys, extend_key, mrope_positions, root_key
+from qvl.prompt import Opening, Span, block_keys, extend_key, mrope_positions, opening_of, root_key
 from qvl.specs import ModelSpec
 from qvl.types import FinishReason, SamplingParams
 
@@ -204,6 +204,13 @@ class Sequence:
         end = start + num_tokens
         return [i for i, s in enumerate(self.spans) if s.offset < end and s.end > start]
 
+    def opening(self, index: int) -> Opening | None:
+        """How block `index` begins, as far as it lies in the prompt; None when it does not, or holds a picture only."""
+        start = index * self.block_size
+        ids = self.token_ids[start : min(start + self.block_size, self.num_prompt_tokens)]
+        parent = self.keys[index - 1] if index else root_key(self.salt)
+        return opening_of(parent, ids, self.spans, start) if ids else None
+
     def append(self, token_id: int) -> None:
         """Add a sampled token; the key of a block that it completes is added with it."""
         self.token_ids.append(token_id)
@@ -217,12 +224,12 @@ class Sequence:
             self.keys.append(extend_key(parent, self.token_ids[start:], spans, start))
 
     def start_running(self, block_table: list[int], num_hits: int) -> None:
-        """Admitted: these blocks are its own now, the first `num_hits` of them computed before."""
+        """Admitted: these blocks are its own now, the first `num_hits` of them and `num_computed` tokens found."""
         self.status = Status.RUNNING
         self.block_table = block_table
         self.num_registered = num_hits
         if self.num_cached_tokens is None:
-            self.num_cached_tokens = num_hits * self.block_size
+            self.num_cached_tokens = self.num_computed
 
     def reset(self) -> None:
         """Back to waiting with nothing computed (preemption); the caller has freed the blocks."""

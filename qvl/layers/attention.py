@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,8 +19,23 @@ from torch import Tensor
 
 from qvl.specs import TextSpec
 
-KVCache = list[tuple[Tensor, Tensor]]
 TILE_FIELDS = 4  # int32 of a tile of a prompt: sequence, its first token in the step, tokens, context before them
+
+
+class KVCache(list[tuple[Tensor, Tensor]]):
+    """One (k, v) pair per layer, each [num_blocks, block_size, num_kv_heads, head_dim].
+
+    `pieces` are the same memory in as few tensors as hold it, [..., num_blocks, block_size, num_kv_heads, head_dim].
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]], pieces: Sequence[Tensor]) -> None:
+        super().__init__(pairs)
+        self.pieces = pieces
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Keys and values of every layer from one block to another, in the order of the device's other work."""
+        for piece in self.pieces:
+            piece[..., target, :, :, :].copy_(piece[..., source, :, :, :])
 
 
 @dataclass(slots=True)
@@ -97,13 +112,14 @@ def cut_prompts(
 def make_kv_cache(
     spec: TextSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
 ) -> KVCache:
-    """One (k, v) pair per layer, each [num_blocks, block_size, num_kv_heads, head_dim], zeroed."""
+    """Of `num_blocks` zeroed blocks."""
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
     if torch.device(device).type == "cpu":
-        return [(_zeros_on_demand(shape, dtype), _zeros_on_demand(shape, dtype)) for _ in range(spec.num_layers)]
+        pairs = [(_zeros_on_demand(shape, dtype), _zeros_on_demand(shape, dtype)) for _ in range(spec.num_layers)]
+        return KVCache(pairs, [tensor for pair in pairs for tensor in pair])
     # One piece: torch would round every single tensor up to 2 MiB, beside what was counted for the cache.
     together = torch.zeros((spec.num_layers, 2, *shape), dtype=dtype, device=device)
-    return [(pair[0], pair[1]) for pair in together]
+    return KVCache(((pair[0], pair[1]) for pair in together), [together])
 
 
 def _zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -120,6 +120,8 @@ class FakeRunner:
         self.num_computed = 0
 
     def run(self, batch: ScheduledBatch) -> StepResult:
+        for copy in batch.copies:
+            self.slots[self._block(copy.target)] = self.slots[self._block(copy.source)]
         for media in batch.encode:
             assert not self.encoder_cache.is_filled(media.span.digest)
             self.encoder_cache.put(media.span.digest, media.span.digest.hex())
@@ -152,6 +154,9 @@ class FakeRunner:
         state = self.slots[self._slot(table, index)]
         assert state is not None, "a slot is read before it was written"
         return state
+
+    def _block(self, block: int) -> slice:
+        return slice(block * self.block_size, (block + 1) * self.block_size)
 
     def _slot(self, table: list[int], index: int) -> int:
         return table[index // self.block_size] * self.block_size + index % self.block_size

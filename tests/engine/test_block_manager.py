@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qvl.engine.block_manager import BlockManager
+from qvl.prompt import OPENING_ID_BYTES, Opening
 
 NUM_BLOCKS = 7
 
@@ -119,6 +120,26 @@ def test_without_prefix_caching_nothing_is_found() -> None:
     assert table is not None
     manager.register(table[0], b"a")
     assert manager.lookup([b"a"]) == []
+
+
+def test_an_opening_is_found_as_long_as_its_block() -> None:
+    manager = BlockManager(2, 4)
+    table = manager.take((), 2)
+    assert table is not None
+    opening = Opening(b"family", b"".join(number.to_bytes(OPENING_ID_BYTES, "big") for number in (1, 2, 3, 4)))
+    for block, key in zip(table, (b"a", b"b"), strict=True):
+        manager.register(block, key, opening)
+    manager.register(table[0], b"c", Opening(b"other", opening.ids))  # it has a key already
+    begin = Opening(b"family", opening.ids[: 3 * OPENING_ID_BYTES])
+    manager.free(table)
+    found, num_shared = manager.lookup_opening(begin)
+    assert found in table and num_shared == 3
+    assert manager.lookup_opening(Opening(b"other", begin.ids)) == (0, 0)
+    manager.take((), 1)
+    manager.check_integrity()
+    assert manager.lookup_opening(begin) == (table[0], 3)
+    manager.forget_all()
+    assert manager.lookup_opening(begin) == (0, 0)
 
 
 def test_a_block_cannot_be_freed_twice() -> None:

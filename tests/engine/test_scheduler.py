@@ -24,6 +24,7 @@ from tests.engine.fake_model import EOS, VOCAB, FakeRunner, Limits, expected, re
 
 SPEC = tiny_spec()
 A, B, C = b"A" * 16, b"B" * 16, b"C" * 16
+ONE = SamplingParams(max_tokens=1)
 
 
 class Bench:
@@ -251,7 +252,7 @@ def test_equal_prompts_that_come_together_are_computed_once() -> None:
         bench.add(request(name, [1, 2, 3, 4] * 3, SamplingParams(max_tokens=1)))
     assert [entry.seq.request_id for entry in bench.step().seqs] == ["a"]
     bench.run()
-    assert bench.runner.num_computed == 12 + 2 * 4  # the others' last blocks hold the tokens that choose the next
+    assert bench.runner.num_computed == 12 + 2 * 1  # the others' last tokens, which choose the next
 
 
 def test_shared_prefix_is_computed_once_and_the_last_token_always() -> None:
@@ -261,10 +262,50 @@ def test_shared_prefix_is_computed_once_and_the_last_token_always() -> None:
     again = bench.add(request("b", [1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(max_tokens=1)))
     before = bench.runner.num_computed
     bench.run()
-    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 4)
-    assert bench.runner.num_computed - before == 4
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 7)
+    assert bench.runner.num_computed - before == 1
     assert bench.tokens("a") == bench.tokens("b")
-    assert bench.outputs["b"][-1].num_cached_tokens == 4
+    assert bench.outputs["b"][-1].num_cached_tokens == 7
+
+
+def test_a_beginning_shorter_than_a_block_is_copied() -> None:
+    bench = Bench()
+    asked = [
+        request("a", [1, 2, 3, 4, 5, 6, 7, 8]),
+        request("longest", [1, 2, 3, 4, 5, 6, 9, 9]),
+        request("first", [1, 2, 9, 9, 9]),
+        request("nothing", [9, 2, 3, 4, 5]),
+        request("inside", [1, 2, 3]),
+    ]
+    copies = []
+    for one in asked:
+        bench.add(one)
+        copies.append(len(bench.step().copies))
+        bench.run()
+        assert bench.tokens(one.request_id) == expected(one, bench.limits)
+    assert copies == [0, 1, 1, 0, 1]
+    assert [bench.outputs[one.request_id][-1].num_cached_tokens for one in asked] == [0, 6, 2, 0, 2]
+    assert bench.scheduler.stats().prefix_hit_tokens == 10
+
+
+def test_without_a_prefix_cache_nothing_is_copied() -> None:
+    bench = Bench(prefix=False)
+    for name in "ab":
+        bench.add(request(name, [1, 2, 3, 4, 5, 6, 7, 8]))
+        assert bench.step().copies == []
+        bench.run()
+
+
+def test_what_is_thrown_out_for_a_new_block_was_copied_before() -> None:
+    """The one block that is left for a request is the one whose beginning it shares."""
+    bench = Bench(Limits(max_model_len=8), num_blocks=2)
+    first, second = request("a", [1, 2, 3, 4, 5, 6], ONE), request("b", [1, 2, 3, 9, 9, 9], ONE)
+    bench.add(first)
+    bench.run()
+    seq = bench.add(second)
+    bench.run()
+    assert bench.tokens("b") == expected(second, bench.limits)
+    assert seq.num_cached_tokens in (0, 3)
 
 
 def test_generated_blocks_serve_the_next_turn_of_a_conversation() -> None:
@@ -312,7 +353,7 @@ def test_equal_prompts_at_once_are_computed_once_and_let_others_pass() -> None:
     assert [entry.seq.request_id for entry in first.seqs] == ["r0"]
     assert [entry.seq.request_id for entry in second.seqs] == ["r0", "other"]
     bench.run()
-    assert bench.runner.num_computed == 20 + 3 * 4 + 6 + 4 * 1 + 3
+    assert bench.runner.num_computed == 20 + 3 * 1 + 6 + 4 * 1 + 3
     for one in asked:
         assert bench.tokens(one.request_id) == expected(one, bench.limits)
 
@@ -341,7 +382,7 @@ def test_tenants_share_nothing() -> None:
         bench.add(request(name, [1] * 12, SamplingParams(max_tokens=1), salt))
         bench.run()
     cached = [bench.outputs[name][-1].num_cached_tokens for name in "abc"]
-    assert cached == [0, 0, 8]
+    assert cached == [0, 0, 11]
 
 
 def test_a_picture_is_encoded_once_for_all_who_show_it() -> None:
@@ -364,7 +405,10 @@ def test_a_picture_inside_the_cached_prefix_is_never_encoded() -> None:
     bench.add(request("b", [*parts, 2]))
     bench.run()
     assert bench.runner.encoded == [A, B]
-    bench.add(request("c", [1, (5, A), 2]))  # the cached prefix ends inside the picture
+    bench.add(request("c", [1, (5, A), 2]))  # the end of the picture lies in a block that goes on differently
+    bench.run()
+    assert bench.runner.encoded == [A, B]
+    bench.add(request("d", [1, (5, A)]))  # its last token, a picture's, is computed in any case
     bench.run()
     assert bench.runner.encoded == [A, B, A]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qvl.engine.sequence import SamplingState, Sequence, Status
-from qvl.prompt import block_keys, mrope_positions
+from qvl.prompt import OPENING_ID_BYTES, block_keys, mrope_positions, root_key
 from qvl.types import SamplingParams
 from tests.engine.fake_model import EOS, request, tiny_spec
 
@@ -62,10 +62,24 @@ def test_counts_through_prefill_decode_and_preemption() -> None:
 
 def test_what_the_cache_had_is_what_the_first_admission_found() -> None:
     seq = make([1] * 9)
+    seq.num_computed = 5
     seq.start_running([0, 1, 2], 1)
     seq.reset()
+    seq.num_computed = 8
     seq.start_running([3, 4, 5], 2)
-    assert (seq.num_cached_tokens, seq.num_registered) == (4, 2)
+    assert (seq.num_cached_tokens, seq.num_registered) == (5, 2)
+
+
+def test_openings_are_those_of_the_prompt() -> None:
+    seq = make([1] * 6)
+    assert seq.block_size == 4
+    for _ in range(6):
+        seq.append(1)
+    first, second, third = (seq.opening(index) for index in range(3))
+    assert first is not None and second is not None and third is None
+    assert (len(first.ids), len(second.ids)) == (4 * OPENING_ID_BYTES, 2 * OPENING_ID_BYTES)
+    assert first.family == root_key(seq.salt)
+    assert second.family == seq.keys[0]
 
 
 def test_an_end_token_counts_behind_min_tokens_only() -> None:
