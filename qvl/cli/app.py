@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script. A character that the terminal cannot show becomes a question mark."""
+    """The command on this process's arguments. A character that the terminal cannot show becomes a question mark."""
     _open_closed_streams()
     wait_asleep(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):

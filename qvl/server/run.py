@@ -5,8 +5,11 @@ Knows uvicorn and signals. Does not know routes or engines.
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -31,20 +34,34 @@ SWITCH_SECONDS = 0.001
 
 
 class Server(uvicorn.Server):
-    """uvicorn with another way down: the first signal drains, the second one ends at once; the exit code is 0."""
+    """uvicorn with another way down: the first signal drains, the second one ends the draining; the exit code is 0.
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    `held` are signals that came before this server could hear them.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, held: Sequence[int] = ()) -> None:
         super().__init__(config)
         self._service = service
+        self._held = held
         self._deadline: float | None = None
         self.start_error: QvlError | None = None
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            for sign in self._held:
+                self.handle_exit(sign, None)
+            yield
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._deadline is not None:
-            self.should_exit = self.force_exit = True
-        else:
+        now = time.monotonic()
+        if self._deadline is None:
             self._service.admission.draining = True
-            self._deadline = time.monotonic() + self._service.options.drain_seconds
+            self._deadline = now + self._service.options.drain_seconds
+        elif self._deadline > now:
+            self._deadline = now
+        else:
+            self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""
@@ -54,13 +71,18 @@ class Server(uvicorn.Server):
             self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would leave the app as it stands, and tell so with a traceback
+            await self.lifespan.shutdown()
+
     def _drained(self) -> bool:
         assert self._deadline is not None
         return self._service.admission.running == 0 or time.monotonic() >= self._deadline
 
 
-def run(options: ServerOptions, backend: Backend) -> int:
-    """Serve until SIGTERM or SIGINT; returns 0.
+def run(options: ServerOptions, backend: Backend, held: Sequence[int] = ()) -> int:
+    """Serve until SIGTERM or SIGINT, or not at all where one of them is `held`; returns 0.
 
     Raises `ConfigError` when the address cannot be bound, and whatever `backend.start` raises; the server is down then.
     """
@@ -81,7 +103,7 @@ def run(options: ServerOptions, backend: Backend) -> int:
             server.start_error = error
             server.should_exit = True
 
-    server = make_server(create_app(backend, options, started), options)
+    server = make_server(create_app(backend, options, started), options, held)
     print(f"qvl: HTTP is up on {url}, the model is loading", file=sys.stderr, flush=True)
     server.run(sockets=[listener])
     if server.start_error is not None:
@@ -89,7 +111,7 @@ def run(options: ServerOptions, backend: Backend) -> int:
     return 0
 
 
-def make_server(app: FastAPI, options: ServerOptions) -> Server:
+def make_server(app: FastAPI, options: ServerOptions, held: Sequence[int] = ()) -> Server:
     """The server of an app from `create_app`."""
     config = uvicorn.Config(
         app,
@@ -102,4 +124,4 @@ def make_server(app: FastAPI, options: ServerOptions) -> Server:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
-    return Server(config, app.state.service)
+    return Server(config, app.state.service, held)

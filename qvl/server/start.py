@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from qvl.backends.engines import WORKER, OwnEngine
 from qvl.engine.options import EngineOptions
@@ -26,18 +29,39 @@ def start(options: ServerOptions, engine: EngineOptions, count: int, command: Se
     """
     start_logging(options)
     own = OwnEngine(engine, command)
-    own.launch()
+    with held_signals() as held:
+        own.launch()
+        try:
+            if count > 1:
+                from qvl.server.supervisor import supervise
+
+                return supervise(options, engine, own, count, held)
+            from qvl.backends.local import LocalBackend
+            from qvl.server.run import run
+
+            return run(options, LocalBackend(engine, engine=own), held)
+        finally:
+            own.stop()
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """What comes of SIGINT and SIGTERM goes into the list, and nothing else happens, until somebody takes them over.
+
+    There is a second of imports between the engine's start and a server that drains: an exception in the middle of them
+    may be lost, and whatever ends the process there leaves the engine's folders behind.
+    """
+    held: list[int] = []
+
+    def hold(sign: int, frame: FrameType | None) -> None:
+        held.append(sign)
+
+    before = {sign: signal.signal(sign, hold) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if count > 1:
-            from qvl.server.supervisor import supervise
-
-            return supervise(options, engine, own, count)
-        from qvl.backends.local import LocalBackend
-        from qvl.server.run import run
-
-        return run(options, LocalBackend(engine, engine=own))
+        yield held
     finally:
-        own.stop()
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 def process_count(wish: str, device: str) -> int:

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import Process
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -36,8 +37,10 @@ HTTP_PROCESS = (sys.executable, "-m", "qvl.server.http_process")
 STUCK_SECONDS = 5.0
 
 
-def supervise(options: ServerOptions, engine: EngineOptions, own: OwnEngine, count: int) -> int:
-    """Serve with `count` HTTP processes until SIGTERM or SIGINT; returns 0.
+def supervise(
+    options: ServerOptions, engine: EngineOptions, own: OwnEngine, count: int, held: Sequence[int] = ()
+) -> int:
+    """Serve with `count` HTTP processes until SIGTERM or SIGINT, or not at all where one of them is `held`; returns 0.
 
     `own` was launched from `engine`. Raises `ConfigError` when the address cannot be bound or something cannot start.
     """
@@ -47,7 +50,7 @@ def supervise(options: ServerOptions, engine: EngineOptions, own: OwnEngine, cou
     with bind(options, shared=True) as holder:  # keeps the port; it never listens, so that it gets no connections
         url = url_of(options, holder)
         print(f"qvl: {count} HTTP processes start on {url}, the model is loading", file=sys.stderr, flush=True)
-        return asyncio.run(Supervisor(options, engine, own, count, url).run())
+        return asyncio.run(Supervisor(options, engine, own, count, url).run(held))
 
 
 class Supervisor:
@@ -68,10 +71,12 @@ class Supervisor:
         self._ready: set[int] = set()
         self._draining = False
 
-    async def run(self) -> int:
+    async def run(self, held: Sequence[int]) -> int:
         loop = asyncio.get_running_loop()
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, self._signalled)
+        for _ in held:
+            self._signalled()
         engine = asyncio.ensure_future(self._engine.run(self))
         everyone = {engine, *(asyncio.ensure_future(self._keep(row)) for row in range(len(self._rows)))}
         running = everyone

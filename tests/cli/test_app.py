@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,36 @@ def test_the_command_starts_light() -> None:
     """Half of a second start is imports: what only some commands need loads with those."""
     code = "import sys, qvl.cli.app; sys.exit(bool({'torch', 'fastapi', 'httpx', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_ctrl_c_while_the_command_loads_is_no_traceback() -> None:
+    code = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever this runs
+from qvl.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_ctrl_c_in_a_command_is_exit_code_130() -> None:
+    """The command hears of it once it has loaded, and puts away what it has begun."""
+    code = """
+import os, signal, sys
+from qvl.cli import version
+def interrupted(package):
+    os.kill(os.getpid(), signal.SIGINT)
+version.installed = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[1:] = ["version"]
+from qvl.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

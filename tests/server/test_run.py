@@ -123,6 +123,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         server.wait_status("/ready", 503)
         server.popen.send_signal(signal.SIGINT)
         assert server.popen.wait(LIMIT) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_the_end_of_the_drain_time_is_the_end(tmp_path: Path) -> None:
