@@ -21,6 +21,8 @@ from qvl.media.stages import stage
 from qvl.types import MediaKind
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
+# How PNG, JPEG, GIF, WebP and MP4 files begin in base64, and go on without a dot longer than names of files are.
+_BARE_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|AAAA)[A-Za-z0-9+/\s]{256}")
 _WHITESPACE = {ord(char): None for char in "\t\n\f\r "}
 _BASE64_SLICE = 1 << 20  # a multiple of 4: no character of the code is cut
 _base64 = msgspec.json.Decoder(bytes)  # four times as fast as the standard library's, and as strict as can be
@@ -79,6 +81,10 @@ def read(
         return _read_path(_file_url_path(source), policy)
     if slashes:
         raise MediaRefused("only http, https, data and file URLs can be read")
+    if not source.strip():
+        raise BadMedia("its address is empty")
+    if _BARE_BASE64.match(source):
+        raise BadMedia("base64 alone does not say what it is; send it as a data URL: data:image/png;base64,...")
     return _read_path(source, policy)
 
 
@@ -121,10 +127,12 @@ def _read_data_url(url: str, policy: MediaPolicy, expect: MediaKind) -> bytes:
     family = media_type.partition("/")[0]
     if media_type.startswith("image/svg"):
         raise BadMedia("SVG drawings have no pixels; send PNG, JPEG, WebP or GIF")
+    is_base64 = "base64" in parameters
+    unknown = media_type == "application/octet-stream" or (is_base64 and not media_type)
     # An animated GIF is a picture file that may serve as a video.
-    if media_type != "application/octet-stream" and family != expect and (expect, media_type) != ("video", "image/gif"):
+    if not unknown and family != expect and (expect, media_type) != ("video", "image/gif"):
         raise BadMedia(f"the data URL should have a media type of {expect}/...")
-    if "base64" not in parameters:
+    if not is_base64:
         _check_bytes(len(url) - comma - 1, policy)
         return unquote_to_bytes(url[comma + 1 :])
     _check_bytes((len(url) - comma - 1) * 3 // 4, policy)

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -120,7 +121,8 @@ async def _known(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return http_exception_response(error)
+    routes = [route.path for route in request.app.routes if isinstance(route, APIRoute)]
+    return http_exception_response(error, request.scope["path"], routes)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ Knows HTTP. Never tells a caller what an unexpected exception said: that goes to
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from http import HTTPStatus
 
 import msgspec
@@ -47,13 +48,31 @@ def error_response(error: QvlError) -> Response:
     return Response(error_bytes(error), error.status, headers, "application/json")
 
 
-def http_exception_response(error: HTTPException) -> Response:
-    """An unknown route or a wrong method, told like every other error."""
+def http_exception_response(error: HTTPException, path: str, routes: Iterable[str]) -> Response:
+    """An unknown route or a wrong method, told like every other error. `routes` are the paths that there are."""
     phrase = HTTPStatus(error.status_code).phrase.lower()
-    failure = _HttpFailure(f"{phrase}: no such route or method here; see /docs for what there is")
-    body = failure.body()
+    allowed = (error.headers or {}).get("Allow")
+    if allowed is not None:
+        says = f"{phrase}: this route takes {allowed}"
+    else:
+        says = f"{phrase}: no such route here{_meant(path, routes)}; see /docs for what there is"
+    body = _HttpFailure(says).body()
     body["error"]["code"] = phrase.replace(" ", "_")
     return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
+
+
+def _meant(path: str, routes: Iterable[str]) -> str:
+    """The route that `path` ends in, whatever stands before it: a base URL often has /v1 too little or too much."""
+    asked = _segments(path)
+    for route in routes:
+        known = _segments(route)
+        if known and asked[-len(known) :] == known:
+            return f"; did you mean {route}?"
+    return ""
+
+
+def _segments(path: str) -> list[str]:
+    return [segment for segment in path.split("/") if segment not in ("", "v1")]
 
 
 def internal_error(request_id: str) -> QvlError:

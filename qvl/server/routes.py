@@ -21,7 +21,7 @@ from starlette.responses import Response
 from qvl import __version__, wire
 from qvl.backends.base import collect
 from qvl.backends.merge import merge
-from qvl.errors import QvlError
+from qvl.errors import InvalidRequest, QvlError
 from qvl.server.failures import ClientGone, check_model, internal_error, logger
 from qvl.server.metrics import Metrics
 from qvl.server.openapi import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
@@ -189,6 +189,9 @@ def _head(prefix: str, model: str | None, service: Service) -> wire.Head:
 
 async def _parse(parse: Callable[[bytes], T], request: Request, metrics: Metrics) -> T:
     """The body, whatever its content type says, in the words of `qvl.types`. Raises `InvalidRequest`."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise InvalidRequest(f"this server reads no compressed bodies (Content-Encoding: {encoding[:40]})")
     begun = time.perf_counter()
     pieces = await _read(request)
     received = time.perf_counter()

@@ -5,6 +5,7 @@ Knows field names and their neutral values (those that ask for nothing). Does no
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -154,14 +155,24 @@ def _bias(entries: Mapping[str, float]) -> dict[int, float]:
 
 def read_object(body: Mapping[str, Any] | bytes) -> dict[str, Any]:
     """The JSON object of a request body. Raises `InvalidRequest`."""
-    if isinstance(body, bytes | bytearray | memoryview):
+    if isinstance(body, bytes):
+        text = body.removeprefix(codecs.BOM_UTF8)  # some editors and shells write it before every text
         try:
-            body = msgspec.json.decode(body)
+            body = msgspec.json.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+            reason = error if _is_utf_8(text) else "it is not in UTF-8"
+            raise InvalidRequest(f"the body is not valid JSON: {reason}") from error
     if not isinstance(body, Mapping):
         raise InvalidRequest("the body must be a JSON object")
     return dict(body)
+
+
+def _is_utf_8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_fields(kind: type[Body], body: Mapping[str, Any]) -> Body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -37,6 +38,7 @@ def error_of(reply: requests.Response) -> dict[str, Any]:
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', ""),
         (b"[" * 100_000, "JSON"),
         (b'{"temperature": NaN, "messages": []}', "JSON"),
+        (json.dumps(HELLO).encode("utf-16"), "UTF-8"),
     ],
 )
 def test_bodies_that_are_no_json_object(server: Live, body: bytes, says: str) -> None:
@@ -86,11 +88,64 @@ def test_aliases_and_the_name_in_the_answer() -> None:
         assert running.post("/v1/chat/completions", {**HELLO, "model": "echo"}).status_code == 404
 
 
+def test_a_body_as_some_editors_write_it(server: Live) -> None:
+    """With a byte order mark, which is no JSON, before it."""
+    body = json.dumps(HELLO).encode("utf-8-sig")
+    assert requests.post(server.url + "/v1/chat/completions", data=body, timeout=120).status_code == 200
+
+
+def test_a_compressed_body_is_told_as_such(server: Live) -> None:
+    for encoding, status in (("gzip", 400), ("br", 400), ("identity", 200)):
+        headers = {"Content-Encoding": encoding}
+        body = gzip.compress(b"{}") if status == 400 else json.dumps(HELLO).encode()
+        reply = requests.post(server.url + "/v1/chat/completions", data=body, headers=headers, timeout=120)
+        assert reply.status_code == status
+        if status == 400:
+            assert f"Content-Encoding: {encoding}" in error_of(reply)["message"]
+
+
 def test_unknown_routes_and_wrong_methods(server: Live) -> None:
-    assert error_of(server.post("/v1/embeddings", {}))["code"] == "not_found"
+    error = error_of(server.post("/v1/embeddings", {}))
+    assert error["code"] == "not_found"
+    assert "did you mean" not in error["message"]
     reply = server.get("/v1/chat/completions")
     assert (reply.status_code, error_of(reply)["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
+    assert "POST" in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),  # a base URL without /v1
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/openai/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/completion", None),
+        ("/models", "/v1/models"),
+        ("/v1/health", "/health"),
+        ("/", None),
+        ("/v1", None),
+    ],
+)
+def test_the_route_that_was_meant(server: Live, path: str, meant: str | None) -> None:
+    reply = server.get(path)
+    message = error_of(reply)["message"]
+    assert reply.status_code == 404
+    assert (f"did you mean {meant}?" in message) if meant else ("did you mean" not in message)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/health", 200), ("/ready", 200), ("/v1/models", 200), ("/metrics", 200), ("/nowhere", 404)]
+)
+def test_head_is_get_without_the_body(server: Live, path: str, status: int) -> None:
+    """What small tools ask with that only want to know whether somebody is there."""
+    with requests.Session() as session:
+        reply = session.head(server.url + path, timeout=120)
+        assert (reply.status_code, reply.content) == (status, b"")
+        assert session.get(server.url + path, timeout=120).status_code == status  # the connection is as it should be
+    assert requests.head(server.url + "/v1/chat/completions", timeout=120).status_code == 405
 
 
 def test_too_long_a_prompt(server: Live) -> None:
