@@ -220,8 +220,11 @@ def _line_of(row: bytes) -> bytes | None:
 
 
 def _open_alone(path: Path) -> int:
-    """The file, for this process only. Raises `ConfigError` when another one has it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """The file, for this process only. Raises `ConfigError` when it cannot be written, or another one has it."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The other one may have finished and removed it just now: then this is a file without a name.

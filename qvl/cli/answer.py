@@ -128,6 +128,8 @@ def _medium(item: str, stdin: BinaryIO) -> MediaPart:
     if (screen := screen_part(item)) is not None:
         return screen
     path = Path(os.path.expanduser(item))
+    if path.is_dir():
+        raise InvalidRequest(f"{item} is a folder: `qvl batch {item} --prompt TEXT -o FILE` asks about each picture")
     if not path.is_file():
         raise InvalidRequest(f"no such file: {item}")
     return MediaPart(media_kind(path), path)

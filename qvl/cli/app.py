@@ -92,7 +92,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except OSError as error:  # a full disk under the output, a terminal that has gone
         _say_no_more()
-        return _fail(str(error), 1)
+        named = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        return _fail(f"{named}{error.strerror or error}", 1)
     except UnicodeEncodeError:
         # Bytes of another encoding become half characters in Python; files may have such names, texts may not.
         return _fail("a text on the command line is not in the terminal's encoding; is LANG right?", 2)

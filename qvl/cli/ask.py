@@ -16,7 +16,7 @@ DEFAULT_MAX_TOKENS = 1024
 
 
 def ask(
-    text: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The question; - reads it from standard input.")],
     media: Annotated[
         list[str] | None,
         typer.Argument(

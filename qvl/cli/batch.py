@@ -26,6 +26,7 @@ _MEDIA_LIMITS = ["image=999", "video=99"]
 
 
 def batch(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(metavar="FILE|FOLDER", help="OpenAI batch lines or plain bodies, or a folder of pictures.")
     ],
@@ -108,7 +109,8 @@ def batch(
     after a crash `--resume` goes on, and every line is answered once. The flags below "Model" and "Memory" count where
     the model is loaded here. The exit code is 1 when a line failed.
     """
-    if in_process and base_url is not None:
+    source_of_url = context.get_parameter_source("base_url")
+    if in_process and source_of_url is not None and source_of_url.name == "COMMANDLINE":  # not a variable
         raise ConfigError("--in-process and --base-url exclude each other")
     from qvl.batch import BatchOptions, Defaults
 

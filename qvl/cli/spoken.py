@@ -73,6 +73,8 @@ def given_medium(word: str, kind: MediaKind) -> MediaPart:
     if kind == "image" and (screen := screen_part(word)) is not None:
         return screen
     path = local_path(word)
+    if word and path.is_dir():
+        raise InvalidRequest(f"{word} is a folder; name one file of it")
     if not word or not path.is_file():
         raise InvalidRequest(f"no such file: {word}" if word else f"name a file: /{kind} FILE")
     return MediaPart(kind, path)

@@ -40,7 +40,8 @@ def connect(path: Path) -> sqlite3.Connection:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"cannot open the store of conversations {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot open the store of conversations {path}: {reason}") from error
     try:
         with sqlite_errors(path):
             db.execute("PRAGMA foreign_keys = ON")

@@ -46,8 +46,12 @@ class SafetensorsFile:
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise CheckpointError(f"{path.name} cannot be read: {error}") from None
+        except FileNotFoundError:
+            raise CheckpointError(f"{path.name} is a link to a file that is not there; download it again") from None
+        except OSError as error:
+            raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
+        except ValueError:  # nothing to map
+            raise CheckpointError(f"{path.name} is empty; download it again") from None
         try:
             self.entries = self._read_header()
         except CheckpointError:

@@ -99,6 +99,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"'{folder.name}' has its weights in pickle files (.bin); they can run code and are not read. "
             "Convert them to safetensors, or download the safetensors files of the same model"
         )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"'{folder.name}' has its weights as GGUF, which is not read; download the same model's safetensors files"
+        )
     raise CheckpointError(f"'{folder.name}' has no weights: neither {SINGLE} nor {INDEX}")
 
 
@@ -107,8 +111,8 @@ def shards(folder: Path) -> list[Path]:
     try:
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{INDEX} is damaged ({type(error).__name__}); download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{INDEX} is damaged: it names no file for each weight; download it again") from None
     bad = [name for name in names if Path(name).name != name]
     if bad:
         raise CheckpointError(f"{INDEX} names files outside its folder: {listed(bad)}")

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image, ImageGrab
 
 from qvl.cli.app import run
+from qvl.cli.spoken import given_medium
+from qvl.errors import InvalidRequest
 from tests.client.misbehaving import STREAM, misbehaving, reply
 from tests.server.live import Live
 
@@ -138,6 +140,13 @@ def test_an_unreadable_picture_is_told_in_one_line(
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith("qvl: ")
     assert not any("Traceback" in line for line in err)
+
+
+def test_a_folder_is_told_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ask", "What?", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder: `qvl batch {tmp_path} --prompt" in capsys.readouterr().err
+    with pytest.raises(InvalidRequest, match="is a folder"):
+        given_medium(str(tmp_path), "image")
 
 
 def test_a_terminal_or_dev_null_is_not_read(server: Live) -> None:

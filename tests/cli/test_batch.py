@@ -93,8 +93,15 @@ def test_the_server_at_the_default_address_is_found(
 
 @pytest.mark.parametrize("engine", [["--in-process"], []])
 def test_without_a_server_the_model_is_loaded_here(
-    checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: list[str]
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: list[str],
 ) -> None:
+    if engine:
+        monkeypatch.setenv("QVL_BASE_URL", "http://127.0.0.1:9")  # a flag counts for more than a variable
     (pictures / "broken.png").write_bytes(b"\x89PNG but not really")
     arguments = [
         "batch",
@@ -145,6 +152,7 @@ def test_a_failed_line_is_exit_code_1(server: Live, tmp_path: Path, capsys: pyte
         (["{jobs}", "--resume", "--overwrite"], "exclude"),
         (["{jobs}", "-o", "{jobs}"], "the file of the requests"),
         (["{jobs}", "-o", "/nowhere/out.jsonl"], "no folder"),
+        (["{jobs}", "-o", "{taken}", "--resume", "--base-url", "{url}"], "cannot write {taken}.part: Is a directory"),
         (["{jobs}", "--concurrency", "0"], "concurrency"),
         (["{jobs}", "--base-url", "ftp://x"], "no address"),
         (["{double}"], "line 2 repeats"),
@@ -152,16 +160,24 @@ def test_a_failed_line_is_exit_code_1(server: Live, tmp_path: Path, capsys: pyte
     ],
 )
 def test_bad_input_is_exit_code_2(
-    jobs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    jobs: Path,
+    pictures: Path,
+    server: Live,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    says: str,
 ) -> None:
     (tmp_path / "double").write_text('{"custom_id": "a"}\n{"custom_id": "a"}\n')
     (tmp_path / "csv").write_text("a,b\n1,2\n")
-    names = {"scans": pictures, "jobs": jobs, "double": tmp_path / "double", "csv": tmp_path / "csv"}
+    (tmp_path / "taken.part").mkdir()
+    names = {"scans": pictures, "jobs": jobs, "url": server.url}
+    names |= {name: tmp_path / name for name in ("double", "csv", "taken")}
     given = [argument.format_map(names) for argument in arguments]
     output = [] if "-o" in given else ["-o", str(tmp_path / "out.jsonl")]
     assert run(["batch", *given, *output]) == 2
     err = capsys.readouterr().err
-    assert says in err
+    assert says.format_map(names) in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out.jsonl").exists()
     assert not (tmp_path / "out.jsonl.part").exists()

@@ -171,6 +171,22 @@ def test_other_files_are_no_weights(editable: Path, content: bytes) -> None:
         load(editable)
 
 
+def test_files_that_are_not_there_or_empty_say_what_to_do(editable: Path) -> None:
+    """As a download that was broken off leaves them."""
+    path, shard = editable / "model.safetensors", editable / "model-00001-of-00002.safetensors"
+    path.unlink()
+    shard.symlink_to("../blobs/1234")
+    with pytest.raises(CheckpointError, match=rf"^{shard.name} is a link to a file that is not there"):
+        load(editable)
+    shard.unlink()
+    shard.touch()
+    with pytest.raises(CheckpointError, match=rf"^{shard.name} is empty; download it again"):
+        load(editable)
+    (editable / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(CheckpointError, match=r"index.json is damaged: it names no file for each weight"):
+        load(editable)
+
+
 def test_a_shape_that_lies_about_its_size_is_damage(editable: Path) -> None:
     path = editable / "model.safetensors"
     content = path.read_bytes()
@@ -183,6 +199,9 @@ def test_a_shape_that_lies_about_its_size_is_damage(editable: Path) -> None:
 def test_a_folder_without_safetensors_says_what_to_do(editable: Path) -> None:
     (editable / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
+        load(editable)
+    (editable / "model.gguf").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="GGUF"):
         load(editable)
     (editable / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="pickle"):

@@ -53,8 +53,11 @@ def check_name(path: Path) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Raises `InvalidRequest` where that is not possible."""
+    """Raises `InvalidRequest` where that is not possible; half a picture is not left behind."""
+    is_new = not path.exists()
     try:
         picture.save(path)
     except OSError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
         raise InvalidRequest(f"cannot write {path}: {error.strerror or error}") from error

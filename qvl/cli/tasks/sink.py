@@ -134,8 +134,7 @@ class FolderSink(Sink):
             text = json.dumps(as_dict(outcome), ensure_ascii=False, indent=2)
         else:
             text = outcome.result.text
-        with _open(self._names.path(outcome.item)) as file:
-            file.write(text if text.endswith("\n") else f"{text}\n")
+        _write(self._names.path(outcome.item), text if text.endswith("\n") else f"{text}\n")
 
 
 class FileNames:
@@ -192,6 +191,18 @@ def _paged(found: Sequence[Item]) -> set[str]:
 def _inputs(found: Sequence[Item]) -> set[str]:
     """Where the inputs lie, links followed."""
     return {os.path.realpath(os.path.expanduser(item.file.removeprefix("file://"))) for item in found}
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file; half of one, which a reader might take for all there is, is not left behind."""
+    is_new = not path.exists()
+    try:
+        with _open(path) as file:
+            file.write(text)
+    except OSError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from error
 
 
 def _open(path: Path) -> TextIO:

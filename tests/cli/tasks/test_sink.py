@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from qvl.cli.tasks.pictures import save
 from qvl.cli.tasks.sink import as_dict, open_sink
 from qvl.errors import BadAnswer, InvalidRequest
 from qvl.tasks import Ocr, Outcome, ReadTable, Result
@@ -59,6 +62,23 @@ def test_a_failed_one_has_no_file_and_no_text(tmp_path: Path, capsys: pytest.Cap
         "result": None,
         "error": {"code": "bad_answer", "message": "no"},
     }
+
+
+def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
+    """A disk that is full, as a limit of 100 bytes a file."""
+    found = [item("a.png"), item("b.png")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_sink(str(tmp_path), found, Ocr(), as_json=False) as sink:
+        sink.put(Outcome(found[0], result("short")))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(InvalidRequest, match=r"cannot write .*b.txt: File too large"):
+                sink.put(Outcome(found[1], result("x" * 1000)))
+            with pytest.raises(InvalidRequest, match=r"cannot write .*boxes.png: File too large"):
+                save(Image.effect_noise((64, 64), 90), tmp_path / "boxes.png")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_what_stands_between_several(capsys: pytest.CaptureFixture[str]) -> None:
