@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.fused import split_and_rotate
+from qvl.kernels.on_cpu.dense_attention import attention_dtype
 from qvl.layers.attention import AttentionMetadata
 
 # Decoding sequences are padded to the longest of a group; a group may hold at most this many times its own tokens.
@@ -151,8 +152,10 @@ def attend_decodes(q: Tensor, kv: tuple[Tensor, Tensor], group: DecodeGroup) -> 
 
 
 def attend_chunk(q: Tensor, kv: tuple[Tensor, Tensor], chunk: PrefillChunk) -> Tensor:  # [m, heads, d] -> the same
-    """One sequence's queries against its whole context."""
-    k, v = (cache[chunk.blocks].flatten(0, 1)[: chunk.length].transpose(0, 1).to(q.dtype)[None] for cache in kv)
+    """One sequence's queries against its whole context; the result may have fewer bits than q."""
+    dtype = attention_dtype(kv[0].dtype, q.dtype)
+    q = q.to(dtype)
+    k, v = (cache[chunk.blocks].flatten(0, 1)[: chunk.length].transpose(0, 1).to(dtype)[None] for cache in kv)
     if q.is_cuda:  # of torch's kernels, the one for older GPUs wants as many keys' heads as queries'
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(

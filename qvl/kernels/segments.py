@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qvl.kernels.fused import rotate
 from qvl.kernels.gpu import HOPPER, Capability, capability_of, compiling_together, gpu_problem, tried_out
+from qvl.kernels.on_cpu.dense_attention import attention_dtype
 
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
 WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
@@ -37,9 +38,18 @@ class Segments:
     bounds: Tensor | None  # int32 [segments + 1]
     longest: int
     tile_rows: int = 0  # most query rows of a tile of ours
+    dtype: torch.dtype | None = None  # what torch attends in, where that is not the dtype of queries, keys and values
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, head_dim: int) -> Segments:
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        weights: torch.dtype | None = None,
+    ) -> Segments:
+        """For activations of `dtype` between `weights` (None: of the same)."""
         groups = []
         start = 0
         for length, same in itertools.groupby(lengths):
@@ -53,7 +63,7 @@ class Segments:
             tiles = uploaded(kernel.tiles_of(lengths, rows), device)
         elif len(groups) > MANY and has_flash(dtype, capability_of(device)):
             bounds = uploaded(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
-        return cls(groups, tiles, bounds, max(lengths), rows)
+        return cls(groups, tiles, bounds, max(lengths), rows, attention_dtype(weights or dtype, dtype))
 
 
 def uploaded(numbers: npt.NDArray[np.int32], device: torch.device) -> Tensor:
@@ -88,8 +98,9 @@ def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     outputs = []
     for start, count, length in segments.groups:
         rows = slice(start, start + count * length)
-        batch = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
-        outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1).flatten(1))
+        batch = [x[rows].to(segments.dtype or x.dtype).unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        attended = F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1).flatten(1)
+        outputs.append(attended.to(q.dtype))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -176,7 +176,7 @@ class VisionTower(nn.Module):
     def __init__(self, spec: VisionSpec, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = spec
-        self.compute_dtype = compute_dtype
+        self.dtype, self.compute_dtype = dtype, compute_dtype
         self.patch_embed = PatchEmbed(spec, dtype, compute_dtype)
         self.blocks = nn.ModuleList(VisionBlock(spec, dtype, compute_dtype) for _ in range(spec.depth))
         self.merger = PatchMerger(spec, dtype, compute_dtype)
@@ -189,7 +189,7 @@ class VisionTower(nn.Module):
         spec = self.spec
         parts = pixel_values if isinstance(pixel_values, list) else [pixel_values]
         device = parts[0].device
-        segments = Segments.of(segment_lengths(grids), device, self.compute_dtype, spec.head_dim)
+        segments = Segments.of(segment_lengths(grids), device, self.compute_dtype, spec.head_dim, self.dtype)
         positions = torch.from_numpy(vision_positions(grids, spec.merge_size))
         if device.type == "cuda":
             positions = positions.pin_memory().to(device, non_blocking=True)
