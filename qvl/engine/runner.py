@@ -90,9 +90,9 @@ class ModelRunner:
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
         self.stream = own_stream(self.device) if config.device == "cuda" else None
-        self.freed = FreedMemory() if config.device == "cpu" else None
         with self._on_stream():
             self.model = load_model(config, self.device, clock)
+            self.freed = FreedMemory() if config.device == "cpu" else None
             self.config = config = size_kv_cache(config, self.model)
             clock.passed("first steps")
             assert config.num_blocks is not None

@@ -30,6 +30,31 @@ print(resident(), freed.give_back(), resident())
 """
 
 
+# Four pieces of 24 MiB at a time, freed together: left alone, the C library gives their 24,576 pages back.
+AGAIN = """
+import ctypes, resource
+from qvl.engine.host_memory import FreedMemory
+
+def fill():
+    pieces = [malloc(SIZE) for _ in range(4)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, SIZE)
+    for piece in pieces:
+        free(piece)
+
+SIZE = 24 << 20
+library = ctypes.CDLL(None)
+malloc, free = library.malloc, library.free
+malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
+kept = FreedMemory()
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 def test_host_memory_is_what_is_left() -> None:
     total = int(next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line).split()[1])
     assert 0 < available_host_memory() < total * 1024
@@ -41,6 +66,12 @@ def test_pages_between_pieces_that_live_on_are_given_back() -> None:
     before, given, after = done.stdout.split()
     assert given == "True"
     assert int(before) - int(after) > 50, done.stdout  # of 95 MiB
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library without malloc_trim")
+def test_large_pieces_are_kept_until_then() -> None:
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 24_576, done.stdout  # of 245,760
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library without malloc_trim")
