@@ -112,6 +112,10 @@ def _check(ok: bool, param: str, says: str) -> None:
         raise InvalidRequest(f"'{param}' must be {says}", param=param)
 
 
+def _whole(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)  # numpy's whole numbers too
+
+
 def _finite(value: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -197,16 +201,21 @@ class SamplingParams:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", self.logit_bias or {})
         self._check_lengths()
         self._check_probabilities()
         self._check_lists()
         _check(self.constraint is None or isinstance(self.constraint, Constraint), "constraint", "a Constraint")
 
     def _check_lengths(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            _check(value is None or _whole(value), name, "a whole number")
+        for name in ("min_tokens", "n"):
+            _check(_whole(getattr(self, name)), name, "a whole number")
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         _check(self.min_tokens >= 0, "min_tokens", "at least 0")
         if self.max_tokens is not None:
@@ -233,7 +242,11 @@ class SamplingParams:
     def _check_lists(self) -> None:
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
-            _check(0 < len(text) <= MAX_STOP_CHARS, "stop", f"strings of 1 to {MAX_STOP_CHARS} characters")
+            _check(
+                isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARS,
+                "stop",
+                f"strings of 1 to {MAX_STOP_CHARS} characters",
+            )
         _check(len(self.stop_token_ids) <= 1024, "stop_token_ids", "at most 1024 ids")
         _check(len(self.logit_bias) <= 1024, "logit_bias", "at most 1024 entries")
         for value in self.logit_bias.values():

@@ -165,6 +165,10 @@ class LLM:
         return self.engine.config.max_model_len
 
     def _chat_reader(self, dialogue: Any, sampling: SamplingParams, how: ChatOptions) -> Reader:
+        for name in how:
+            if name not in ChatOptions.__annotations__:
+                hint = f"; it goes into SamplingParams({name}=...)" if name in SamplingParams.__annotations__ else ""
+                raise TypeError(f"an unexpected keyword argument '{name}'{hint}")
         request = _chat_request(read_dialogue(dialogue), sampling, **how)
         return lambda: self._intake.prepare_chat(request)
 
@@ -192,12 +196,15 @@ def _chat_request(
 def _one(sampling: Sampling) -> SamplingParams:
     if sampling is None or isinstance(sampling, SamplingParams):
         return sampling or SamplingParams()
-    raise InvalidRequest("one conversation takes one SamplingParams, not a list of them", param="sampling_params")
+    given = type(sampling).__name__
+    raise InvalidRequest(f"one conversation takes one SamplingParams, not a {given}", param="sampling_params")
 
 
 def _each(sampling: Sampling, count: int) -> Sequence[SamplingParams]:
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or SamplingParams()] * count
+    if not all(isinstance(one, SamplingParams) for one in sampling):
+        raise InvalidRequest("'sampling_params' must be one SamplingParams, or a list of them", param="sampling_params")
     if len(sampling) != count:
         raise InvalidRequest(
             f"{count} conversations were given {len(sampling)} SamplingParams", param="sampling_params"

@@ -29,13 +29,17 @@ _RAW_FIELDS = ("prompt", "prompt_token_ids", "multi_modal_data")
 
 def is_one_dialogue(messages: Dialogue | Sequence[Dialogue]) -> bool:
     """Whether these are the turns of one conversation (or its only text), not several conversations."""
-    return isinstance(messages, str) or not messages or isinstance(messages[0], Message | Mapping)
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        return True
+    return isinstance(messages[0], Message | Mapping)
 
 
 def read_dialogue(dialogue: Dialogue) -> tuple[Message, ...]:
     """The turns of one conversation; a text alone is a user's. Raises `InvalidRequest` with the place of a mistake."""
     if isinstance(dialogue, str):
         return (Message("user", (TextPart(dialogue),)),)
+    if not isinstance(dialogue, Sequence):
+        raise InvalidRequest("'messages' must be a text or a list of messages", param="messages")
     stand_in = {"role": "user", "content": ""}  # keeps the numbers of the turns in what is said about the others
     plain = [stand_in if isinstance(turn, Message) else _long_form(turn) for turn in dialogue]
     read = read_messages(plain, in_process=True)
@@ -62,15 +66,17 @@ def _part(part: Any) -> Any:
 
 def is_one_prompt(prompts: RawPrompt | Sequence[RawPrompt]) -> bool:
     """Whether this is one raw prompt, not a list of them."""
-    return isinstance(prompts, str | Mapping) or not prompts or isinstance(prompts[0], int)
+    return not isinstance(prompts, Sequence) or not prompts or isinstance(prompts, str) or isinstance(prompts[0], int)
 
 
 def read_prompt(prompt: RawPrompt) -> tuple[str | list[int], list[MediaPart]]:
     """The text or ids of a raw prompt, and the pictures for its pads in order. Raises `InvalidRequest`."""
     if isinstance(prompt, str):
         return prompt, []
-    if not isinstance(prompt, Mapping):
+    if isinstance(prompt, Sequence):
         return list(prompt), []
+    if not isinstance(prompt, Mapping):
+        raise InvalidRequest("a prompt must be a text, a list of token ids or an object with 'prompt'", param="prompt")
     for name in prompt:
         if name not in _RAW_FIELDS:
             raise InvalidRequest(f"unknown field '{name}' in a prompt{suggest(str(name), _RAW_FIELDS)}", param="prompt")

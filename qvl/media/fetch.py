@@ -180,17 +180,13 @@ def _read_path(path: str, policy: MediaPolicy) -> bytes:
     """A regular file that policy allows. What is missing and what is forbidden look the same from outside."""
     root = policy.allowed_local_path
     if policy.allow_any_local_path:
-        refusal: MediaRefused | BadMedia = BadMedia("the file cannot be read")
-    elif root is None:
+        return _read_own_path(path, policy)
+    if root is None:
         raise MediaRefused(
             "this server reads no local files; send a URL or a data URL (or start it with --allowed-local-media-path)"
         )
-    else:
-        refusal = MediaRefused("no readable file under the folder that --allowed-local-media-path names")
+    refusal = MediaRefused("no readable file under the folder that --allowed-local-media-path names")
     try:
-        if policy.allow_any_local_path:
-            return _read_file(Path(path).expanduser().resolve(strict=True), policy)
-        assert root is not None
         folder = root.resolve(strict=True)
         file = (folder / path).resolve(strict=True)  # symlinks and .. are gone from here on
         if not file.is_relative_to(folder):
@@ -198,6 +194,15 @@ def _read_path(path: str, policy: MediaPolicy) -> bytes:
         return _read_file(file, policy)
     except (OSError, ValueError, RuntimeError):  # missing, NUL in the name, a loop of links
         raise refusal from None
+
+
+def _read_own_path(path: str, policy: MediaPolicy) -> bytes:
+    """Any file, for a caller who could open it too and may be told why it cannot be read."""
+    try:
+        return _read_file(Path(path).expanduser().resolve(strict=True), policy)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise BadMedia(f"{path[:200]} cannot be read: {reason}") from None
 
 
 def _read_file(file: Path, policy: MediaPolicy) -> bytes:

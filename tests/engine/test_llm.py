@@ -242,8 +242,22 @@ def test_mistakes_are_named(checkpoint: Path, llm: LLM) -> None:
         llm.chat([user(picture(1, 60, 60), b"not a picture")])
     with pytest.raises(TypeError, match="add_generation_promt"):
         llm.chat([user("a")], add_generation_promt=True)  # type: ignore[call-overload]
-    with pytest.raises(InvalidRequest, match="one SamplingParams"):
+    with pytest.raises(TypeError, match=r"'max_tokens'; it goes into SamplingParams\(max_tokens=...\)"):
+        llm.chat("a", max_tokens=3)  # type: ignore[call-overload]
+    with pytest.raises(InvalidRequest, match="one SamplingParams, not a list"):
         llm.chat([user("a")], [GREEDY])
+    for rules in ({"max_tokens": 3}, [{"max_tokens": 3}]):
+        for dialogue in ("a", [[user("a")]]):
+            with pytest.raises(InvalidRequest, match="SamplingParams"):
+                llm.chat(dialogue, rules)  # type: ignore[arg-type, call-overload]
+    for no_dialogue in ({"role": "user", "content": "a"}, None, 3):
+        with pytest.raises(InvalidRequest, match="'messages' must be"):
+            llm.chat(no_dialogue)  # type: ignore[call-overload]
+        with pytest.raises(InvalidRequest, match="'messages' must be"):
+            llm.stream(no_dialogue)  # type: ignore[arg-type]
+    for no_prompt in (None, 3):
+        with pytest.raises(InvalidRequest, match="a prompt must be"):
+            llm.generate(no_prompt)  # type: ignore[call-overload]
 
 
 def test_one_bad_conversation_stops_the_rest(llm: LLM) -> None:

@@ -207,10 +207,15 @@ def test_in_process_any_file_can_be_read(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for source in ("a.png", Path("a.png"), str(folder / "a.png"), f"file://{folder}/a.png", "dir-out/media/a.png"):
         assert fetch(source, policy) == b"picture"
-    with pytest.raises(BadMedia, match="cannot be read"):
-        fetch("missing.png", policy)
-    with pytest.raises(BadMedia, match="cannot be read"):
-        fetch("fifo", policy)
+    for source, says in (
+        ("missing.png", "missing.png cannot be read: No such file"),
+        (Path("missing.png"), "missing.png cannot be read: No such file"),
+        ("fifo", "fifo cannot be read: not a regular file"),
+        ("nul\0", "cannot be read: embedded null"),
+        ("loop", "loop cannot be read: "),
+    ):
+        with pytest.raises(BadMedia, match=says):
+            fetch(source, policy)
 
 
 def test_base64_and_nothing_around_it(folder):
