@@ -14,7 +14,8 @@ from qvl.types import SamplingParams
 def test_nothing_may_be_said_as_none() -> None:
     empty: dict[str, Any] = {"stop": None, "stop_token_ids": None, "logit_bias": None}
     assert SamplingParams(**empty) == SamplingParams()
-    assert SamplingParams(stop="a").stop == ("a",)
+    one: Any = "a"
+    assert SamplingParams(stop=one).stop == ("a",)
     assert SamplingParams(max_tokens=np.int64(3), top_k=np.int32(5)).max_tokens == 3  # type: ignore[arg-type]
 
 

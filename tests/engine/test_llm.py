@@ -249,7 +249,7 @@ def test_mistakes_are_named(checkpoint: Path, llm: LLM) -> None:
     for rules in ({"max_tokens": 3}, [{"max_tokens": 3}]):
         for dialogue in ("a", [[user("a")]]):
             with pytest.raises(InvalidRequest, match="SamplingParams"):
-                llm.chat(dialogue, rules)  # type: ignore[arg-type, call-overload]
+                llm.chat(dialogue, rules)  # type: ignore[arg-type]
     for no_dialogue in ({"role": "user", "content": "a"}, None, 3):
         with pytest.raises(InvalidRequest, match="'messages' must be"):
             llm.chat(no_dialogue)  # type: ignore[call-overload]
