@@ -17,24 +17,22 @@ INLINE void bytes_step(const int columns, const int8_t *w, const int8_t *x, long
     }
 }
 
-/* Numbers [at, at + length) of k of some tiles, `apart` from each other, times `columns` rows of x, one of both numbers
- * being 1: to `out`, still to be scaled. */
+/* Numbers [at, at + length) of k of some tiles, `apart` from each other, times `columns` rows of x: to `out`, one tile
+ * after the other, still to be scaled. */
 INLINE void span8(const int tiles, const int columns, const product *p, const int8_t *w, long apart, long column, long at,
                   long length, vn (*out)[BESIDE]) {
-    const int sums = tiles + columns - 1;
-    vd sum[STRIP][BESIDE];
-    UNROLL for (int i = 0; i < sums; i++) {
+    vd sum[SUMS][BESIDE];
+    UNROLL for (int i = 0; i < tiles * columns; i++) {
         int32_t start = 0;
-        for (long b = 0; START8 && b < length; b += BLOCK4)
-            start += START8 * *sums_of(p, column + (columns > 1 ? i : 0), at + b);
+        for (long b = 0; START8 && b < length; b += BLOCK4) start += START8 * *sums_of(p, column + i % columns, at + b);
         UNROLL for (int v = 0; v < BESIDE; v++) sum[i][v] = (vd){0} + start;
     }
     for (long j = 0; j < length; j += 4, w += 4 * TILE)
         UNROLL for (int t = 0; t < tiles; t++) {
             const int8_t *own = w + t * apart * p->k * TILE;
             __builtin_prefetch(own + AHEAD(columns), 0, 2);
-            bytes_step(columns, own, p->codes + column * p->k + at + j, p->k, sum + t);
+            bytes_step(columns, own, p->codes + column * p->k + at + j, p->k, sum + t * columns);
         }
-    UNROLL for (int i = 0; i < sums; i++)
+    UNROLL for (int i = 0; i < tiles * columns; i++)
         UNROLL for (int v = 0; v < BESIDE; v++) out[i][v] = __builtin_convertvector(sum[i][v], vn);
 }

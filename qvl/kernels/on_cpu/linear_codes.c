@@ -24,26 +24,26 @@ static void round_piece(const void *what, long row) {
     round_row(p->from + row * p->ldx, p->width, p->k, p->codes + row * p->k, scales_of(p, row, 0), sums_of(p, row, 0));
 }
 
-/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k; one of both numbers is 1. */
+/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k. */
 INLINE void tile(const int bits, const int tiles, const int columns, const product *p, long column, long t, long apart,
                  long from, long stop) {
-    float sums[STRIP][TILE];
-    for (int i = 0; i < tiles; i++) take_sums(columns, p, column, t + i * apart, from, sums + i);
+    float sums[SUMS][TILE];
+    for (int i = 0; i < tiles; i++) take_sums(columns, p, column, t + i * apart, from, sums + i * columns);
     for (long at = from; at < stop; at += SPAN) {
         const int8_t *w = p->w + (t * p->k + at) * TILE * bits / 8;
         long length = stop - at < SPAN ? stop - at : SPAN;
-        vn out[STRIP][BESIDE];
+        vn out[SUMS][BESIDE];
         if (bits == 4)
             span4(tiles, columns, p, w, p->steps + (t * p->k + at) / BLOCK4 * TILE, apart, column, at, length, out);
         else
             span8(tiles, columns, p, w, apart, column, at, length, out);
-        UNROLL for (int i = 0; i < tiles + columns - 1; i++)
+        UNROLL for (int i = 0; i < tiles * columns; i++)
             UNROLL for (int v = 0; v < BESIDE; v++) {
                 vn_u *to = (vn_u *)(sums[i] + v * (BYTES / 4));
-                *to = weighed_add(*to, out[i][v], *scales_of(p, column + (columns > 1 ? i : 0), at / SPAN) - (vn){0});
+                *to = weighed_add(*to, out[i][v], *scales_of(p, column + i % columns, at / SPAN) - (vn){0});
             }
     }
-    for (int i = 0; i < tiles; i++) keep_sums(columns, p, column, t + i * apart, stop, sums + i);
+    for (int i = 0; i < tiles; i++) keep_sums(columns, p, column, t + i * apart, stop, sums + i * columns);
 }
 
 /* Tiles [first, last) times the only row of x. */
@@ -59,7 +59,14 @@ INLINE void tiles(const int bits, const product *p, long first, long last) {
     for (long from = 0; from < p->k; from += chunk) {
         long stop = p->k - from < chunk ? p->k : from + chunk;
         for (long t = first; t < last; t++)
-            for (long c = 0, left; (left = p->m - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4)
+            for (long c = 0, left; (left = p->m - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4) {
+#if PAIR > 1
+                const int second = (t - first) % PAIR;
+                if (left >= STRIP && (second || t + 1 < last)) {
+                    if (!second) tile(bits, PAIR, STRIP, p, c, t, 1, from, stop);
+                    continue;
+                }
+#endif
                 switch (left >= STRIP ? STRIP : left) {
                 case 1: tile(bits, 1, 1, p, c, t, 0, from, stop); break;
                 case 2: tile(bits, 1, 2, p, c, t, 0, from, stop); break;
@@ -69,6 +76,7 @@ INLINE void tiles(const int bits, const product *p, long first, long last) {
                 default: tile(bits, 1, 4, p, c, t, 0, from, stop);
 #endif
                 }
+            }
     }
 }
 

@@ -8,6 +8,8 @@
 
 #define BESIDE (4 * TILE / BYTES)   /* vectors beside each other for the rows of a tile */
 #define STRIP (BYTES == 64 ? 8 : 4) /* rows of x that a tile meets at a time */
+#define PAIR (BYTES == 64 ? 2 : 1)  /* tiles that so many rows meet at once: 16 sums, for products that take five cycles */
+#define SUMS (STRIP * PAIR)
 /* Bytes of W that are fetched before they are needed. Several rows of x read a tile at a time, which is one stream
  * where a single row has two, and the last of them leave the memory idle: they reach into the next tile. */
 #define AHEAD(columns) ((columns) > 1 ? 2048 : 1024)
