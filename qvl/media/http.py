@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import httpcore
 import httpx
 
-from qvl.errors import BadMedia, InvalidRequest, MediaRefused, PayloadTooLarge
+from qvl.errors import BadMedia, MediaRefused, PayloadTooLarge
 from qvl.media.fetch import MediaPolicy
 from qvl.media.guard import Deadline, GuardedBackend
 
@@ -35,7 +35,7 @@ _HEADERS = [
 def read_http(url: str, policy: MediaPolicy, seconds: float | None = None) -> bytes:
     """The body at `url`, after at most five redirects.
 
-    Raises MediaRefused, PayloadTooLarge, BadMedia, InvalidRequest.
+    Raises MediaRefused, PayloadTooLarge, BadMedia.
     """
     deadline = Deadline(policy.total_timeout if seconds is None else min(seconds, policy.total_timeout))
     backend = GuardedBackend(deadline, allow_private=policy.allow_private_hosts)
@@ -93,7 +93,7 @@ def _get(pool: httpcore.ConnectionPool, url: httpx.URL, policy: MediaPolicy) -> 
         if response.status in _REDIRECTS and b"location" in fields:
             return fields[b"location"]
         if response.status != 200:
-            raise InvalidRequest(f"the address answered with HTTP status {response.status}")
+            raise BadMedia(f"the address answered with HTTP status {response.status}")
         length = fields.get(b"content-length", "")
         if length.isdigit() and int(length[:20]) > policy.max_bytes:
             raise _too_large(policy)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from qvl import wire
 from qvl.backends.echo import EchoBackend
+from qvl.bench.load.http import Address
 from qvl.client import Client, EventReader, body_of, collect, media_kind, question
 from qvl.errors import InvalidRequest, ModelNotFound, Overloaded, RequestFailed, Unauthorized, Unavailable
 from qvl.media.fetch import MediaPolicy, read
@@ -94,6 +95,14 @@ def test_the_key_is_sent_and_read_from_the_environment(monkeypatch: pytest.Monke
         monkeypatch.setenv("QVL_API_KEY", "s3cret")
         with Client(locked.url) as client:
             assert client.ask("Hi") == "Hi"
+
+
+@pytest.mark.parametrize("key", ["钥匙", "s3cret\n"])
+def test_a_key_that_no_header_carries(key: str) -> None:
+    with pytest.raises(InvalidRequest, match="the API key"):
+        Client("http://127.0.0.1:9", api_key=key)
+    with pytest.raises(InvalidRequest, match="the API key"):
+        Address.read("http://127.0.0.1:9").request("GET", "/v1/models", api_key=key)
 
 
 def test_the_address_is_read_from_the_environment(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,8 @@ def test_redirects_to_anything_but_a_plain_http_address(site, target):
 
 
 def test_status_is_named_and_the_body_is_not(site):
-    assert "404" in refuse(site.url("nothing"), OPEN, InvalidRequest)
-    assert "503" in refuse(site.url("error"), OPEN, InvalidRequest)
+    assert "404" in refuse(site.url("nothing"), OPEN, BadMedia)
+    assert "503" in refuse(site.url("error"), OPEN, BadMedia)
 
 
 def test_compressed_bodies(site):

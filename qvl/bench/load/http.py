@@ -52,12 +52,14 @@ class Address:
         return cls(url.scheme, url.hostname, port or (443 if url.scheme == "https" else 80), prefix)
 
     def request(self, method: str, path: str, body: bytes = b"", api_key: str | None = None) -> bytes:
-        """The bytes of one request for JSON or an event stream."""
+        """The bytes of one request for JSON or an event stream. Raises `InvalidRequest` for a key that is no text."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", "Accept: */*"]
         if body:
             head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         if api_key:
+            if not (api_key.isascii() and api_key.isprintable()):
+                raise InvalidRequest("the API key has characters that no header carries; is there a line's end in it?")
             head.append(f"Authorization: Bearer {api_key}")
         return "\r\n".join([*head, "", ""]).encode() + body
 
