@@ -57,18 +57,27 @@ static int amx_runs(void) { return 0; }
 /* Whether m rows of x are multiplied here. */
 INLINE int amx_takes(long m) { return m > STRIP && amx_runs(); }
 
-/* Rows of x that are held for it, filled up with zeros. */
+/* Rows of x that are held for it, filled up with zeros. Sixteen stand side by side, 64 numbers of each at a time. */
 INLINE long rows_held(long m) { return amx_takes(m) ? (m + SQUARE - 1) / SQUARE * SQUARE : m; }
 
 #if defined(AMX)
-#define AMX_CHUNK 1024 /* numbers of two tiles of W that meet all of x: they stay in the first-level cache */
-#define STEP 64        /* numbers of k in a register */
+#define STEP 64                           /* numbers of k in a register */
+#define STEPS (SPAN / STEP)
+#define AMX_CHUNK 2048                    /* numbers of two tiles of 4 bits that are opened for all of x */
+typedef int32_t squares[4][SQUARE][TILE]; /* (tile, strip): whole numbers, as registers 0 to 3 hold them */
 
-/* STEP numbers of `tiles` tiles of W, `apart` bytes from each other, times `strips` times 16 rows of x. Registers 0 to 3
- * have the sums, 4 and 5 x, 6 and 7 W. */
-INLINE void amx_step(const int tiles, const int strips, const int8_t *w, long apart, const int8_t *x, long k) {
-    FILL(4, x, k);
-    if (strips > 1) FILL(5, x + SQUARE * k, k);
+/* `tiles` tiles of W from t on times `strips` times 16 rows of x from `column` on, over numbers [from, stop) of k, which
+ * lie at w and, of the second tile, `apart` bytes behind. */
+typedef struct {
+    const product *p;
+    const int8_t *w;
+    long apart, column, t, from, stop;
+} amx_part;
+
+/* One step of it: registers 4 and 5 have x, 6 and 7 W. */
+INLINE void amx_step(const int tiles, const int strips, const int8_t *w, long apart, const int8_t *x, long next) {
+    FILL(4, x, 64);
+    if (strips > 1) FILL(5, x + next, 64);
     FILL(6, w, 64);
     MULTIPLY(0, 4, 6);
     if (strips > 1) MULTIPLY(1, 5, 6);
@@ -78,14 +87,14 @@ INLINE void amx_step(const int tiles, const int strips, const int8_t *w, long ap
     if (strips > 1) MULTIPLY(3, 5, 7);
 }
 
-/* The same over `length` numbers, to `whole`. */
-INLINE void amx_sums(const int tiles, const int strips, const int8_t *w, long apart, const int8_t *x, long k, long length,
-                     int32_t (*whole)[SQUARE][TILE]) {
+INLINE void amx_clear(void) {
     CLEAR(0);
     CLEAR(1);
     CLEAR(2);
     CLEAR(3);
-    for (long i = 0; i < length; i += STEP) amx_step(tiles, strips, w + i * TILE, apart, x + i, k);
+}
+
+INLINE void amx_keep(const int tiles, const int strips, squares whole) {
     KEEP(0, whole[0]);
     if (strips > 1) KEEP(1, whole[1]);
     if (tiles == 1) return;
@@ -93,45 +102,83 @@ INLINE void amx_sums(const int tiles, const int strips, const int8_t *w, long ap
     if (strips > 1) KEEP(3, whole[3]);
 }
 
-/* Numbers [at, at + length) of k, one span, of `tiles` tiles from t on, times rows of x from `column` on: added to `sums`. */
-INLINE void amx_span(const int bits, const int tiles, const int strips, const product *p, const int8_t *w, long apart,
-                     long column, long t, long at, long length, float (*sums)[2 * SQUARE][TILE]) {
-    const int8_t *x = p->codes + column * p->k + at;
-    int32_t whole[PER_SPAN][4][SQUARE][TILE] __attribute__((aligned(64)));
-    const long part = bits == 4 ? BLOCK4 : SPAN, parts = (length + part - 1) / part;
-    for (long b = 0; b < parts; b++)
-        amx_sums(tiles, strips, w + b * part * TILE, apart, x + b * part, p->k, length < part ? length : part, whole[b]);
-    for (int i = 0; i < tiles; i++) {
-        vn step[PER_SPAN];
-        if (bits == 4)
-            for (long b = 0; b < parts; b++)
-                step[b] = numbers_of(p->steps + (((t + i) * p->k + at) / BLOCK4 + b) * TILE);
-        for (int s = 0; s < strips; s++)
-            for (int r = 0; r < SQUARE; r++) {
-                vn *to = (vn *)sums[i][s * SQUARE + r], out = {0};
-                if (bits == 8)
-                    out = __builtin_convertvector(*(vd *)whole[0][2 * i + s][r], vn);
-                else
-                    for (long b = 0; b < parts; b++)
-                        out = weighed_add(out, __builtin_convertvector(*(vd *)whole[b][2 * i + s][r], vn), step[b]);
-                *to = weighed_add(*to, out, *scales_of(p, column + s * SQUARE + r, at / SPAN) - (vn){0});
-            }
+/* Some rows of x, the `part`th of STEPS: what the span at `at` has summed for them, `whole`, added to `sums`. */
+INLINE void amx_scale(const int bits, const int tiles, const int strips, const amx_part *a, long at, long part,
+                      const squares *whole, float (*sums)[2 * SQUARE][TILE]) {
+    const product *p = a->p;
+    const int rows = strips * SQUARE / STEPS;
+    const long first = part * rows, strip = first / SQUARE, row = first % SQUARE;
+    const float *scale = scales_of(p, a->column + first, at / SPAN);
+    const long blocks = ((a->stop - at < SPAN ? a->stop - at : SPAN) + BLOCK4 - 1) / BLOCK4;
+    UNROLL for (int i = 0; i < tiles; i++) {
+        const uint16_t *steps = p->steps + ((a->t + i) * p->k + at) / BLOCK4 * TILE;
+        UNROLL for (int r = 0; r < rows; r++) {
+            vn *to = (vn *)sums[i][first + r], out = {0};
+            if (bits == 8)
+                out = __builtin_convertvector(*(const vd *)whole[0][2 * i + strip][row + r], vn);
+            else
+                for (long b = 0; b < blocks; b++)
+                    out = weighed_add(out, __builtin_convertvector(*(const vd *)whole[b][2 * i + strip][row + r], vn),
+                                      numbers_of(steps + b * TILE));
+            *to = weighed_add(at ? *to : (vn){0}, out, scale[r * p->spans] - (vn){0});
+        }
     }
 }
 
-/* Tiles t and perhaps t + 1, of which numbers [from, stop) of k lie at w, times rows of x from `column` on. */
-INLINE void amx_squares(const int bits, const int tiles, const int strips, const product *p, const int8_t *w, long apart,
-                        long column, long t, long from, long stop) {
-    float sums[2][2 * SQUARE][TILE] __attribute__((aligned(64)));
-    long left = p->m - column, rows = left < strips * SQUARE ? left : strips * SQUARE;
-    for (int i = 0; i < tiles; i++) {
-        take_sums((int)rows, p, column, t + i, from, sums[i]);
-        memset(sums[i][rows], 0, (2 * SQUARE - rows) * sizeof sums[i][0]);
+/* All spans. What one has summed is scaled while the next one multiplies: other parts of a processor do that. */
+INLINE void amx_spans(const int bits, const int tiles, const int strips, const amx_part *a,
+                      float (*sums)[2 * SQUARE][TILE]) {
+    const long next = SQUARE * a->p->k;
+    const int8_t *w = a->w, *x = a->p->codes + a->column * a->p->k + a->from * SQUARE;
+    squares whole[2][PER_SPAN] __attribute__((aligned(64)));
+    for (long at = a->from; at < a->stop + SPAN; at += SPAN) {
+        squares *own = whole[at / SPAN % 2], *last = whole[(at / SPAN + 1) % 2];
+        const long steps = at < a->stop ? (a->stop - at < SPAN ? a->stop - at : SPAN) / STEP : 0;
+        amx_clear();
+        for (long i = 0; i < STEPS; i++) {
+            if (i < steps) {
+                amx_step(tiles, strips, w, a->apart, x, next);
+                w += STEP * TILE, x += STEP * SQUARE;
+            }
+            if (at > a->from) amx_scale(bits, tiles, strips, a, at - SPAN, i, last, sums);
+            if (bits == 4 && i % 2 && i < steps) {
+                amx_keep(tiles, strips, own[i / 2]);
+                amx_clear();
+            }
+        }
+        if (bits == 8 && steps) amx_keep(tiles, strips, own[0]);
     }
-    for (long at = from; at < stop; at += SPAN)
-        amx_span(bits, tiles, strips, p, w + (at - from) * TILE, apart, column, t, at, stop - at < SPAN ? stop - at : SPAN,
-                 sums);
-    for (int i = 0; i < tiles; i++) keep_sums((int)rows, p, column, t + i, stop, sums[i]);
+}
+
+/* As `keep_sums`, a row of a tile at a time. */
+INLINE void amx_finish(const amx_part *a, long t, long rows, float (*sums)[TILE]) {
+    const product *p = a->p;
+    const long wide = p->n - t * TILE < TILE ? p->n - t * TILE : TILE;
+    const int scaled = a->stop == p->k && p->row_scales, biased = a->stop == p->k && p->bias;
+    vn scale = {0}, bias = {0};
+    if (scaled) scale = *(const vn_u *)(p->row_scales + t * TILE);
+    if (biased) memcpy(&bias, p->bias + t * TILE, wide * sizeof(float));
+    float *y = p->y + a->column * p->n + t * TILE;
+    for (long r = 0; r < rows; r++, y += p->n) {
+        vn own = *(vn *)sums[r];
+        if (scaled) own *= scale;
+        if (biased) own += bias;
+        if (wide == TILE)
+            *(vn_u *)y = own;
+        else
+            memcpy(y, &own, wide * sizeof(float));
+    }
+}
+
+INLINE void amx_squares(const int bits, const int tiles, const int strips, const amx_part *a) {
+    float sums[2][2 * SQUARE][TILE] __attribute__((aligned(64)));
+    const long left = a->p->m - a->column, rows = left < strips * SQUARE ? left : strips * SQUARE;
+    for (int i = 0; a->from && i < tiles; i++) {
+        memset(sums[i], 0, sizeof sums[i]);
+        take_sums((int)rows, a->p, a->column, a->t + i, a->from, sums[i]);
+    }
+    amx_spans(bits, tiles, strips, a, sums);
+    for (int i = 0; i < tiles; i++) amx_finish(a, a->t + i, rows, sums[i]);
 }
 
 /* `count` numbers of a tile of 4 bits as bytes, in the order of 8 bits. */
@@ -148,28 +195,25 @@ INLINE void open_tile(const int8_t *w, long count, int8_t *to) {
 INLINE void amx_tiles(const int bits, const product *p, long first, long last) {
     static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } how = {
         1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    int8_t opened[2 * AMX_CHUNK * TILE] __attribute__((aligned(64)));
+    const long chunk = bits == 4 ? AMX_CHUNK : p->k;
+    int8_t opened[2][AMX_CHUNK * TILE] __attribute__((aligned(64)));
     SET_UP(&how);
-    for (long from = 0; from < p->k; from += AMX_CHUNK) {
-        long stop = p->k - from < AMX_CHUNK ? p->k : from + AMX_CHUNK;
+    for (long from = 0; from < p->k; from += chunk)
         for (long t = first; t < last; t += 2) {
-            const int8_t *w = p->w + (t * p->k + from) * TILE * bits / 8;
-            long apart = p->k * TILE;
+            amx_part a = {p, p->w + (t * p->k + from) * TILE, p->k * TILE, 0, t, from, p->k - from < chunk ? p->k : from + chunk};
             if (bits == 4) {
-                open_tile(w, stop - from, opened);
-                if (t + 1 < last) open_tile(w + p->k * TILE / 2, stop - from, opened + AMX_CHUNK * TILE);
+                for (int i = 0; i < 2 && t + i < last; i++)
+                    open_tile(p->w + ((t + i) * p->k + from) * TILE / 2, a.stop - from, opened[i]);
                 SETTLE();
-                w = opened, apart = AMX_CHUNK * TILE;
+                a.w = opened[0], a.apart = sizeof opened[0];
             }
-            for (long c = 0; c < p->m; c += 2 * SQUARE)
-                switch ((t + 1 < last) * 2 + (p->m - c > SQUARE)) {
-                case 0: amx_squares(bits, 1, 1, p, w, apart, c, t, from, stop); break;
-                case 1: amx_squares(bits, 1, 2, p, w, apart, c, t, from, stop); break;
-                case 2: amx_squares(bits, 2, 1, p, w, apart, c, t, from, stop); break;
-                case 3: amx_squares(bits, 2, 2, p, w, apart, c, t, from, stop); break;
+            for (; a.column < p->m; a.column += 2 * SQUARE) switch ((t + 1 < last) * 2 + (p->m - a.column > SQUARE)) {
+                case 0: amx_squares(bits, 1, 1, &a); break;
+                case 1: amx_squares(bits, 1, 2, &a); break;
+                case 2: amx_squares(bits, 2, 1, &a); break;
+                case 3: amx_squares(bits, 2, 2, &a); break;
                 }
         }
-    }
     TEAR_DOWN();
 }
 #endif

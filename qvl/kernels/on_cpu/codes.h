@@ -32,25 +32,40 @@ INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffffu); }
 INLINE vf rounded(vf v) { return v + 12582912.0f - 12582912.0f; } /* to whole numbers, below 2^22 */
 INLINE void store_codes(int8_t *to, vf v) { *(vc_u *)to = __builtin_convertvector(__builtin_convertvector(v, vs), vc_u); }
 
-/* The largest of n numbers (a multiple of LANES) without their signs; not a number when one of them is none or infinite. */
-INLINE float largest(const float *v, long n) {
-    vf most = {0}, odd = {0};
-    for (long i = 0; i < n; i += LANES) {
-        vf size = magnitude(f32_low(v + i));
-        most = choose(size > most, size, most);
-        odd += size * 0;
-    }
-    float out = 0;
-    for (int i = 0; i < LANES; i++) out = most[i] > out ? most[i] : out;
-    return out + sum(odd);
+/* The larger ones. */
+INLINE vi larger(vi a, vi b) {
+#if LANES == 16
+    return (vi)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return (vi)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+    vs first = (vs)(a > b);
+    return (a & (vi)first) | (b & ~(vi)first);
+#endif
 }
 
-/* `length` numbers, a multiple of BLOCK8, times `back` to codes; their sum per BLOCK4 into `sums`. */
-INLINE void round_span(const float *x, long length, float back, int8_t *codes, int32_t *sums) {
+/* The largest of n numbers (a multiple of BLOCK8) without their signs; not a number when one of them is none or infinite.
+ * Such numbers are in the order of their bits, and what is not finite stands above all others. */
+INLINE float largest(const float *v, long n) {
+    vi most[4] = {0};
+    for (long i = 0; i < n; i += BLOCK8)
+        for (int j = 0; j < BLOCK8 / LANES; j++) most[j % 4] = larger(most[j % 4], (vi)magnitude(f32_low(v + i + j * LANES)));
+    most[0] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    uint32_t all = 0;
+    for (int i = 0; i < LANES; i++) all = most[0][i] > all ? most[0][i] : all;
+    if (all >= 0x7f800000u) return NAN;
+    float out;
+    memcpy(&out, &all, sizeof out);
+    return out;
+}
+
+/* `length` numbers, a multiple of BLOCK8, times `back` to codes, as many of them `apart` from the next; their sum per BLOCK4
+ * into `sums`. */
+INLINE void round_span(const float *x, long length, float back, int8_t *codes, long apart, int32_t *sums) {
     for (long i = 0; i < length; i += BLOCK8) {
         vs sum = {0};
-        for (long j = i; j < i + BLOCK8; j += LANES) {
-            vs whole = __builtin_convertvector(rounded(f32_low(x + j) * back), vs);
+        for (long j = 0; j < BLOCK8; j += LANES) {
+            vs whole = __builtin_convertvector(rounded(f32_low(x + i + j) * back), vs);
             sum += whole;
 #if LANES == 8
             __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
@@ -63,12 +78,13 @@ INLINE void round_span(const float *x, long length, float back, int8_t *codes, i
         for (int l = 0; l < LANES; l++) all += sum[l];
         if (i % BLOCK4 == 0) sums[i / BLOCK4] = 0;
         sums[i / BLOCK4] += all;
+        codes += apart;
     }
 }
 
 /* n numbers to codes, zero-filled to k, with scales and sums. A scale that is not a number makes every result so. */
-static void round_row(const float *x, long n, long k, int8_t *codes, float *scales, int32_t *sums) {
-    for (long i = 0; i < k; i += SPAN, scales++, sums += PER_SPAN) {
+static void round_row(const float *x, long n, long k, int8_t *codes, long apart, float *scales, int32_t *sums) {
+    for (long i = 0; i < k; i += SPAN, scales++, sums += PER_SPAN, codes += SPAN / BLOCK8 * apart) {
         long length = k - i < SPAN ? k - i : SPAN, own = n - i < length ? n - i : length;
         float part[SPAN];
         const float *in = x + i;
@@ -80,9 +96,11 @@ static void round_row(const float *x, long n, long k, int8_t *codes, float *scal
         float most = largest(in, length);
         *scales = most / 127;
         if (most == most)
-            round_span(in, length, most > 1e-30f ? 127 / most : 0, codes + i, sums);
-        else /* no number can be converted: nothing, times a scale that is none */
-            memset(codes + i, 0, length), memset(sums, 0, PER_SPAN * sizeof *sums);
+            round_span(in, length, most > 1e-30f ? 127 / most : 0, codes, apart, sums);
+        else { /* no number can be converted: nothing, times a scale that is none */
+            for (long j = 0; j < length / BLOCK8; j++) memset(codes + j * apart, 0, BLOCK8);
+            memset(sums, 0, PER_SPAN * sizeof *sums);
+        }
     }
 }
 

@@ -16,12 +16,15 @@
 
 static void round_piece(const void *what, long row) {
     const product *p = what;
-    if (row >= p->m) { /* filling */
-        memset(p->codes + row * p->k, 0, p->k);
+    const int sixteen = amx_takes(p->m);
+    int8_t *codes = p->codes + (sixteen ? row / SQUARE * SQUARE * p->k + row % SQUARE * BLOCK8 : row * p->k);
+    const long apart = sixteen ? SQUARE * BLOCK8 : BLOCK8;
+    if (row < p->m)
+        round_row(p->from + row * p->ldx, p->width, p->k, codes, apart, scales_of(p, row, 0), sums_of(p, row, 0));
+    else { /* filling */
+        for (long j = 0; j < p->k / BLOCK8; j++) memset(codes + j * apart, 0, BLOCK8);
         memset(scales_of(p, row, 0), 0, p->spans * sizeof(float));
-        return;
     }
-    round_row(p->from + row * p->ldx, p->width, p->k, p->codes + row * p->k, scales_of(p, row, 0), sums_of(p, row, 0));
 }
 
 /* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k. */
