@@ -132,6 +132,8 @@ def _medium(item: str, stdin: BinaryIO) -> MediaPart:
         raise InvalidRequest(f"{item} is a folder: `qvl batch {item} --prompt TEXT -o FILE` asks about each picture")
     if not path.is_file():
         raise InvalidRequest(f"no such file: {item}")
+    if path.suffix.lower() == ".pdf":
+        raise InvalidRequest(f"{item} is a PDF document: `qvl ocr {item}` reads its pages, as all tasks do")
     return MediaPart(media_kind(path), path)
 
 

@@ -136,4 +136,5 @@ def _usage_message(error: Exception) -> str:
         message = f"{getattr(error, 'message', error)}{suggest(name, getattr(error, 'possibilities', None) or ())}"
     else:
         message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+        message = message.replace(": Value error, ", ": ")  # pydantic's word for what stands behind it
     return f"{message} (see {command} --help)"

@@ -209,7 +209,9 @@ def _cases(name: str | None) -> list[Load]:
     if name == SUITE:
         return list(CASES.values())
     if name not in CASES:
-        raise ConfigError(f"no case is called '{name}'{suggest(name, [*CASES, SUITE])}")
+        raise ConfigError(
+            f"no case is called '{name}'{suggest(name, [*CASES, SUITE])}; there are {', '.join([*CASES, SUITE])}"
+        )
     return [CASES[name]]
 
 

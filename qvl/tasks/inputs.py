@@ -213,8 +213,8 @@ def _wanted(count: int, reading: Reading) -> list[int]:
 
 def _check_kind(kind: Kind, accepts: Collection[Kind], file: str = "this") -> None:
     if kind not in accepts:
-        nouns = _nouns(accepts)
-        raise InvalidRequest(f"{file} is {'a video' if kind == 'video' else kind}, and this task takes {nouns}")
+        told = {"video": "a video", "image": "a picture", "text": "text"}[kind]
+        raise InvalidRequest(f"{file} is {told}, and this task takes {_nouns(accepts)}")
 
 
 def _nouns(accepts: Collection[Kind]) -> str:

@@ -253,7 +253,7 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["text-latancy"], "did you mean 'text-latency'?"),
+        (["text-latancy"], "did you mean 'text-latency'?; there are text-latency, "),
         (["--rate", "2", "--concurrency", "3"], "--concurrency and --rate"),
         (["--rate", "0"], "request rate must be above 0"),
         (["--plot", "x.png"], "it needs --sweep"),

@@ -142,7 +142,11 @@ def test_an_unreadable_picture_is_told_in_one_line(
     assert not any("Traceback" in line for line in err)
 
 
-def test_a_folder_is_told_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_and_a_document_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "two.PDF"
+    document.touch()
+    assert run(["ask", "What?", str(document)]) == 2
+    assert f"`qvl ocr {document}`" in capsys.readouterr().err
     assert run(["ask", "What?", str(tmp_path)]) == 2
     assert f"{tmp_path} is a folder: `qvl batch {tmp_path} --prompt" in capsys.readouterr().err
     with pytest.raises(InvalidRequest, match="is a folder"):

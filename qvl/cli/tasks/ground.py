@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 import typer
 
 from qvl.cli.tasks import flags
+from qvl.errors import InvalidRequest
 
 
 def ground(
@@ -49,6 +51,8 @@ def ground(
 
     Prints JSON: label and box (left, top, right, bottom) of each; `[]` when there is none.
     """
+    if not inputs and os.path.isfile(what):
+        raise InvalidRequest(f"'{what}' is a file, and what to find comes before it: qvl ground WHAT {what}")
     from qvl.cli.tasks.perform import How, perform
     from qvl.cli.tasks.pictures import PictureSink
     from qvl.cli.tasks.status import tell
