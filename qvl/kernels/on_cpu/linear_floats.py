@@ -121,7 +121,7 @@ def native_product(dtype: torch.dtype) -> Product:
 def whole(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's own product in the dtype of the weights."""
     out = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-    return out if bias is None else out + bias
+    return out if bias is None else out.add_(bias)
 
 
 def panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.fused import cpu_kernels, split_and_rotate
+from qvl.kernels.on_cpu.dense_attention import has_matrix_registers
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 
@@ -96,5 +97,5 @@ def choose(head_dim: int) -> tuple[PagedAttention, str] | None:
     library = cpu_kernels()
     if library is None or head_dim % library.qvl_lanes() or head_dim > MAX_DIM:
         return None
-    lanes = library.qvl_lanes()
-    return CpuAttention(library), f"cpu: compiled paged decoding ({lanes} floats a vector), torch SDPA for prefill"
+    lanes, narrow = library.qvl_lanes(), " (in bf16 if the cache is)" if has_matrix_registers() else ""
+    return CpuAttention(library), f"cpu: compiled paged decoding ({lanes} floats a vector), torch SDPA for prefill{narrow}"
