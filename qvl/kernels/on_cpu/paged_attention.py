@@ -97,5 +97,6 @@ def choose(head_dim: int) -> tuple[PagedAttention, str] | None:
     library = cpu_kernels()
     if library is None or head_dim % library.qvl_lanes() or head_dim > MAX_DIM:
         return None
-    lanes, narrow = library.qvl_lanes(), " (in bf16 if the cache is)" if has_matrix_registers() else ""
-    return CpuAttention(library), f"cpu: compiled paged decoding ({lanes} floats a vector), torch SDPA for prefill{narrow}"
+    narrow = " in bf16 if the cache is" if has_matrix_registers() else ""
+    reason = f"cpu: compiled paged decoding ({library.qvl_lanes()} floats a vector), torch SDPA for prefill{narrow}"
+    return CpuAttention(library), reason
