@@ -10,6 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from qvl.server.http_parser import RequestParser
 from qvl.server.options import ServerOptions
 
 _CLOSING = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
@@ -62,6 +63,7 @@ class CappedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.parser = RequestParser(self)  # type: ignore[assignment]
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -99,6 +101,10 @@ class CappedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         # The app's task has been made for this very cycle, and does not run before the loop comes round.
         self.scope["extensions"]["qvl.body"] = {"body": DirectBody(self.cycle, self.transport)}
+
+    def on_message_complete(self) -> None:
+        if not self.parser.leaves_body:  # type: ignore[attr-defined]
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this when the parser gave up, also on our own `_HeadTooLarge`."""
