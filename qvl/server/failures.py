@@ -55,7 +55,7 @@ def http_exception_response(error: HTTPException, path: str, routes: Iterable[st
     if allowed is not None:
         says = f"{phrase}: this route takes {allowed}"
     else:
-        says = f"{phrase}: no such route here{_meant(path, routes)}; see /docs for what there is"
+        says = f"{phrase}: no such route here (see /docs for what there is){_meant(path, routes)}"
     body = _HttpFailure(says).body()
     body["error"]["code"] = phrase.replace(" ", "_")
     return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
