@@ -34,6 +34,7 @@ SORTED_BYTES = 40
 # what the sampler's passes leave for each other (9), and what rounding takes.
 LIBRARIES = 70 << 20
 GRAPH_BYTES = 5 << 18  # of each graph of 300 kernels that comes beside those 47
+LEFT_SUMS = 10 << 20  # what blocks of attention in large pictures leave for each other: 131 times 12 warps' 5.9 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def kept_bytes(config: EngineConfig, own: Own = NONE) -> int:
     tables = rows * -(-config.max_model_len // config.block_size) * 4
     counts = rows * text.vocab_size * 2
     prompts = most_tokens(config, own.joined) * text.hidden_size * size
-    patches = MOST_PATCHES * config.spec.vision.patch_dim * size if own.tower else 0
+    patches = MOST_PATCHES * config.spec.vision.patch_dim * size + LEFT_SUMS if own.tower else 0
     outside = (own.tower * MOST_GRAPHS + num_wide(config, own.joined)) * GRAPH_BYTES + LIBRARIES
     return 2 * tables + counts + prompts + patches + graph_bytes(config, own) + outside
 

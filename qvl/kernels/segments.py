@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl.kernels.fused import rotate
-from qvl.kernels.gpu import HOPPER, Capability, capability_of, compiling_together, gpu_problem, tried_out
+from qvl.kernels.gpu import HOPPER, Capability, capability_of, compiling_together, gpu_kernels, gpu_problem, tried_out
 from qvl.kernels.on_cpu.dense_attention import attention_dtype
 
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
 WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
 SLOWER = "cuDNN's attention is used instead: a picture of a megapixel takes about a third longer"
+SLOWER_LARGE = (
+    "the kernel for small ones is used instead: attention in a picture of a megapixel takes about a third longer"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +80,24 @@ def segment_attention(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segm
 
     qkv is overwritten, and may be where the result lies.
     """
-    turned = rotate(qkv[:, :2].flatten(1, 2), *angles)
+    queries_and_keys = qkv[:, :2].flatten(1, 2)
     if segments.tiles is not None:
-        from qvl.kernels.on_gpu import attention_segments
-
+        heads, dim = qkv.shape[2:]
+        kernel, operations = segment_kernel(qkv.device, qkv.dtype, dim), gpu_kernels()
+        assert kernel is not None
+        assert operations is not None
+        turned = operations.rotate(queries_and_keys, *angles, scaled=heads, scale=scale_of(dim))
         assert turned.data_ptr() == qkv.data_ptr()
-        return attention_segments.attend_segments(qkv, segments.tiles, segments.tile_rows)
+        out: Tensor = kernel.attend_segments(qkv, segments.tiles, segments.tile_rows)
+        return out
+    turned = rotate(queries_and_keys, *angles)
     q, k = turned.unflatten(1, (2, -1)).unbind(1)
     return attend_by_torch(q, k, qkv[:, 2], segments)
+
+
+def scale_of(head_dim: int) -> float:
+    """What makes the scores of queries powers of 2: our kernels get queries times it, so that they are rounded once."""
+    return math.log2(math.e) * head_dim**-0.5
 
 
 def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -106,7 +120,9 @@ def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 
 @functools.cache
 def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType | None:
-    """`qvl.kernels.on_gpu.attention_segments` where it runs, tried out once; warns when it should run and does not."""
+    """`qvl.kernels.on_gpu.attention_pictures`, or `attention_segments` alone, where they run, tried out once; warns
+    when one should run and does not.
+    """
     if capability_of(device) != HOPPER or dtype not in (torch.bfloat16, torch.float16) or gpu_problem() is not None:
         return None
     if halves(head_dim) is None:
@@ -115,7 +131,8 @@ def segment_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> M
     def trial(kernel: ModuleType) -> str | None:
         return problem_of(kernel, device, dtype, head_dim)
 
-    return tried_out("attention_segments", "the kernel for attention in pictures", trial, SLOWER)
+    large = tried_out("attention_pictures", "the kernel for attention in large pictures", trial, SLOWER_LARGE)
+    return large or tried_out("attention_segments", "the kernel for attention in pictures", trial, SLOWER)
 
 
 def halves(head_dim: int) -> tuple[int, int] | None:
@@ -132,11 +149,13 @@ def problem_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, hea
     lengths, heads = [300, 5, 1, 128], 2
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator, dtype=dtype, device=device)
+    qkv[:, 0] *= scale_of(head_dim)
     qkv[:8, 1] *= 100
-    alone = [
-        F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3)[:, None]).squeeze(0).transpose(0, 1).flatten(1)
-        for part in qkv.float().split(lengths)
-    ]
+    alone = []
+    for part in qkv.float().split(lengths):
+        q, k, v = part.permute(1, 2, 0, 3)[:, None]
+        one = F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
+        alone.append(one.squeeze(0).transpose(0, 1).flatten(1))
     exact = torch.cat(alone)
     tiles = {rows: uploaded(kernel.tiles_of(lengths, rows), device) for rows in kernel.FORMS}
     with compiling_together():
@@ -180,8 +199,8 @@ def describe_segments(dtype: torch.dtype, device: torch.device, head_dim: int) -
     """What attends inside pictures there, for the operator; makes the choice (and builds the kernel) if need be."""
     if device.type != "cuda":
         return "torch SDPA"
-    if segment_kernel(device, dtype, head_dim) is not None:
-        return "triton"
+    if (kernel := segment_kernel(device, dtype, head_dim)) is not None:
+        return str(kernel.NAME)
     return describe_torch(dtype, capability_of(device))
 
 

@@ -63,7 +63,7 @@ def test_the_7b_by_hand(seven: EngineConfig) -> None:
     tower = 5504 * (3 * 1280 * 2 + 2 * 80 * 4 + (5120 + 1280) * 2)  # stream, norm, added; angles; fc1 and its sum
     assert vision_bytes(seven, 5504, in_place=True) == tower
     assert graph_bytes(seven, Own(tower=True)) == apart > tower  # so graphs of pictures cost no memory of torch's
-    assert kept_bytes(seven, Own(tower=True)) == kept + 5504 * 1176 * 2 + 24 * 5 * MIB // 4
+    assert kept_bytes(seven, Own(tower=True)) == kept + 5504 * 1176 * 2 + 10 * MIB + 24 * 5 * MIB // 4
     joined = 1024 * (3 * hidden * 2 + 2 * 128 * 4) + 1024 * (3 * hidden + wide) * 2
     assert decoder_bytes(seven, 1024, joined=True) == joined
     assert graph_bytes(seven, OURS) == decodes > joined

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl.kernels import segments
 from qvl.kernels.fused import rotate
 from qvl.kernels.gpu import HOPPER, KIB, shared_memory
 from qvl.kernels.segments import (
@@ -109,11 +110,37 @@ def test_scores_far_above_those_of_the_last_keys_are_right(lengths: list[int], d
     rows = sum(lengths)
     qkv = torch.randn(rows, 3, 4, 80, device="cuda")
     qkv[:150, 1] *= 40
-    # Nothing is turned: large queries and keys rounded anew would be other scores.
+    assert_right_though_far(qkv, lengths, dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[300, 200], [3200, 100]])
+def test_scores_that_are_far_from_zero_all_together_are_right(lengths: list[int], dtype: torch.dtype) -> None:
+    """All exponentials of a row vanish, or all overflow, where nothing is subtracted from its scores."""
+    torch.manual_seed(0)
+    rows = sum(lengths)
+    qkv = torch.randn(rows, 3, 4, 80, device="cuda")
+    qkv[:, 1] += 12
+    qkv[0::2, 0] -= 1.5
+    qkv[1::2, 0] += 1.5
+    assert_right_though_far(qkv, lengths, dtype)
+
+
+def assert_right_though_far(qkv: Tensor, lengths: list[int], dtype: torch.dtype) -> None:
+    """Nothing is turned: large queries and keys rounded anew would be other scores. But our kernel has its own queries,
+    as they are scaled before they are rounded.
+    """
+    rows = len(qkv)
     angles = torch.ones(rows, 1, 80, device="cuda"), torch.zeros(rows, 1, 80, device="cuda")
-    exact = each_alone(qkv.to(dtype).float(), angles, lengths)
-    out = segment_attention(qkv.to(dtype), angles, Segments.of(lengths, CUDA, dtype, 80))
-    assert relative_error(out, exact) < 1e-2
+    segments_of_ours = Segments.of(lengths, CUDA, dtype, 80)
+    given = qkv.to(dtype)
+    rounded = given.float()
+    if segments_of_ours.tiles is not None:
+        rounded[:, 0] = (rounded[:, 0] * segments.scale_of(80)).to(dtype).float() / segments.scale_of(80)
+    exact = each_alone(rounded, angles, lengths)
+    assert relative_error(segment_attention(given, angles, segments_of_ours), exact) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -160,13 +187,33 @@ def test_every_query_row_is_in_one_tile(lengths: list[int], rows: int) -> None:
     assert tiles[:, 3].tolist() == sorted(tiles[:, 3].tolist(), reverse=True)
 
 
-def test_long_segments_take_programs_of_three_teams() -> None:
+def test_large_segments_take_the_kernel_in_cuda() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from qvl.kernels.on_gpu.attention_segments import FORMS, MANY_KEYS, TEAM_ROWS, rows_for
+    from qvl.kernels.on_gpu import attention_segments
+    from qvl.kernels.on_gpu.attention_pictures import ENOUGH, LARGE, LONG, MIDDLE, SMALL, rows_for
 
-    for lengths, teams in (([MANY_KEYS - 1] * 9, 1), ([4, MANY_KEYS], 3)):
-        rows = rows_for(lengths)
-        assert (FORMS[rows].teams, rows) == (teams, teams * TEAM_ROWS.value)
+    for lengths in ([4, LONG], [MIDDLE] * (ENOUGH // MIDDLE)):
+        assert rows_for(lengths) == LARGE
+        assert attention_segments.rows_for(lengths) == SMALL
+    for lengths in ([LONG - 1], [MIDDLE - 1] * 9, [MIDDLE] * (ENOUGH // MIDDLE - 1), [MIDDLE] * 8 + [4]):
+        assert rows_for(lengths) == SMALL
+
+
+@pytest.mark.parametrize("works", ["attention_pictures", "attention_segments", ""])
+def test_where_one_kernel_does_not_run_the_next_is_asked(works: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def tried_out(module: str, name: str, trial: Any, cost: str) -> Any:
+        asked.append((module, cost))
+        return module if module == works else None
+
+    monkeypatch.setattr(segments, "capability_of", lambda device: HOPPER)
+    monkeypatch.setattr(segments, "gpu_problem", lambda: None)
+    monkeypatch.setattr(segments, "tried_out", tried_out)
+    found: Any = segments.segment_kernel.__wrapped__(CUDA, torch.bfloat16, 80)
+    assert found == (works or None)
+    both = [("attention_pictures", segments.SLOWER_LARGE), ("attention_segments", segments.SLOWER)]
+    assert asked == both[: 1 if works == "attention_pictures" else 2]
 
 
 def test_which_head_dims_are_two_powers_of_two() -> None:
@@ -177,17 +224,16 @@ def test_which_head_dims_are_two_powers_of_two() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-@pytest.mark.parametrize(("rows", "programs"), [(64, 2), (192, 1)])
-def test_programs_fit_on_a_multiprocessor_and_keep_their_numbers_in_registers(
-    rows: int, programs: int, dtype: torch.dtype, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_programs_fit_on_a_multiprocessor_and_keep_their_numbers_in_registers(
+    dtype: torch.dtype, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from qvl.kernels.on_gpu.attention_segments import FORMS
+    from qvl.kernels.on_gpu.attention_segments import REGISTERS
 
-    kernel = compiled_segments(rows, dtype, name)
-    assert programs * (kernel.metadata.shared + KIB) <= shared_memory(HOPPER) + KIB  # the driver takes 1 KiB for each
-    assert programs * 32 * kernel.metadata.num_warps * FORMS[rows].registers <= 64 * KIB
+    kernel = compiled_segments(dtype, name)
+    assert 2 * (kernel.metadata.shared + KIB) <= shared_memory(HOPPER) + KIB  # the driver takes 1 KiB for each
+    assert 2 * 32 * kernel.metadata.num_warps * REGISTERS <= 64 * KIB
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
@@ -195,13 +241,13 @@ def test_programs_fit_on_a_multiprocessor_and_keep_their_numbers_in_registers(
     assert re.search(r"\bSTL\b", kernel.asm["sass"]) is None
 
 
-def compiled_segments(rows: int, dtype: torch.dtype, name: str) -> Any:
+def compiled_segments(dtype: torch.dtype, name: str) -> Any:
     """For the tower's head_dim, as `attend_segments` launches it."""
-    from qvl.kernels.on_gpu import attention_segments as segments
+    from qvl.kernels.on_gpu import attention_segments
     from qvl.kernels.on_gpu.boxes import described
 
-    dim, form = 80, segments.FORMS[rows]
-    boxes = segments.boxes_of(dim, form.keys)
+    dim = 80
+    boxes = attention_segments.boxes_of(dim)
     flat = torch.empty(256, 3 * 16 * dim, dtype=dtype)
     layouts = [one.descriptor.layout for one in described(flat, *boxes)]
     types: dict[str, str] = {
@@ -212,6 +258,11 @@ def compiled_segments(rows: int, dtype: torch.dtype, name: str) -> Any:
     }
     types |= {"tiles_ptr": "*i32", "out_ptr": f"*{name}", "stride": "i32", "tiles": "i32", "width": "i32"}
     types |= {"scale": "fp32", "limit": "fp32"}
-    constants = {"D": dim, "TEAMS": form.teams, "KEYS": form.keys, "STAGES": form.stages, "FIELDS": segments.FIELDS}
+    constants = {
+        "D": dim,
+        "KEYS": attention_segments.KEYS,
+        "STAGES": attention_segments.STAGES,
+        "FIELDS": attention_segments.FIELDS,
+    }
     aligned = ("tiles_ptr", "out_ptr", "stride", "width")
-    return compiled_for_hopper(segments._segments, types, constants, aligned, form.registers)
+    return compiled_for_hopper(attention_segments._segments, types, constants, aligned, attention_segments.REGISTERS)

@@ -1,20 +1,18 @@
 """Attention inside segments for compute capability 9.0, in Gluon, the part of Triton that says which warps do what.
 
-One program takes rows of one head. One warp fetches keys and values by TMA. Teams of four others take 64 query rows
-each: they multiply on tensor cores while they take exponentials, as the last weights times values are under way while
-the softmax of these scores goes on. Where one team waits, another computes: two programs of one team share a
-multiprocessor, or a program of three has it alone and fetches a third as much, which pays where there are many keys.
-head_dim is two powers of two (80 = 64 + 16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
+One program takes 64 query rows of one head. One warp fetches keys and values by TMA. Four others multiply on tensor
+cores while they take exponentials, as the last weights times values are under way while the softmax of these scores
+goes on. Two programs share a multiprocessor: where one waits, the other computes. head_dim is two powers of two (80 =
+64 + 16), each with its own tiles: torch's kernels fill 80 up to 96 or 128.
 
-Knows tensors of queries, keys and values. Does not know pictures. Importing this file imports Triton;
-`qvl.kernels.segments` does so only where such a GPU is.
+Knows tensors of queries, keys and values. Does not know pictures; `attention_pictures` takes the large ones. Importing
+this file imports Triton; `qvl.kernels.segments` does so only where such a GPU is.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -30,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from qvl.kernels.gpu import launch
 from qvl.kernels.on_gpu.attention_turns import (
     LIMITS,
-    LOG2E,
     NOTHING,
     add_values,
     attend_again,
@@ -45,27 +42,17 @@ from qvl.kernels.on_gpu.attention_turns import (
 from qvl.kernels.on_gpu.boxes import described, meet
 from qvl.kernels.segments import halves
 
-TEAM_ROWS = gl.constexpr(64)  # query rows of a team: what four warps multiply at a time
+ROWS = gl.constexpr(64)  # query rows of a program: what four warps multiply at a time
+FORMS = (ROWS.value,)  # the rows of a tile that it takes
+NAME = "Triton"
 FIELDS = 4  # int32 of a tile: first query row, rows, first key of its segment, keys
-MANY_KEYS = 3072  # of the longest segment, from which on programs of three teams are faster
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How a program works; `registers` of a thread at the start: teams take those that fetching leaves."""
-
-    teams: int
-    keys: int  # a turn
-    stages: int  # turns of keys, and of values, that are fetched ahead
-    registers: int = 128
-
-
-FORMS = {64: Form(teams=1, keys=128, stages=2), 192: Form(teams=3, keys=64, stages=4)}  # by query rows of a program
+KEYS, STAGES = 128, 2  # keys a turn; turns of keys, and of values, that are fetched ahead
+REGISTERS = 128  # of a thread at the start: the four warps take those that fetching leaves
 
 
 def rows_for(lengths: Sequence[int]) -> int:
-    """Query rows of a tile: a key of FORMS."""
-    return 192 if max(lengths) >= MANY_KEYS else 64
+    """Query rows of a tile."""
+    return ROWS.value
 
 
 def tiles_of(lengths: Sequence[int], rows: int) -> np.ndarray:
@@ -85,26 +72,27 @@ def tiles_of(lengths: Sequence[int], rows: int) -> np.ndarray:
 
 
 def attend_segments(qkv: Tensor, tiles: Tensor, rows: int) -> Tensor:
-    """qkv [n, 3, heads, head_dim] contiguous: [n, heads * head_dim], which is where the queries lay. `tiles` are of so
-    many rows.
+    """qkv [n, 3, heads, head_dim] contiguous, its queries scaled: [n, heads * head_dim], which is where they lay.
+    `tiles` are of so many rows.
     """
+    assert rows in FORMS
     length, _, heads, dim = qkv.shape
-    flat, count, form = qkv.view(length, 3 * heads * dim), tiles.shape[0], FORMS[rows]
+    flat, count = qkv.view(length, 3 * heads * dim), tiles.shape[0]
     launch(
         _segments, (count * heads,),
-        *described(flat, *boxes_of(dim, form.keys)), tiles, qkv, 3 * heads * dim, count, heads * dim,
-        dim**-0.5 * LOG2E, LIMITS[qkv.dtype], D=dim, TEAMS=form.teams, KEYS=form.keys, STAGES=form.stages,
-        FIELDS=FIELDS, num_warps=4, maxnreg=form.registers,
+        *described(flat, *boxes_of(dim)), tiles, qkv, 3 * heads * dim, count, heads * dim,
+        1.0, LIMITS[qkv.dtype], D=dim, KEYS=KEYS, STAGES=STAGES,
+        FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return flat[:, : heads * dim]
 
 
 @functools.cache
-def boxes_of(head_dim: int, keys: int) -> tuple[tuple[int, int], ...]:
+def boxes_of(head_dim: int) -> tuple[tuple[int, int], ...]:
     """Rows and columns of what is fetched at a time: both parts of the queries, and of the keys or values."""
     both = halves(head_dim)
     assert both is not None
-    return tuple((rows, columns) for rows in (TEAM_ROWS.value, keys) for columns in both)
+    return tuple((rows, columns) for rows in (ROWS.value, KEYS) for columns in both)
 
 
 @gluon.jit
@@ -146,47 +134,43 @@ def _store(to_ptr, acc, total, live, stride):
 
 @gluon.jit
 def _attend(
-    team: gl.constexpr, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full,
+    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full,
     k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
-    D: gl.constexpr, TEAMS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
+    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: their rows of the tile against all keys of the segment."""
+    """Four warps: the rows of the tile against all keys of the segment."""
     LOW: gl.constexpr = k0.shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW, 16])
     O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D - LOW, 16])
     tile = tiles_ptr + gl.program_id(0) % tiles * FIELDS
     column = gl.program_id(0) // tiles * D
-    first_row = gl.load(tile) + team * TEAM_ROWS
-    live = gl.load(tile + 1) - team * TEAM_ROWS
+    first_row = gl.load(tile)
+    live = gl.load(tile + 1)
     length = gl.load(tile + 3)
     turns = gl.cdiv(length, KEYS)
     left = length - (turns - 1) * KEYS
 
     _get(q_low, q_high, first_row, column, q_full, q0, q1)
     mbarrier.wait(q_full, 0)
-    if TEAMS == 1:  # the others have no registers left
-        a0 = q0.load(gl.DotOperandLayout(0, S, 2))
-        a1 = q1.load(gl.DotOperandLayout(0, S, 2))
-    else:
-        a0 = q0
-        a1 = q1
+    a0 = q0.load(gl.DotOperandLayout(0, S, 2))
+    a1 = q1.load(gl.DotOperandLayout(0, S, 2))
 
     # The segment's last keys come first: only they need a mask.
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=(scores(a0, a1, k0.index(0), k1.index(0), KEYS, S),))
     mbarrier.arrive(k_empty.index(0))
     s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s * scale, NOTHING)
-    none = gl.zeros((TEAM_ROWS,), gl.float32, gl.SliceLayout(1, S))
-    acc0 = gl.zeros((TEAM_ROWS, LOW), gl.float32, O0)
-    acc1 = gl.zeros((TEAM_ROWS, D - LOW), gl.float32, O1)
+    none = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
+    acc0 = gl.zeros((ROWS, LOW), gl.float32, O0)
+    acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
     e, shift, _total, acc0, acc1 = running(s, none + NOTHING, none, acc0, acc1)
     total = part_sums(e)
     weights = e.to(q_low.dtype)
     mbarrier.wait(v_full.index(0), 0)
     if left < KEYS:
         clear(v0.index(0), left)
-        clear(v1.index(0), left)  # every team writes the same
+        clear(v1.index(0), left)
         fence_async_shared()
         meet()
 
@@ -250,60 +234,38 @@ def _segments(
     scale,
     limit,  # of LIMITS
     D: gl.constexpr,
-    TEAMS: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     FIELDS: gl.constexpr,
 ):  # fmt: skip
     """One program: one tile and one head; all tiles of a head are neighbours, as they read the same keys."""
-    q0 = _places(q_low, TEAMS)
-    q1 = _places(q_high, TEAMS)
+    q0 = _places(q_low, 1)
+    q1 = _places(q_high, 1)
     k0 = _places(k_low, STAGES)
     k1 = _places(k_high, STAGES)
     v0 = _places(k_low, STAGES)
     v1 = _places(k_high, STAGES)
-    q_full = barriers(TEAMS)
+    q_full = barriers(1)
     k_full = barriers(STAGES)
     k_empty = barriers(STAGES)
     v_full = barriers(STAGES)
     v_empty = barriers(STAGES)
-    for i in gl.static_range(TEAMS):
-        mbarrier.init(q_full.index(i), count=1)
+    mbarrier.init(q_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=TEAMS)
+        mbarrier.init(k_empty.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=TEAMS)
+        mbarrier.init(v_empty.index(i), count=1)
     fence_async_shared()
     # With each partition but the first: its warps and their registers. The first has what is left.
-    if TEAMS == 1:
-        gl.warp_specialize(
-            [
-                (_attend, (0, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(0),
-                           q1.index(0), q_full.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
-                           D, TEAMS, KEYS, STAGES, FIELDS)),
-                (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
-                          k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    else:
-        gl.static_assert(TEAMS == 3)
-        gl.warp_specialize(
-            [
-                (_attend, (0, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(0),
-                           q1.index(0), q_full.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
-                           D, TEAMS, KEYS, STAGES, FIELDS)),
-                (_attend, (1, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(1),
-                           q1.index(1), q_full.index(1), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
-                           D, TEAMS, KEYS, STAGES, FIELDS)),
-                (_attend, (2, q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(2),
-                           q1.index(2), q_full.index(2), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
-                           D, TEAMS, KEYS, STAGES, FIELDS)),
-                (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
-                          k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(0),
+                       q1.index(0), q_full.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
+                       D, KEYS, STAGES, FIELDS)),
+            (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
+                      k_full, k_empty, v_full, v_empty, D, KEYS, STAGES, FIELDS)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip

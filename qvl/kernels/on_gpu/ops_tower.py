@@ -42,12 +42,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [n, heads, head_dim], heads contiguous in a row: its pairs (i, i + dim / 2) turned by their angles in place."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, scaled: int = 0, scale: float = 1.0) -> Tensor:
+    """x [n, heads, head_dim], heads contiguous in a row: its pairs (i, i + dim / 2) turned by their angles in place.
+    The first heads, `scaled` of them, are scaled as well.
+    """
     rows, heads, dim = x.shape
     launch(
         _rotate, (rows,),
-        x, cos, sin, x.stride(0), H=heads, D=dim, HEADS=next_power_of_2(heads),
+        x, cos, sin, x.stride(0), scale, SCALED=scaled, H=heads, D=dim, HEADS=next_power_of_2(heads),
         HALF=next_power_of_2(dim // 2), num_warps=4,
     )  # fmt: skip
     return x
@@ -89,6 +91,8 @@ def _rotate(
     cos_ptr,
     sin_ptr,
     x_stride,
+    scale,
+    SCALED: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
@@ -106,5 +110,11 @@ def _rotate(
     sin = tl.load(sin_ptr + token * D + dims, mask=dims < D // 2, other=0.0)[None, :]
     a = low.to(tl.float32)
     b = high.to(tl.float32)
-    tl.store(at, (a * cos - b * sin).to(low.dtype), mask=live)
-    tl.store(at + D // 2, (b * cos + a * sin).to(low.dtype), mask=live)
+    turned_low = a * cos - b * sin
+    turned_high = b * cos + a * sin
+    if SCALED > 0:
+        factor = tl.where(head < SCALED, scale, 1.0)[:, None]
+        turned_low *= factor
+        turned_high *= factor
+    tl.store(at, turned_low.to(low.dtype), mask=live)
+    tl.store(at + D // 2, turned_high.to(low.dtype), mask=live)
