@@ -25,7 +25,7 @@ class CudaError(Exception):
 
 def compiled(source: str, name: str) -> bytes:
     """The code of a program, from the cache when source and compiler are the same."""
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    nvrtc = bindings("nvrtc")
     version = asked(nvrtc.nvrtcVersion())
     folder = cache_folder()
     if folder is None:
@@ -72,7 +72,7 @@ class Program:
     """One function of a program on the current device, with so many threads and bytes of shared memory a block."""
 
     def __init__(self, code: bytes, function: str, threads: int, shared: int) -> None:
-        self.driver = driver()
+        self.driver = bindings("driver")
         self._module = asked(self.driver.cuModuleLoadData(code))
         self._function = asked(self.driver.cuModuleGetFunction(self._module, function.encode()))
         self._threads, self._shared = threads, shared
@@ -96,5 +96,8 @@ class Arguments:
         self.address = ctypes.addressof(self._pointers)
 
 
-def driver() -> Any:
-    return importlib.import_module("cuda.bindings.driver")
+def bindings(name: str) -> Any:
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise CudaError(f"NVIDIA's cuda-bindings cannot be imported ({error})") from None

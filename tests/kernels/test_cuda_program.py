@@ -97,6 +97,13 @@ def test_what_the_compiler_says_is_told_and_nothing_is_kept(compiler: Compiler, 
     assert compiler.open == 0
 
 
+def test_without_the_bindings_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.delitem(sys.modules, "cuda.bindings.nvrtc", raising=False)
+    with pytest.raises(CudaError, match="cuda-bindings cannot be imported"):
+        compiled("abc", "name")
+
+
 class Driver(ModuleType):
     """As `cuda.bindings.driver`."""
 

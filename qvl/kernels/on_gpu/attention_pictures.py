@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.compiling import is_compiling
-from qvl.kernels.cuda_program import Arguments, Program, asked, compiled, driver
+from qvl.kernels.cuda_program import Arguments, Program, asked, bindings, compiled
 from qvl.kernels.on_gpu import attention_segments
 from qvl.kernels.on_gpu.attention_segments import FIELDS as FIELDS
 from qvl.kernels.on_gpu.attention_segments import tiles_of as tiles_of
@@ -97,7 +97,7 @@ class Kernel:
 def box_of(address: int, shape: torch.Size, dtype: torch.dtype) -> ctypes.Array[ctypes.c_uint64]:
     """How TMA fetches KEYS rows of a head in strips of 16 columns: a CUtensorMap. Layers come with the same memory."""
     length, three, heads, dim = shape
-    cuda, width = driver(), three * heads * dim * 2
+    cuda, width = bindings("driver"), three * heads * dim * 2
     kind = cuda.CUtensorMapDataType
     box = asked(
         cuda.cuTensorMapEncodeTiled(
