@@ -72,7 +72,8 @@ def read_request(data: bytes, defaults: Defaults, localise: Localise | None) -> 
     try:
         line = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"this line is not valid JSON: {error}") from error
+        reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise InvalidRequest(f"this line is not valid JSON: {reason}") from error
     if not isinstance(line, dict):
         raise InvalidRequest("a line must be a JSON object: a batch line, or the body of a request")
     if not isinstance(line.get("custom_id", ""), str):
