@@ -52,7 +52,8 @@ static void multiply_portably(int sums, int x, int w) {
 static int amx_runs(void) { return 0; }
 #endif
 
-#define SQUARE 16 /* rows of x in a register, and rows of W */
+#define SQUARE 16    /* rows of x in a register, and rows of W */
+#define AMX_TILES 16 /* of W in a piece of work */
 
 /* Whether m rows of x are multiplied here. */
 INLINE int amx_takes(long m) { return m > STRIP && amx_runs(); }
@@ -63,7 +64,8 @@ INLINE long rows_held(long m) { return amx_takes(m) ? (m + SQUARE - 1) / SQUARE 
 #if defined(AMX)
 #define STEP 64                           /* numbers of k in a register */
 #define STEPS (SPAN / STEP)
-#define AMX_CHUNK 2048                    /* numbers of two tiles of 4 bits that are opened for all of x */
+#define AMX_CHUNK 2048                    /* numbers of k that are multiplied before the next ones */
+#define AMX_ROWS 256                      /* rows of x that meet all tiles of a piece, out of a second-level cache */
 typedef int32_t squares[4][SQUARE][TILE]; /* (tile, strip): whole numbers, as registers 0 to 3 hold them */
 
 /* `tiles` tiles of W from t on times `strips` times 16 rows of x from `column` on, over numbers [from, stop) of k, which
@@ -150,7 +152,14 @@ INLINE void amx_spans(const int bits, const int tiles, const int strips, const a
     }
 }
 
-/* As `keep_sums`, a row of a tile at a time. */
+/* As `take_sums` and `keep_sums`, a row of a tile at a time. */
+INLINE void amx_take(const amx_part *a, long t, long rows, float (*sums)[TILE]) {
+    const long wide = a->p->n - t * TILE < TILE ? a->p->n - t * TILE : TILE;
+    const float *y = a->p->y + a->column * a->p->n + t * TILE;
+    memset(sums[rows], 0, (2 * SQUARE - rows) * sizeof *sums);
+    for (long r = 0; r < rows; r++, y += a->p->n) copy_row(sums[r], y, wide);
+}
+
 INLINE void amx_finish(const amx_part *a, long t, long rows, float (*sums)[TILE]) {
     const product *p = a->p;
     const long wide = p->n - t * TILE < TILE ? p->n - t * TILE : TILE;
@@ -163,20 +172,14 @@ INLINE void amx_finish(const amx_part *a, long t, long rows, float (*sums)[TILE]
         vn own = *(vn *)sums[r];
         if (scaled) own *= scale;
         if (biased) own += bias;
-        if (wide == TILE)
-            *(vn_u *)y = own;
-        else
-            memcpy(y, &own, wide * sizeof(float));
+        copy_row(y, (float *)&own, wide);
     }
 }
 
 INLINE void amx_squares(const int bits, const int tiles, const int strips, const amx_part *a) {
     float sums[2][2 * SQUARE][TILE] __attribute__((aligned(64)));
     const long left = a->p->m - a->column, rows = left < strips * SQUARE ? left : strips * SQUARE;
-    for (int i = 0; a->from && i < tiles; i++) {
-        memset(sums[i], 0, sizeof sums[i]);
-        take_sums((int)rows, a->p, a->column, a->t + i, a->from, sums[i]);
-    }
+    for (int i = 0; a->from && i < tiles; i++) amx_take(a, a->t + i, rows, sums[i]);
     amx_spans(bits, tiles, strips, a, sums);
     for (int i = 0; i < tiles; i++) amx_finish(a, a->t + i, rows, sums[i]);
 }
@@ -191,29 +194,34 @@ INLINE void open_tile(const int8_t *w, long count, int8_t *to) {
         }
 }
 
+/* Tiles t and, before `last`, t + 1 times rows [column, end) of x over numbers [from, stop) of k. */
+INLINE void amx_pair(const int bits, const product *p, long t, long last, long column, long end, long from, long stop) {
+    amx_part a = {p, p->w + (t * p->k + from) * TILE, p->k * TILE, column, t, from, stop};
+    int8_t opened[2][AMX_CHUNK * TILE] __attribute__((aligned(64)));
+    if (bits == 4) {
+        for (int i = 0; i < 2 && t + i < last; i++)
+            open_tile(p->w + ((t + i) * p->k + from) * TILE / 2, stop - from, opened[i]);
+        SETTLE();
+        a.w = opened[0], a.apart = sizeof opened[0];
+    }
+    for (; a.column < end; a.column += 2 * SQUARE) switch ((t + 1 < last) * 2 + (p->m - a.column > SQUARE)) {
+        case 0: amx_squares(bits, 1, 1, &a); break;
+        case 1: amx_squares(bits, 1, 2, &a); break;
+        case 2: amx_squares(bits, 2, 1, &a); break;
+        case 3: amx_squares(bits, 2, 2, &a); break;
+        }
+}
+
 /* Tiles [first, last) times all of x. */
 INLINE void amx_tiles(const int bits, const product *p, long first, long last) {
     static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } how = {
         1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    const long chunk = bits == 4 ? AMX_CHUNK : p->k;
-    int8_t opened[2][AMX_CHUNK * TILE] __attribute__((aligned(64)));
     SET_UP(&how);
-    for (long from = 0; from < p->k; from += chunk)
-        for (long t = first; t < last; t += 2) {
-            amx_part a = {p, p->w + (t * p->k + from) * TILE, p->k * TILE, 0, t, from, p->k - from < chunk ? p->k : from + chunk};
-            if (bits == 4) {
-                for (int i = 0; i < 2 && t + i < last; i++)
-                    open_tile(p->w + ((t + i) * p->k + from) * TILE / 2, a.stop - from, opened[i]);
-                SETTLE();
-                a.w = opened[0], a.apart = sizeof opened[0];
-            }
-            for (; a.column < p->m; a.column += 2 * SQUARE) switch ((t + 1 < last) * 2 + (p->m - a.column > SQUARE)) {
-                case 0: amx_squares(bits, 1, 1, &a); break;
-                case 1: amx_squares(bits, 1, 2, &a); break;
-                case 2: amx_squares(bits, 2, 1, &a); break;
-                case 3: amx_squares(bits, 2, 2, &a); break;
-                }
-        }
+    for (long from = 0; from < p->k; from += AMX_CHUNK)
+        for (long c = 0; c < p->m; c += AMX_ROWS)
+            for (long t = first; t < last; t += 2)
+                amx_pair(bits, p, t, last, c, p->m - c < AMX_ROWS ? p->m : c + AMX_ROWS, from,
+                         p->k - from < AMX_CHUNK ? p->k : from + AMX_CHUNK);
     TEAR_DOWN();
 }
 #endif

@@ -103,7 +103,7 @@ void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, c
                           const float *row_scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
     long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE, held = rows_held(m);
-    long tiles = PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
+    long tiles = amx_takes(m) ? AMX_TILES : PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
     if (tiles > fair) tiles = fair;
     if (tiles < 1) tiles = 1;
     if (amx_takes(m)) tiles += tiles % 2; /* they meet x in pairs */
