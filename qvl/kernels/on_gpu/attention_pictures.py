@@ -84,9 +84,10 @@ class Kernel:
 
     def _places_on(self, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where blocks leave sums for each other: launches on other streams may run at the same time. They are made
-        when a stream is first used, which is before anything on it is recorded.
+        when a stream is first used, which is before anything on it is recorded: recordings share their memory.
         """
         if stream not in self._places:
+            assert not torch.cuda.is_current_stream_capturing()
             warps = (self._blocks - 1) * TEAMS * 4
             sums = torch.empty(warps * self._numbers, device=device)
             self._places[stream] = sums, torch.zeros(warps, dtype=torch.int32, device=device)
