@@ -253,6 +253,8 @@ def test_rotation_of_a_view_in_place() -> None:
         assert close(ops.rotate(qkv[:, i], cos, sin).cpu(), expected[i], torch.float32)
     assert close(qkv[:, 1].cpu(), expected[1], torch.float32)
     assert torch.equal(qkv[:, 2], before[:, 2])
+    both = ops.rotate(before[:, :2].flatten(1, 2).clone(), cos, sin, scaled=4, scale=0.3).cpu()
+    assert close(both, torch.cat((expected[0] * 0.3, expected[1]), dim=1), torch.float32)
 
 
 @here
