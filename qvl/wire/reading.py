@@ -7,6 +7,7 @@ when the request asked for them (`return_token_ids`, `return_tokens_as_token_ids
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -197,6 +198,9 @@ def _read_logprobs(logprobs: Mapping[str, Any] | None, chat: bool) -> tuple[Toke
     )
 
 
+_TAG = re.compile(r"<[^>]*>")
+
+
 def _read_id(token: str) -> int:
     id = token.removeprefix("token_id:")
     return int(id) if id != token and id.isdigit() else UNKNOWN_ID
@@ -208,7 +212,8 @@ def read_error(status: int, body: Mapping[str, Any] | bytes, retry_after: int = 
         told = (msgspec.json.decode(body) if isinstance(body, bytes) else body)["error"]
         message, code, param = str(told["message"]), told.get("code"), told.get("param")
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        shown = body[:200].decode("utf-8", "replace") if isinstance(body, bytes) else str(body)[:200]
+        text = body[:2000].decode("utf-8", "replace") if isinstance(body, bytes) else str(body)
+        shown = " ".join(_TAG.sub(" ", text).split())[:200]  # of a web page its words, on one line
         message, code, param = f"the server answered {status}: {shown}", None, None
     kind = _class_of(status, code)
     error = kind.__new__(kind, message)  # some classes compose their message themselves; here it is already told

@@ -48,7 +48,7 @@ def test_what_the_command_line_adds() -> None:
     [
         (b'{"messages": [', "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        ('{"custom_id": "一"}'.encode("gbk"), "it is not in UTF-8"),
+        ('{"custom_id": "你好"}'.encode("gbk"), "it is not in UTF-8"),
         ([1], "JSON object"),
         ({"custom_id": 7, "messages": MESSAGES}, "custom_id"),
         ({"custom_id": "a", "method": "GET", "body": {"messages": MESSAGES}}, "POST"),

@@ -265,3 +265,8 @@ def test_errors_of_other_servers(status: int, body: bytes, kind: type[QvlError])
     assert type(error) is kind
     assert error.message
     assert str(status) in error.message or b'"message"' in body
+
+
+def test_the_page_of_another_server_is_one_line() -> None:
+    page = b"<!DOCTYPE html>\n<html lang='en'>\n  <body>\n    <h1>Not here</h1>\n    <p>Error\n 404</p></body></html>\n"
+    assert wire.read_error(404, page).message == "the server answered 404: Not here Error 404"
