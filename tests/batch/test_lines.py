@@ -120,7 +120,7 @@ def test_a_refusal_is_told_in_both_places() -> None:
     assert told["response"] == {"status_code": 400, "request_id": "r1", "body": body}
     assert told["error"] == {"code": "invalid_media", "message": "no"}
     page = json.loads(answer_line(MARK, "a", Reply(502, b"<html>bad\ngateway</html>")))
-    assert "bad\ngateway" in page["response"]["body"]["error"]["message"]
+    assert "bad gateway" in page["response"]["body"]["error"]["message"]
     lost = json.loads(error_line(MARK, "a", InvalidRequest("not JSON")))
     assert (lost["response"], lost["error"]) == (None, {"code": "invalid_value", "message": "not JSON"})
 
