@@ -116,13 +116,20 @@ def test_the_choice_has_a_reason_and_is_right(dtype: torch.dtype) -> None:
         check(chosen, torch.randn(rows, 64), torch.randn(16, 64).to(dtype), None, tolerance=2**-6)
 
 
-def test_a_measured_choice_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {(panels, 1): 1.0, (panels, 64): 9.0, (linear_floats.whole, 1): 2.0, (linear_floats.whole, 64): 3.0}
+@pytest.mark.parametrize("one", [0.9, 2.0])
+def test_a_measured_choice_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch, one: float) -> None:
+    """One row stays where all layers are one call unless torch is clearly faster."""
+    times = {(panels, 1): 1.0, (panels, 64): 9.0, (linear_floats.whole, 1): one, (linear_floats.whole, 64): 8.9}
     monkeypatch.setattr(linear_floats, "seconds", lambda product, _, rows: times[product, rows])
     chosen = linear_floats.measured(panels, torch.bfloat16)
     assert chosen == CpuLinear(panels, linear_floats.whole, chosen.reason)
     assert "1 rows: compiled kernel" in chosen.reason
     assert "64 rows: torch" in chosen.reason
+
+
+def test_torch_multiplies_one_row_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_floats, "seconds", lambda product, _, rows: 1.0 if product is panels else 0.7)
+    assert linear_floats.measured(panels, torch.bfloat16).few is linear_floats.whole
 
 
 @pytest.fixture
