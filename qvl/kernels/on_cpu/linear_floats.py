@@ -141,8 +141,9 @@ def rounded_or_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
-    """Compiled kernel or torch, by a measurement of both on one matrix that no cache holds. Few rows are torch's only if
-    it is clearly faster: with the compiled kernel all layers are one call, which saves a tenth of a token.
+    """Compiled kernel or torch, by a measurement of both on one matrix that no cache holds.
+
+    Few rows are torch's only if it is clearly faster: with the compiled kernel all layers of a token are one call.
     """
     weight = torch.zeros(6144, 4096, dtype=dtype)
     chosen: list[Product] = []
