@@ -73,10 +73,14 @@ def read_prompt(prompt: RawPrompt) -> tuple[str | list[int], list[MediaPart]]:
     """The text or ids of a raw prompt, and the pictures for its pads in order. Raises `InvalidRequest`."""
     if isinstance(prompt, str):
         return prompt, []
-    if isinstance(prompt, Sequence):
-        return list(prompt), []
-    if not isinstance(prompt, Mapping):
+    if isinstance(prompt, Mapping):
+        return _read_object(prompt)
+    if not isinstance(prompt, Sequence):
         raise InvalidRequest("a prompt must be a text, a list of token ids or an object with 'prompt'", param="prompt")
+    return list(prompt), []
+
+
+def _read_object(prompt: Mapping[str, Any]) -> tuple[str | list[int], list[MediaPart]]:
     for name in prompt:
         if name not in _RAW_FIELDS:
             raise InvalidRequest(f"unknown field '{name}' in a prompt{suggest(str(name), _RAW_FIELDS)}", param="prompt")
