@@ -29,6 +29,7 @@ TEAMS, KEYS, STAGES = 3, 64, 4
 THREADS = 128 * (TEAMS + 1)
 LARGE = TEAMS * KEYS  # query rows of a tile
 SMALL = 64
+DEFAULT_STREAM = 0
 FORMS = SMALL, LARGE
 NAME = "CUDA; Triton for small ones"
 LONG, MIDDLE, ENOUGH = 1536, 1024, 4096  # keys
@@ -84,14 +85,20 @@ class Kernel:
 
     def _places_on(self, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where blocks leave sums for each other: launches on other streams may run at the same time. They are made
-        when a stream is first used, which is before anything on it is recorded: recordings share their memory.
+        when a stream is first used, which is before anything on it is recorded: recordings share their memory. On the
+        default stream nothing is ever recorded, so a trial there keeps nothing.
         """
+        if stream == DEFAULT_STREAM:
+            return self._new_places(device)
         if stream not in self._places:
             assert not torch.cuda.is_current_stream_capturing()
-            warps = (self._blocks - 1) * TEAMS * 4
-            sums = torch.empty(warps * self._numbers, device=device)
-            self._places[stream] = sums, torch.zeros(warps, dtype=torch.int32, device=device)
+            self._places[stream] = self._new_places(device)
         return self._places[stream]
+
+    def _new_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        warps = (self._blocks - 1) * TEAMS * 4
+        sums = torch.empty(warps * self._numbers, device=device)
+        return sums, torch.zeros(warps, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache(1024)
