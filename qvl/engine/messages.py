@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
@@ -77,7 +77,7 @@ def read_prompt(prompt: RawPrompt) -> tuple[str | list[int], list[MediaPart]]:
         return _read_object(prompt)
     if not isinstance(prompt, Sequence):
         raise InvalidRequest("a prompt must be a text, a list of token ids or an object with 'prompt'", param="prompt")
-    return list(prompt), []
+    return list(cast("Sequence[int]", prompt)), []
 
 
 def _read_object(prompt: Mapping[str, Any]) -> tuple[str | list[int], list[MediaPart]]:
