@@ -64,8 +64,8 @@ def test_pins_are_within_the_declared_ranges() -> None:
 
 
 def test_the_command_is_declared() -> None:
-    assert 'qvl = "qvl.cli.app:main"' in PYPROJECT
-    from qvl.cli.app import main
+    assert 'qvl = "qvl.__main__:main"' in PYPROJECT
+    from qvl.__main__ import main
 
     assert callable(main)
 
