@@ -112,6 +112,12 @@ def _check(ok: bool, param: str, says: str) -> None:
         raise InvalidRequest(f"'{param}' must be {says}", param=param)
 
 
+def check_api_key(key: str) -> None:
+    """Raises `InvalidRequest` for a key that cannot be sent."""
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidRequest("the API key has characters that no header carries; is there a line's end in it?")
+
+
 def _whole(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)  # numpy's whole numbers too
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qvl.errors import InvalidRequest
-from qvl.types import SamplingParams
+from qvl.types import SamplingParams, check_api_key
 
 
 def test_nothing_may_be_said_as_none() -> None:
@@ -40,3 +40,10 @@ def test_nothing_may_be_said_as_none() -> None:
 def test_what_is_of_another_type_is_named(given: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         SamplingParams(**given)
+
+
+def test_a_key_that_no_header_carries_is_refused() -> None:
+    check_api_key("sk-a1_B2.c3")
+    for key in ("two\nlines", "钥匙", "end\n"):
+        with pytest.raises(InvalidRequest, match="the API key has characters that no header carries"):
+            check_api_key(key)

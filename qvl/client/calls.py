@@ -35,6 +35,7 @@ from qvl.types import (
     PictureRule,
     SamplingParams,
     TextPart,
+    check_api_key,
 )
 
 CONNECT_SECONDS = 5.0
@@ -68,8 +69,8 @@ class Server:
         address = given if "://" in given else f"http://{given}"  # as one types it: localhost:8000
         self.base_url = address.rstrip("/").removesuffix("/v1").rstrip("/")
         key = api_key or os.environ.get("QVL_API_KEY")
-        if key and not (key.isascii() and key.isprintable()):
-            raise InvalidRequest("the API key has characters that no header carries; is there a line's end in it?")
+        if key:
+            check_api_key(key)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.timeout = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
         self.retries = Retries(retries) if isinstance(retries, int) else retries

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from qvl.errors import InvalidRequest
+from qvl.types import check_api_key
 
 # Servers close connections that stay idle, usually after 5 seconds; one that is younger than this can still be trusted.
 REUSE_SECONDS = 1.0
@@ -58,8 +59,7 @@ class Address:
         if body:
             head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         if api_key:
-            if not (api_key.isascii() and api_key.isprintable()):
-                raise InvalidRequest("the API key has characters that no header carries; is there a line's end in it?")
+            check_api_key(api_key)
             head.append(f"Authorization: Bearer {api_key}")
         return "\r\n".join([*head, "", ""]).encode() + body
 
