@@ -69,11 +69,7 @@ _read_envelope = msgspec.json.Decoder(Envelope).decode
 
 def read_request(data: bytes, defaults: Defaults, localise: Localise | None) -> Request:
     """The request of one line. Raises `InvalidRequest`."""
-    try:
-        line = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error
-        raise InvalidRequest(f"this line is not valid JSON: {reason}") from error
+    line = wire.read_json(data, "this line")
     if not isinstance(line, dict):
         raise InvalidRequest("a line must be a JSON object: a batch line, or the body of a request")
     if not isinstance(line.get("custom_id", ""), str):

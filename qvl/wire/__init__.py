@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qvl.wire.content import LOW_DETAIL_PIXELS, read_messages
+from qvl.wire.fields import read_json
 from qvl.wire.reading import chat_body, completion_body, read_chunk, read_completion_chunk, read_error, read_response
 from qvl.wire.requests import (
     ChatBody,
@@ -61,6 +62,7 @@ __all__ = [
     "read_chunk",
     "read_completion_chunk",
     "read_error",
+    "read_json",
     "read_messages",
     "read_response",
     "tokenize_response",

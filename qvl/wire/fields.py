@@ -157,14 +157,19 @@ def read_object(body: Mapping[str, Any] | bytes) -> dict[str, Any]:
     """The JSON object of a request body. Raises `InvalidRequest`."""
     if isinstance(body, bytes):
         text = body.removeprefix(codecs.BOM_UTF8)  # some editors and shells write it before every text
-        try:
-            body = msgspec.json.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            reason = error if _is_utf_8(text) else "it is not in UTF-8"
-            raise InvalidRequest(f"the body is not valid JSON: {reason}") from error
+        body = read_json(text, "the body")
     if not isinstance(body, Mapping):
         raise InvalidRequest("the body must be a JSON object")
     return dict(body)
+
+
+def read_json(text: bytes, what: str) -> Any:
+    """The value that `text` says. Raises `InvalidRequest`, which names it `what`."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = error if _is_utf_8(text) else "it is not in UTF-8"
+        raise InvalidRequest(f"{what} is not valid JSON: {reason}") from error
 
 
 def _is_utf_8(text: bytes) -> bool:
