@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from qvl.cli.tasks.sink import FileNames, Sink, is_folder, keep_inputs
+from qvl.cli.tasks.sink import FileNames, Sink, is_folder, keep_inputs, whole
 from qvl.errors import InvalidRequest
 from qvl.tasks.inputs import Item
 from qvl.tasks.pictures import pixels_of
@@ -54,10 +54,5 @@ def check_name(path: Path) -> None:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Raises `InvalidRequest` where that is not possible; half a picture is not left behind."""
-    is_new = not path.exists()
-    try:
+    with whole(path):
         picture.save(path)
-    except OSError as error:
-        if is_new:
-            path.unlink(missing_ok=True)
-        raise InvalidRequest(f"cannot write {path}: {error.strerror or error}") from error

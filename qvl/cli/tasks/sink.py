@@ -7,7 +7,8 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
@@ -134,7 +135,9 @@ class FolderSink(Sink):
             text = json.dumps(as_dict(outcome), ensure_ascii=False, indent=2)
         else:
             text = outcome.result.text
-        _write(self._names.path(outcome.item), text if text.endswith("\n") else f"{text}\n")
+        path = self._names.path(outcome.item)
+        with whole(path), _open(path) as file:
+            file.write(text if text.endswith("\n") else f"{text}\n")
 
 
 class FileNames:
@@ -193,16 +196,20 @@ def _inputs(found: Sequence[Item]) -> set[str]:
     return {os.path.realpath(os.path.expanduser(item.file.removeprefix("file://"))) for item in found}
 
 
-def _write(path: Path, text: str) -> None:
-    """The whole file; half of one, which a reader might take for all there is, is not left behind."""
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Around what writes a file: half of one, which a reader might take for all there is, is not left behind.
+
+    Raises `InvalidRequest` where it cannot be written.
+    """
     is_new = not path.exists()
     try:
-        with _open(path) as file:
-            file.write(text)
+        yield
     except OSError as error:
         if is_new:
-            path.unlink(missing_ok=True)
-        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from error
+            with suppress(OSError):  # there may be no such folder
+                path.unlink()
+        raise InvalidRequest(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _open(path: Path) -> TextIO:
