@@ -261,7 +261,14 @@ def alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> list[str]:
-    return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    """Of all its threads; read anew when one ends meanwhile, since its children are another thread's then."""
+    tasks = Path(f"/proc/{pid}/task")
+    while True:
+        try:
+            return [child for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            if not tasks.exists():
+                raise
 
 
 def test_the_engine_leaves_draining_to_its_parent(checkpoint: Path, tmp_path: Path) -> None:
