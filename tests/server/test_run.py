@@ -256,7 +256,7 @@ def alive(pid: int) -> bool:
     """Whether the process runs (one that has ended, but that nobody has waited for, does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter between opening and reading
         return False
 
 
