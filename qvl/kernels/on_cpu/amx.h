@@ -8,7 +8,7 @@
 #pragma once
 #include "four.h"
 
-#if defined(__AMX_INT8__) && defined(VNNI) && BYTES == 64 && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(VNNI) && BYTES == 64 && defined(__linux__) && !defined(QVL_WITHOUT_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define AMX 1

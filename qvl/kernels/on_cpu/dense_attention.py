@@ -1,13 +1,13 @@
 """In which numbers a CPU attends within prompts and pictures, where torch multiplies all keys with all queries.
 
-Knows which processors multiply matrices of 16 bits. Does not know layers.
+Does not know layers.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from qvl.kernels.on_cpu.matrix_registers import has_matrix_registers
 
 
 def attention_dtype(numbers: torch.dtype, compute: torch.dtype) -> torch.dtype:
@@ -18,10 +18,3 @@ def attention_dtype(numbers: torch.dtype, compute: torch.dtype) -> torch.dtype:
     """
     narrow = numbers == torch.bfloat16 and compute == torch.float32
     return numbers if narrow and has_matrix_registers() else compute
-
-
-@functools.cache
-def has_matrix_registers() -> bool:
-    """Whether torch uses AMX here."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 from qvl.kernels.on_cpu.large_pages import in_large_pages
+from qvl.kernels.on_cpu.matrix_registers import told_to_do_without
 
 SOURCE = Path(__file__).with_name("linear_codes.c")
 # A sum is rounded alike whatever loop the compiler puts it into; and where a loop of few instructions begins decides
 # about a tenth of the time of a single row.
 FLAGS = ("-ffp-contract=off", "-falign-loops=64")
 PORTABLE = ("-DQVL_PORTABLE=16",)
+WITHOUT_AMX = ("-DQVL_WITHOUT_AMX",)
 ROWS, BLOCK_BYTES, SPAN = 16, 64, 512  # as in the C files: rows of a tile, bytes of a row in a block, one scale of x
 STEP_PARTS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # of the step that just reaches the largest number
 PANEL_NUMBERS = 2 * 1024 * 1024
@@ -124,7 +126,8 @@ def kernels() -> Kernels:
 
 def open_library(flags: tuple[str, ...] = ()) -> Any:
     """The library with its signatures set. Raises NativeUnavailable."""
-    library = load_native(SOURCE, (*FLAGS, *flags))
+    limits = WITHOUT_AMX if told_to_do_without() else ()
+    library = load_native(SOURCE, (*FLAGS, *limits, *flags))
     library.qvl_quantised_linear.argtypes = (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I)
     for name in ("qvl_quantise8", "qvl_quantise4"):
         getattr(library, name).argtypes = (_P, _P, _P, _L, _L, _L, _L, _I)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.fused import cpu_kernels, split_and_rotate
-from qvl.kernels.on_cpu.dense_attention import has_matrix_registers
+from qvl.kernels.on_cpu.matrix_registers import has_matrix_registers
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.layers.attention import AttentionMetadata, PagedAttention
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.on_cpu import dense_attention
-from qvl.kernels.on_cpu.dense_attention import attention_dtype, has_matrix_registers
+from qvl.kernels.on_cpu.dense_attention import attention_dtype
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk
 from qvl.kernels.segments import Segments, attend_by_torch
 
@@ -29,10 +29,6 @@ def test_only_bf16_beside_fp32_and_only_where_it_gains(registers: None, monkeypa
     assert attention_dtype(torch.float16, FP32) == FP32
     monkeypatch.setattr(dense_attention, "has_matrix_registers", lambda: False)
     assert attention_dtype(BF16, FP32) == FP32
-
-
-def test_a_processor_is_asked() -> None:
-    assert has_matrix_registers() in (True, False)
 
 
 def test_pictures_are_as_near_as_queries_of_16_bits_allow(registers: None) -> None:
