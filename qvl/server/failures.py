@@ -20,6 +20,16 @@ logger = logging.getLogger("qvl.server")
 RETRY_AFTER_UNAVAILABLE = 5
 
 
+# Where people ask who come from other servers or from OpenAI's other APIs, and where the same is answered here.
+_ELSEWHERE = {
+    "responses": "/v1/chat/completions",
+    "messages": "/v1/chat/completions",
+    "api/chat": "/v1/chat/completions",
+    "api/generate": "/v1/completions",
+    "api/tags": "/v1/models",
+}
+
+
 class ClientGone(BaseException):
     """The client closed its connection (or stopped reading) before its answer was complete; nobody is left to tell.
 
@@ -64,6 +74,8 @@ def http_exception_response(error: HTTPException, path: str, routes: Iterable[st
 def _meant(path: str, routes: Iterable[str]) -> str:
     """The route that `path` ends in, whatever stands before it: a base URL often has /v1 too little or too much."""
     asked = _segments(path)
+    if elsewhere := _ELSEWHERE.get("/".join(asked)):
+        return f"; did you mean {elsewhere}?"
     for route in routes:
         known = _segments(route)
         if known and asked[-len(known) :] == known:

@@ -125,6 +125,12 @@ def test_unknown_routes_and_wrong_methods(server: Live) -> None:
         ("/v1/completion", None),
         ("/models", "/v1/models"),
         ("/v1/health", "/health"),
+        ("/v1/responses", "/v1/chat/completions"),  # what other servers and other APIs of OpenAI's answer
+        ("/v1/messages", "/v1/chat/completions"),
+        ("/api/chat", "/v1/chat/completions"),
+        ("/api/tags", "/v1/models"),
+        ("/api/generate", "/v1/completions"),
+        ("/v1/embeddings", None),
         ("/", None),
         ("/v1", None),
     ],
