@@ -37,6 +37,7 @@ _FIELDS_OF_PART = {
     "video_url": ("video_url", *_LIMITS),
     "video": ("video", "url", *_LIMITS),
 }
+_OTHER_APIS = {"input_text": "text", "input_image": "image_url", "output_text": "text"}  # what a part is called there
 _RIGHT_FORM = {
     "text": {"type": "text", "text": "What is this?"},
     "image_url": {"type": "image_url", "image_url": {"url": "https://... or data:image/png;base64,..."}},
@@ -109,7 +110,7 @@ def _read_part(part: Any, place: str, read_source: ReadSource) -> Part:
         kind = next((name for name in _FIELDS_OF_PART if name in part), None)
     if not isinstance(kind, str) or kind not in _FIELDS_OF_PART:
         known = ", ".join(_FIELDS_OF_PART)
-        hint = suggest(kind, _FIELDS_OF_PART) if isinstance(kind, str) else ""
+        hint = suggest(_OTHER_APIS.get(kind, kind), _FIELDS_OF_PART) if isinstance(kind, str) else ""
         raise InvalidRequest(f"'{place}.type' must be one of {known}{hint}", param=f"{place}.type")
     _refuse_unknown(part, ("type", *_FIELDS_OF_PART[kind]), place)
     if kind == "text":

@@ -6,7 +6,7 @@ Knows field names and their neutral values (those that ask for nothing). Does no
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -59,6 +59,16 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "kv_transfer_params": (),
     "include_reasoning": (True, False),
+}
+
+# Words of other APIs for what is asked with a field of another name here.
+_WORDS_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    "input": ("messages", "prompt"),
+    "prompt": ("messages",),
+    "messages": ("prompt",),
+    "format": ("response_format",),
+    "num_predict": ("max_tokens",),
+    "max_output_tokens": ("max_tokens",),
 }
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -187,8 +197,7 @@ def read_fields(kind: type[Body], body: Mapping[str, Any]) -> Body:
         if name in known or name in IGNORED or value is None:
             continue
         if name not in NEUTRAL:
-            hint = suggest(str(name), [*known, *NEUTRAL])
-            raise InvalidRequest(f"unknown field '{str(name)[:80]}'{hint}", param=str(name)[:80])
+            raise InvalidRequest(f"unknown field '{str(name)[:80]}'{_meant(str(name), known)}", param=str(name)[:80])
         if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
             raise InvalidRequest(f"'{name}' is not supported by this version", param=name)
     try:
@@ -197,6 +206,12 @@ def read_fields(kind: type[Body], body: Mapping[str, Any]) -> Body:
         raise _as_invalid_request(error) from error
     except (OverflowError, RecursionError) as error:
         raise InvalidRequest("the body holds a number or a nesting beyond all bounds") from error
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """Which of the known fields somebody means who writes `name`."""
+    here = next((word for word in _WORDS_ELSEWHERE.get(name, ()) if word in known), None)
+    return f"; did you mean '{here}'?" if here else suggest(name, [*known, *NEUTRAL])
 
 
 def _as_invalid_request(error: ValidationError) -> InvalidRequest:

@@ -120,6 +120,8 @@ def test_a_bare_string_for_image_url_shows_the_right_form() -> None:
         (None, "content[0]", '{"type": "text"'),
         ({"type": "imgae_url"}, "content[0].type", "did you mean 'image_url'?"),
         ({"type": "input_audio", "input_audio": {}}, "content[0].type", "must be one of"),
+        ({"type": "input_image", "image_url": URL}, "content[0].type", "did you mean 'image_url'?"),
+        ({"type": "input_text", "text": "x"}, "content[0].type", "did you mean 'text'?"),
         ({"type": 5}, "content[0].type", "must be one of"),
         ({"type": []}, "content[0].type", "must be one of"),
         ({}, "content[0].type", "must be one of"),

@@ -221,7 +221,17 @@ def test_bad_values_name_their_field(fields: dict[str, Any], param: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("max_token", "max_tokens"), ("temprature", "temperature"), ("top-p", "top_p"), ("stops", "stop")],
+    [
+        ("max_token", "max_tokens"),
+        ("temprature", "temperature"),
+        ("top-p", "top_p"),
+        ("stops", "stop"),
+        ("input", "messages"),  # the word of OpenAI's other API; in letters alone it is closest to min_p
+        ("prompt", "messages"),
+        ("format", "response_format"),
+        ("num_predict", "max_tokens"),
+        ("response_schema", "response_format"),
+    ],
 )
 def test_unknown_fields_get_a_suggestion(name: str, meant: str) -> None:
     error = refused({**BODY, name: 1})
