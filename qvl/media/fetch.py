@@ -131,9 +131,11 @@ def _read_data_url(url: str, policy: MediaPolicy, expect: MediaKind) -> bytes:
     unknown = media_type == "application/octet-stream" or (is_base64 and not media_type)
     # An animated GIF is a picture file that may serve as a video.
     if not unknown and family != expect and (expect, media_type) != ("video", "image/gif"):
-        raise BadMedia(f"the data URL should have a media type of {expect}/...")
+        raise BadMedia(f"the data URL should have a media type of {expect}/..., and has {media_type[:80] or 'none'}")
     if not is_base64:
         _check_bytes(len(url) - comma - 1, policy)
+        if _BARE_BASE64.match(url, comma + 1):
+            raise BadMedia(f"the data is base64, which the data URL should say: data:{media_type[:80]};base64,...")
         return unquote_to_bytes(url[comma + 1 :])
     _check_bytes((len(url) - comma - 1) * 3 // 4, policy)
     return _from_base64(url[comma + 1 :])
