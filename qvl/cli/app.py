@@ -11,12 +11,13 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
-from qvl.cli.familiar import HINTS
+from qvl.cli.familiar import COMMANDS, HINTS
 from qvl.cli.names import NamingCommand
 from qvl.cli.tasks import compare, describe, extract, ground, ocr, solve, table, translate, watch, webpage
 from qvl.engine.waiting import wait_asleep
@@ -32,6 +33,17 @@ def dashes(name: str) -> str:
     return name.replace("_", "-")
 
 
+class Commands(TyperGroup):
+    """A group that says what to do instead of a command that it does not have."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            instead = f": {COMMANDS[name]}" if name in COMMANDS else suggest(name.lower(), self.commands)
+            raise UsageError(f"there is no command {name[:80]!r} here{instead}", ctx)
+        return super().resolve_command(ctx, args)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         version.version()
@@ -40,6 +52,7 @@ def _print_version(wanted: bool) -> None:
 
 app = typer.Typer(
     name="qvl",
+    cls=Commands,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": dashes, "help_option_names": ["-h", "--help"]},

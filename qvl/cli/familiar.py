@@ -1,4 +1,4 @@
-"""Flags of other servers that `qvl serve` does not have: what to do instead, for people who bring a command line along.
+"""Flags and commands of other servers that qvl does not have: what to do instead, for people who bring them along.
 
 Knows words only.
 """
@@ -36,4 +36,18 @@ HINTS = {
     "--mem-fraction-static": "here it is --gpu-memory-utilization",
     "--context-length": "here it is --max-model-len",
     "--ctx-size": "here it is --max-model-len",
+}
+
+_FOLDERS = "models are folders: ./models, ~/models or the Hugging Face cache"
+
+COMMANDS = {
+    "pull": "hf download NAME or modelscope download --model NAME fetches a model",
+    "download": "hf download NAME or modelscope download --model NAME fetches a model",
+    "run": "qvl chat --model MODEL talks to a model, qvl serve MODEL serves it",
+    "generate": "qvl ask TEXT FILE asks one question",
+    "list": _FOLDERS,
+    "ls": _FOLDERS,
+    "show": "qvl check MODEL says what a model is and how it would run",
+    "plan": "qvl check MODEL says whether a model can be loaded here, and how",
+    "stop": "Ctrl-C or SIGTERM ends a server",
 }
