@@ -94,7 +94,7 @@ def test_media_type_of_videos():
 
 
 def test_data_urls_are_capped_before_decoding(monkeypatch):
-    monkeypatch.setattr(base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("qvl.media.fetch._from_base64", lambda _: pytest.fail("decoded"))
     with pytest.raises(PayloadTooLarge):
         fetch("data:image/png;base64," + "A" * 2000)
     with pytest.raises(PayloadTooLarge):
@@ -111,7 +111,7 @@ def test_frame_lists():
 
 
 def test_frame_lists_are_counted_before_they_are_decoded(monkeypatch):
-    monkeypatch.setattr(base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("qvl.media.fetch._from_base64", lambda _: pytest.fail("decoded"))
     with pytest.raises(BadMedia, match="100000 frames"):
         read_frame_list("data:video/jpeg;base64," + "," * 99_999, STRICT, max_frames=768)
     with pytest.raises(PayloadTooLarge):
