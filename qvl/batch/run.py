@@ -74,6 +74,8 @@ async def run_batch(
     journal = Journal(output)
     journal.check(resume=options.resume or options.retry_failed, overwrite=options.overwrite)
     ledger = await asyncio.to_thread(scan, source)
+    if source.skipped:
+        tell(source.skipped)
     if ledger.num_unreadable:
         tell(f"{ledger.num_unreadable} lines of {source.name} are not requests; they are recorded as errors")
     with journal:

@@ -32,11 +32,13 @@ class Source(Protocol):
     """`name` is for people; relative picture paths in lines start at `base`.
 
     `whole`: the lines' bytes alone decide what is asked, so that a line can be checked again when its turn comes.
+    `skipped` says for people what `scan` left out and why; it is empty when that was nothing.
     """
 
     name: str
     base: Path
     whole: bool
+    skipped: str
 
     def scan(self) -> Iterator[RawLine]:
         """Every line in order; blank ones are left out. Raises `InvalidRequest` when there is nothing to read."""
@@ -49,6 +51,7 @@ class JsonLines:
     """A file with one JSON object a line."""
 
     whole = True
+    skipped = ""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -86,7 +89,8 @@ class JsonLines:
 class Pictures:
     """The pictures below a folder, by name, each asked about with the same `prompt`.
 
-    `fields` are further fields of every body. Hidden files and folders are left out.
+    `fields` are further fields of every body. Hidden files and folders are left out, and names that are not UTF-8:
+    neither a request nor an answer can spell them.
     """
 
     whole = False  # the pictures behind the lines may change
@@ -96,18 +100,26 @@ class Pictures:
         self.base = folder.resolve()
         self._prompt = prompt
         self._fields = dict(fields)
+        self.skipped = ""
         self._names = bytearray()  # all names, each with a zero byte behind it: far smaller than a list of texts
 
     def scan(self) -> Iterator[RawLine]:
         self._names.clear()
-        for number, name in enumerate(files_below(str(self.base), PICTURE_SUFFIXES), 1):
+        number = 0
+        unspeakable: list[str] = []
+        for name in files_below(str(self.base), PICTURE_SUFFIXES):
             offset = len(self._names)
             try:
                 self._names += name.encode() + b"\0"
             except UnicodeEncodeError:
-                raise InvalidRequest(f"the name of {name!r} in {self.name} is not UTF-8: rename it") from None
+                unspeakable.append(name)
+                continue
+            number += 1
             status = os.stat(self.base / name)
             yield RawLine(number, offset, self.read(offset), f"{status.st_size} {status.st_mtime_ns}".encode())
+        self.skipped = _skipped(unspeakable, self.name)
+        if unspeakable and not number:
+            raise InvalidRequest(self.skipped)
 
     def read(self, offset: int) -> bytes:
         name = self._names[offset : self._names.index(0, offset)].decode()
@@ -115,3 +127,16 @@ class Pictures:
         content = [{"type": kind, kind: {"url": name}}, {"type": "text", "text": self._prompt}]
         body = {**self._fields, "messages": [{"role": "user", "content": content}]}
         return msgspec.json.encode({"custom_id": name, "body": body})
+
+
+def _skipped(names: list[str], folder: str) -> str:
+    """What is said of files whose names are not UTF-8; the first one is shown with its odd bytes escaped."""
+    if not names:
+        return ""
+    first = os.fsencode(names[0]).decode("utf-8", "backslashreplace")
+    if len(names) == 1:
+        return f"'{first}' in {folder} is skipped: its name is not UTF-8; rename it, and --resume asks about it"
+    return (
+        f"{len(names)} files in {folder} are skipped: their names are not UTF-8, such as '{first}'; "
+        "rename them, and --resume asks about them"
+    )

@@ -62,6 +62,21 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     assert texts == {"Read. [1 image]"}
 
 
+def test_what_is_skipped_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))
+    source = JsonLines(tmp_path / "in.jsonl")
+    source.skipped = "'a.png' is skipped"
+    told: list[str] = []
+
+    async def open_asker() -> Asker:
+        backend = EchoBackend()
+        await backend.start()
+        return BackendAsker(backend, "echo in process")
+
+    asyncio.run(run_batch(source, tmp_path / "out.jsonl", open_asker, tell=told.append))
+    assert told == ["'a.png' is skipped"]
+
+
 def test_a_full_engine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend raises goes by the same rules as what a server answers."""
     backend = EchoBackend()

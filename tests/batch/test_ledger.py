@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,33 @@ def test_pictures_of_a_folder(tmp_path: Path) -> None:
 def test_an_empty_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="nothing to ask"):
         scan(Pictures(tmp_path, "Read.", {}))
+
+
+def test_a_name_that_is_not_utf_8_is_skipped_and_said(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    _write_or_skip(tmp_path, b"caf\xe9.png")
+    (tmp_path / "d.png").write_bytes(b"x")
+    pictures = Pictures(tmp_path, "Read.", {})
+    ledger = scan(pictures)
+    asked = [json.loads(pictures.read(int(offset)))["custom_id"] for offset in ledger.offsets]
+    assert asked == ["a.png", "d.png"]
+    assert ledger.numbers.tolist() == [1, 2]
+    assert r"'caf\xe9.png'" in pictures.skipped
+    assert pictures.skipped.isascii() and "\n" not in pictures.skipped
+    _write_or_skip(tmp_path, b"\xff.png")
+    scan(pictures)
+    assert pictures.skipped.startswith("2 files in ")
+
+
+def test_a_folder_of_such_names_alone_is_refused(tmp_path: Path) -> None:
+    _write_or_skip(tmp_path, b"caf\xe9.png")
+    with pytest.raises(InvalidRequest, match=r"caf\\xe9\.png.*not UTF-8"):
+        scan(Pictures(tmp_path, "Read.", {}))
+
+
+def _write_or_skip(folder: Path, name: bytes) -> None:
+    """A file system may refuse such names (macOS' does)."""
+    try:
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
