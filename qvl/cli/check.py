@@ -12,10 +12,14 @@ import typer
 
 from qvl.cli import flags
 from qvl.cli.version import installed
+from qvl.errors import CheckpointError, InvalidRequest
+from qvl.prompt import TextRun
+from qvl.types import MediaPart, Message, TextPart
 
 if TYPE_CHECKING:
     from qvl.engine.config import DeviceFacts, EngineConfig
     from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
+    from qvl.tokenizer import Tokenizer
 
 GIB = 1 << 30
 
@@ -103,7 +107,8 @@ def _dtype_reason(config: EngineConfig, facts: DeviceFacts) -> str:
 
 
 def _model_rows(config: EngineConfig, network: Qwen2VLForConditionalGeneration) -> list[tuple[str, str]]:
-    """Raises `CheckpointError` when a tensor is missing, unexpected or misshapen, or the vocabulary cannot be read."""
+    """Raises `CheckpointError` when a tensor is missing, unexpected or misshapen, the vocabulary cannot be read, or
+    the chat template cannot be rendered."""
     from qvl.tokenizer import Tokenizer
 
     spec = config.spec
@@ -113,7 +118,24 @@ def _model_rows(config: EngineConfig, network: Qwen2VLForConditionalGeneration) 
         ("checkpoint", f"{_shortened(str(spec.folder))}: {spec.architecture}, {size}"),
         ("weights", _weights_row(config, network)),
         ("tokenizer", f"{tokenizer.vocab_size} tokens; the model has {spec.text.vocab_size}"),
+        ("chat template", _template_row(tokenizer)),
     ]
+
+
+def _template_row(tokenizer: Tokenizer) -> str:
+    """Renders what every user asks first. A template that cannot do that is read without complaint, and refuses each
+    request afterwards."""
+    text, picture = TextPart("What is this?"), MediaPart("image", None)
+    for what, parts in (("a text", (text,)), ("a picture and a text", (picture, text))):
+        try:
+            pieces = tokenizer.chat([Message("user", parts)])
+        except InvalidRequest as error:
+            cause = error.__cause__
+            why = f" ({type(cause).__name__}: {cause})" if cause is not None and str(cause) not in error.message else ""
+            raise CheckpointError(f"no message of {what} can be asked: {error.message}{why}") from error
+        if not any(isinstance(piece, TextRun) and text.text in piece.text for piece in pieces):
+            raise CheckpointError(f"no message of {what} can be asked: the checkpoint's chat template drops the text")
+    return "renders a text, and a picture with a text"
 
 
 def _weights_row(config: EngineConfig, network: Qwen2VLForConditionalGeneration) -> str:

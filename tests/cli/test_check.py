@@ -78,6 +78,30 @@ def test_a_foreign_model_is_refused(checkpoint: Path, tmp_path: Path, capsys: py
     assert "llava" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ no_such_name.field }}", "no_such_name"),
+        ("{{ 1 + 'one' }}", "TypeError"),
+        ("{% for m in messages %}{{ m.content[:3] }}{% endfor %}", "cuts a message"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "drops the text"),
+        # Written for texts: the list that a picture's message holds cannot be added to.
+        ("{% for m in messages %}{{ m.content + '!' }}{% endfor %}", "a picture and a text can be asked"),
+        ("{% for m in messages %}{% for p in m.content %}{{ p.text or p }}{% endfor %}{% endfor %}", "room for 0"),
+    ],
+)
+def test_a_template_that_can_never_render_is_told(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, says: str
+) -> None:
+    folder = tmp_path / "mute"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    assert run(["check", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and out == ""
+
+
 def test_quiet_says_nothing_when_all_is_well(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", str(checkpoint), "-q"]) == 0
     assert capsys.readouterr().out == ""
