@@ -203,7 +203,7 @@ class Scheduler:
 
     def _beginning_of(self, seq: Sequence, index: int) -> tuple[int, int]:
         """A block that begins as block `index` of `seq` does, and how many tokens can be had from it."""
-        opening = seq.opening(index)
+        opening = seq.opening(index) if self.blocks.enable_prefix_caching else None
         if opening is None:
             return 0, 0
         source, num_shared = self.blocks.lookup_opening(opening)
@@ -248,9 +248,11 @@ class Scheduler:
         """Tokens up to `end` are in the cache for good: register full blocks, let go of pictures behind them."""
         if seq.status is not Status.RUNNING:  # preempted while this step was in flight: the blocks are its own no more
             return
-        for index in range(seq.num_registered, end // self.blocks.block_size):
-            self.blocks.register(seq.block_table[index], seq.keys[index], seq.opening(index))
-            seq.num_registered = index + 1
+        full = end // self.blocks.block_size
+        if self.blocks.enable_prefix_caching:
+            for index in range(seq.num_registered, full):
+                self.blocks.register(seq.block_table[index], seq.keys[index], seq.opening(index))
+        seq.num_registered = max(seq.num_registered, full)
         self.pictures.release(seq, end)
 
     def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:

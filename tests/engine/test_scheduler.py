@@ -19,6 +19,7 @@ from qvl.engine.protocol import AddRequest, TokenOutput
 from qvl.engine.scheduler import Scheduler
 from qvl.engine.sequence import Sequence
 from qvl.errors import ConfigError, InvalidRequest, PromptTooLong
+from qvl.prompt import Opening
 from qvl.types import SamplingParams, TokenLogprob
 from tests.engine.fake_model import EOS, VOCAB, FakeRunner, Limits, expected, request, tiny_spec
 
@@ -561,4 +562,22 @@ def test_who_waits_for_pixels_lets_others_pass_and_comes_when_they_have_come() -
     assert bench.scheduler.awaited is None
     bench.run()
     assert bench.tokens("late") == expected(late, bench.limits)
+    bench.idle()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_openings_are_made_for_a_prefix_cache_only(prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = Sequence.opening, []
+
+    def opening(seq: Sequence, index: int) -> Opening | None:
+        made.append(index)
+        return real(seq, index)
+
+    monkeypatch.setattr(Sequence, "opening", opening)
+    bench = Bench(prefix=prefix)
+    asked = request("a", [1] * 10, SamplingParams(max_tokens=5, ignore_eos=True))
+    bench.add(asked)
+    bench.run()
+    assert bench.tokens("a") == expected(asked, bench.limits)
+    assert bool(made) == prefix
     bench.idle()
