@@ -101,6 +101,7 @@ static void multiply(product p, long size, share_work *few, share_work *several,
     p.chunk = (p.k / parts + GROUP - 1) / GROUP * GROUP;
     p.padded = (p.k + GROUP - 1) / GROUP * GROUP;
     if (p.m >= MANY) {
+        p.rows = rows_of_piece(p.n, threads, RUN, WROWS);
         multiply_panels(&p, size, many, threads);
         return;
     }

@@ -3,7 +3,8 @@
  * Every number is summed as the tiles of linear_floats.c sum it: few and many rows give the same answers to the last bit.
  * There, lane l of a vector sums its own numbers of k, and the lanes are added up at the end. Here vectors hold WROWS
  * rows of W instead, and k passes lane by lane: first all that lane 0 would have summed, then lane 1, and so on.
- * Nothing has to be added across a vector, and W is read from the first-level cache.
+ * Nothing has to be added across a vector, and W is read from the first-level cache. While a panel is multiplied, the
+ * numbers of the next one are fetched.
  */
 #pragma once
 #include "share.h"
@@ -19,6 +20,8 @@
 #endif
 #define XPART 384    /* rows of x whose sums are kept at a time */
 #define PANEL_K 2048 /* numbers of a row in a panel */
+#define RUN 48       /* rows of W in a piece of work at most */
+#define LINE 64      /* bytes of a cache line */
 
 #define UNROLL4 _Pragma("GCC unroll 4")
 enum type { BF16, F16, F32 };
@@ -43,15 +46,28 @@ INLINE vf widened(const enum type type, const int half, const char *w) {
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif LANES == 8
-#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 #else
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
 #endif
 
-/* Rows become lanes and lanes rows: each zip turns the bits of a number's place (row, lane) round by one. */
+/* Rows become lanes and lanes rows. */
 INLINE void transpose(vf *v) {
+#if LANES == 8 /* halves of vectors first, then within halves: each shuffle is one instruction */
+    vf t[LANES];
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+        t[i] = SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        t[i + 4] = SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    _Pragma("GCC unroll 2") for (int i = 0; i < LANES; i += 4) {
+        vf a = ZIP_LOW(t[i], t[i + 1]), b = ZIP_HIGH(t[i], t[i + 1]);
+        vf c = ZIP_LOW(t[i + 2], t[i + 3]), d = ZIP_HIGH(t[i + 2], t[i + 3]);
+        v[i] = SHUFFLE(a, c, 0, 1, 8, 9, 4, 5, 12, 13), v[i + 1] = SHUFFLE(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+        v[i + 2] = SHUFFLE(b, d, 0, 1, 8, 9, 4, 5, 12, 13), v[i + 3] = SHUFFLE(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#else /* each zip turns the bits of a number's place (row, lane) round by one */
     _Pragma("GCC unroll 4") for (int half = 1; half < LANES; half *= 2) {
         vf turned[LANES];
         _Pragma("GCC unroll 8") for (int i = 0; i < LANES / 2; i++) {
@@ -60,30 +76,49 @@ INLINE void transpose(vf *v) {
         }
         _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) v[i] = turned[i];
     }
+#endif
 }
 
 /* Numbers between one lane's part of a panel and the next; not a power of two, which a cache would not hold. */
 INLINE long lane_stride(long steps) { return (steps + 1) * WROWS; }
 
+/* GROUP numbers of LANES rows of W, ldw bytes apart, to a panel. */
+INLINE void pack_group(const enum type type, const char *w, long ldw, float *to, long stride) {
+    vf low[LANES], high[LANES];
+    if (type == BF16) { /* pairs of numbers are turned as words of 32 bits */
+        _Pragma("GCC unroll 16") for (long r = 0; r < LANES; r++) high[r] = f32_low((const float *)(w + r * ldw));
+        transpose(high);
+        _Pragma("GCC unroll 16") for (long l = 0; l < LANES; l++) {
+            low[l] = (vf)((vi)high[l] << 16);
+            high[l] = (vf)((vi)high[l] & 0xffff0000u);
+        }
+    } else {
+        _Pragma("GCC unroll 16") for (long r = 0; r < LANES; r++) {
+            low[r] = widened(type, 0, w + r * ldw);
+            high[r] = widened(type, 1, w + r * ldw);
+        }
+        transpose(low), transpose(high);
+    }
+    _Pragma("GCC unroll 16") for (long l = 0; l < LANES; l++) {
+        *(vf_u *)(to + l * stride) = low[l];
+        *(vf_u *)(to + l * stride + WROWS) = high[l];
+    }
+}
+
 /* `rows` of W over k numbers to panel [lane][step][WROWS], zero-filled; a step is a vector of a row. */
 INLINE void pack(const enum type type, const char *from, long ldw, long rows, long k, float *panel) {
     const long size = size_of(type), steps = (k + GROUP - 1) / GROUP * 2, stride = lane_stride(steps);
-    for (long i = 0; i < steps; i += 2)
+    ldw *= size;
+    for (long i = 0; i < steps; i += 2, from += GROUP * size, panel += GROUP / LANES * WROWS)
         for (long part = 0; part < WROWS; part += LANES) {
-            vf low[LANES], high[LANES];
-            _Pragma("GCC unroll 16") for (long r = 0; r < LANES; r++) {
-                const char *in = from + ((part + r) * ldw + i * LANES) * size;
-                char tail[GROUP * 4] = {0};
-                long left = part + r < rows ? k - i * LANES : 0;
-                if (left < GROUP) in = left > 0 ? memcpy(tail, in, left * size) : tail;
-                low[r] = widened(type, 0, in), high[r] = widened(type, 1, in);
-            }
-            transpose(low), transpose(high);
-            float *to = panel + i * WROWS + part;
-            _Pragma("GCC unroll 16") for (long l = 0; l < LANES; l++) {
-                *(vf_u *)(to + l * stride) = low[l];
-                *(vf_u *)(to + l * stride + WROWS) = high[l];
-            }
+            const char *w = from + part * ldw;
+            long left = k - i * LANES < GROUP ? k - i * LANES : GROUP;
+            if (part + LANES > rows || left < GROUP) {
+                char tail[LANES][GROUP * 4] = {0};
+                for (long r = 0; r < LANES && part + r < rows; r++) memcpy(tail[r], w + r * ldw, left * size);
+                pack_group(type, tail[0], sizeof tail[0], panel + part, stride);
+            } else
+                pack_group(type, w, ldw, panel + part, stride);
         }
 }
 static void pack_bf16(const void *w, long ldw, long rows, long k, float *panel) { pack(BF16, w, ldw, rows, k, panel); }
@@ -101,59 +136,85 @@ typedef struct {
     int split;
 } product;
 
-/* XROWS rows of x to [chunk][lane][block of XROWS rows][step][XROWS], zero-filled; `split` as in `arrange_row`. */
+/* Rows of x pass in blocks of XROWS or up to three less, so that none is filled up with zeros. */
+INLINE long blocks_of(long m) { return (m + XROWS - 1) / XROWS; }
+INLINE long first_of(long m, long b) { return b * m / blocks_of(m); }
+
+/* The rows of a block of x to [chunk][lane][block][step][row of the block], zero-filled; `split` as in `arrange_row`. */
 static void arrange_block(const void *what, long b) {
     const product own = *(const product *)what, *p = &own; /* known not to change below */
-    long blocks = (p->m + XROWS - 1) / XROWS;
+    const long first = first_of(p->m, b), rows = first_of(p->m, b + 1) - first;
     for (long g = 0; g < p->padded; g += GROUP) {
         long start = g / p->chunk * p->chunk, rest = p->padded - start;
         long steps = (rest < p->chunk ? rest : p->chunk) / LANES;
-        float *to = p->x + start * blocks * XROWS + (b * steps + (g - start) / LANES) * XROWS;
+        float *to = p->x + start * p->m + first * steps + (g - start) / LANES * rows;
         for (int j = 0; j < GROUP; j++) {
             long half = p->split ? j % 2 : j / LANES, lane = p->split ? j / 2 : j % LANES;
-            float *place = to + (lane * blocks * steps + half) * XROWS;
-            for (long c = 0; c < XROWS; c++) {
-                long row = b * XROWS + c;
-                place[c] = row < p->m && g + j < p->k ? p->from[row * p->ldx + g + j] : 0;
-            }
+            float *place = to + lane * p->m * steps + half * rows;
+            for (long c = 0; c < rows; c++) place[c] = g + j < p->k ? p->from[(first + c) * p->ldx + g + j] : 0;
         }
     }
 }
 
-/* XROWS rows of x times a panel, over the steps of one lane, added to total [XROWS][WROWS]. */
-static void panel_tile(const float *x, const float *w, long steps, float *total) {
+/* `rows` rows of x times a panel, over the steps of one lane, added to total [rows][WROWS]. */
+INLINE void panel_rows(const int rows, const float *x, const float *w, long steps, float *total) {
     vf acc[XROWS][2] = {0};
-    for (long i = 0; i < steps; i++, x += XROWS, w += WROWS) {
+    for (long i = 0; i < steps; i++, x += rows, w += WROWS) {
         vf low = f32_low(w), high = f32_high(w);
-        _Pragma("GCC unroll 16") for (int c = 0; c < XROWS; c++) {
+        _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
             vf one = x[c] - (vf){0};
             acc[c][0] = fma_add(acc[c][0], low, one);
             acc[c][1] = fma_add(acc[c][1], high, one);
         }
     }
-    _Pragma("GCC unroll 16") for (int c = 0; c < XROWS; c++) {
+    _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
         *(vf_u *)(total + c * WROWS) = f32_low(total + c * WROWS) + acc[c][0];
         *(vf_u *)(total + c * WROWS + LANES) = f32_high(total + c * WROWS) + acc[c][1];
     }
 }
 
+static void panel_tile(long rows, const float *x, const float *w, long steps, float *total) {
+    switch (XROWS - rows) {
+    case 0: panel_rows(XROWS, x, w, steps, total); break;
+    case 1: panel_rows(XROWS - 1, x, w, steps, total); break;
+    case 2: panel_rows(XROWS - 2, x, w, steps, total); break;
+    case 3: panel_rows(XROWS - 3, x, w, steps, total); break; /* and no less, with MANY rows */
+    }
+}
+
+/* What of W is fetched while another panel is multiplied: `rows` stretches of `lines` cache lines, `ldw` bytes apart. */
+typedef struct {
+    const char *from;
+    long ldw, rows, lines, next;
+} fetching;
+
+INLINE void fetch(fetching *f, long lines) {
+    long all = f->rows * f->lines, stop = f->next + lines < all ? f->next + lines : all;
+    for (; f->next < stop; f->next++)
+        __builtin_prefetch(f->from + f->next / f->lines * f->ldw + f->next % f->lines * LINE, 0, 2);
+}
+
 /* `rows` rows of W from r on, as a panel of numbers [from, from + chunk) of k, times all of x. */
-static void panel_product(const product *p, const float *panel, long r, long rows, long from) {
-    long blocks = (p->m + XROWS - 1) / XROWS;
-    long steps = (p->padded - from < p->chunk ? p->padded - from : p->chunk) / LANES;
-    const float *x = p->x + from * blocks * XROWS;
+static void panel_product(const product *p, const float *panel, long r, long rows, long from, fetching *ahead) {
+    const long blocks = blocks_of(p->m), steps = (p->padded - from < p->chunk ? p->padded - from : p->chunk) / LANES;
+    const long lines = ahead->rows * ahead->lines / (LANES * blocks) + 1; /* with each tile */
+    const float *x = p->x + from * p->m;
     float total[XPART * WROWS] __attribute__((aligned(64)));
-    for (long first = 0; first < p->m; first += XPART) {
-        long stop = p->m - first < XPART ? p->m - first : XPART, some = (stop + XROWS - 1) / XROWS;
-        memset(total, 0, some * XROWS * WROWS * sizeof(float));
+    for (long begin = 0; begin < blocks; begin += XPART / XROWS) {
+        long end = blocks - begin < XPART / XROWS ? blocks : begin + XPART / XROWS;
+        long first = first_of(p->m, begin), stop = first_of(p->m, end);
+        memset(total, 0, (stop - first) * WROWS * sizeof(float));
         for (long l = 0; l < LANES; l++)
-            for (long b = 0; b < some; b++)
-                panel_tile(x + (l * blocks + first / XROWS + b) * steps * XROWS, panel + l * lane_stride(steps), steps,
-                           total + b * XROWS * WROWS);
-        for (long c = 0; c < stop; c++) {
-            float *y = p->y + (first + c) * p->n + r;
+            for (long b = begin; b < end; b++) {
+                long row = first_of(p->m, b);
+                fetch(ahead, lines);
+                panel_tile(first_of(p->m, b + 1) - row, x + (l * p->m + row) * steps, panel + l * lane_stride(steps),
+                           steps, total + (row - first) * WROWS);
+            }
+        for (long c = first; c < stop; c++) {
+            float *y = p->y + c * p->n + r;
             for (long i = 0; i < rows; i++)
-                y[i] = (from ? y[i] : p->bias ? p->bias[r + i] : 0) + total[c * WROWS + i];
+                y[i] = (from ? y[i] : p->bias ? p->bias[r + i] : 0) + total[(c - first) * WROWS + i];
         }
     }
 }
@@ -165,20 +226,32 @@ typedef struct {
     packer *pack;
 } panelling;
 
+/* The panel that follows the one at row r and number `from` of k, if it is of the same piece, which ends at `stop`. */
+static fetching next_panel(const product *p, long size, long r, long from, long stop) {
+    from += p->chunk;
+    if (from >= p->k) r += WROWS, from = 0;
+    long rows = stop - r < WROWS ? stop - r : WROWS, k = p->k - from < p->chunk ? p->k - from : p->chunk;
+    const char *w = (const char *)p->w + (r * p->k + from) * size;
+    return (fetching){w, p->k * size, rows > 0 ? rows : 0, (k * size + LINE - 1) / LINE, 0};
+}
+
 static void panel_piece(const void *what, long piece) {
     const panelling *about = what;
     const product *p = about->product;
+    const long first = piece * p->rows, stop = p->n - first < p->rows ? p->n : first + p->rows;
     float panel[(PANEL_K + GROUP) * WROWS] __attribute__((aligned(64)));
-    long r = piece * WROWS, rows = p->n - r < WROWS ? p->n - r : WROWS;
-    for (long from = 0; from < p->k; from += p->chunk) {
-        long k = p->k - from < p->chunk ? p->k - from : p->chunk;
-        about->pack((const char *)p->w + (r * p->k + from) * about->size, p->k, rows, k, panel);
-        panel_product(p, panel, r, rows, from);
-    }
+    for (long r = first; r < stop; r += WROWS)
+        for (long from = 0; from < p->k; from += p->chunk) {
+            long rows = stop - r < WROWS ? stop - r : WROWS, k = p->k - from < p->chunk ? p->k - from : p->chunk;
+            const char *w = (const char *)p->w + (r * p->k + from) * about->size;
+            fetching ahead = next_panel(p, about->size, r, from, stop);
+            about->pack(w, p->k, rows, k, panel);
+            panel_product(p, panel, r, rows, from, &ahead);
+        }
 }
 
 static void multiply_panels(const product *p, long size, packer *pack, int threads) {
     const panelling about = {p, size, pack};
-    qvl_share((p->m + XROWS - 1) / XROWS, threads, arrange_block, p);
-    qvl_share((p->n + WROWS - 1) / WROWS, threads, panel_piece, &about);
+    qvl_share(blocks_of(p->m), threads, arrange_block, p);
+    qvl_share((p->n + p->rows - 1) / p->rows, threads, panel_piece, &about);
 }

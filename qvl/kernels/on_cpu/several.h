@@ -8,7 +8,11 @@
 #pragma once
 #include "panels.h"
 
-#define MANY 33           /* rows of x from which panels are faster */
+#if LANES == 8
+#define MANY 24           /* rows of x from which panels are faster */
+#else
+#define MANY 33
+#endif
 #define PART_NUMBERS 3072 /* of x in a part, in 12 KiB of a first-level cache */
 #define PIECE_ROWS 48     /* rows of W in a piece of work at most */
 #define WSTRIP 3          /* rows of W and of x in a tile: 3 x 4 sums, three vectors of W and one of x are sixteen */
