@@ -257,7 +257,7 @@ def compiled_segments(dtype: torch.dtype, name: str) -> Any:
         )
     }
     types |= {"tiles_ptr": "*i32", "out_ptr": f"*{name}", "stride": "i32", "tiles": "i32", "width": "i32"}
-    types |= {"scale": "fp32", "limit": "fp32"}
+    types["limit"] = "fp32"
     constants = {
         "D": dim,
         "KEYS": attention_segments.KEYS,

@@ -81,7 +81,7 @@ def attend_segments(qkv: Tensor, tiles: Tensor, rows: int) -> Tensor:
     launch(
         _segments, (count * heads,),
         *described(flat, *boxes_of(dim)), tiles, qkv, 3 * heads * dim, count, heads * dim,
-        1.0, LIMITS[qkv.dtype], D=dim, KEYS=KEYS, STAGES=STAGES,
+        LIMITS[qkv.dtype], D=dim, KEYS=KEYS, STAGES=STAGES,
         FIELDS=FIELDS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return flat[:, : heads * dim]
@@ -134,11 +134,11 @@ def _store(to_ptr, acc, total, live, stride):
 
 @gluon.jit
 def _attend(
-    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0, q1, q_full,
+    q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, limit, q0, q1, q_full,
     k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the rows of the tile against all keys of the segment."""
+    """Four warps: the rows of the tile against all keys of the segment. The queries come scaled."""
     LOW: gl.constexpr = k0.shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW, 16])
@@ -160,7 +160,7 @@ def _attend(
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=(scores(a0, a1, k0.index(0), k1.index(0), KEYS, S),))
     mbarrier.arrive(k_empty.index(0))
-    s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s * scale, NOTHING)
+    s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, S)) < left)[None, :], s, NOTHING)
     none = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
     acc0 = gl.zeros((ROWS, LOW), gl.float32, O0)
     acc1 = gl.zeros((ROWS, D - LOW), gl.float32, O1)
@@ -182,7 +182,7 @@ def _attend(
         under_way = scores(a0, a1, k0.index(at), k1.index(at), KEYS, S)
         next0, next1 = add_values(weights, v0.index(last), v1.index(last), acc0, acc1)
         weights, acc0, acc1, total = weigh(
-            under_way, next0, next1, weights, shift, scale, total, k_empty.index(at), v_empty.index(last),
+            under_way, next0, next1, weights, shift, 1.0, total, k_empty.index(at), v_empty.index(last),
             k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, i + 1 < turns,
         )  # fmt: skip
 
@@ -195,7 +195,7 @@ def _attend(
         source = q_low, q_high, gl.load(tile + 2), width + column, width
         last_key = gl.zeros_like(whole).to(gl.int32) + (length - 1)
         acc0, acc1, whole = attend_again(
-            _get_again, source, length, last_key, q0, q1, q_full, 1, scale, acc0, acc1, whole
+            _get_again, source, length, last_key, q0, q1, q_full, 1, 1.0, acc0, acc1, whole
         )
     to_ptr = out_ptr + first_row.to(gl.int64) * stride + column
     _store(to_ptr, acc0, whole, live, stride)
@@ -231,7 +231,6 @@ def _segments(
     stride,
     tiles,
     width,  # heads * D
-    scale,
     limit,  # of LIMITS
     D: gl.constexpr,
     KEYS: gl.constexpr,
@@ -260,7 +259,7 @@ def _segments(
     # With each partition but the first: its warps and their registers. The first has what is left.
     gl.warp_specialize(
         [
-            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, scale, limit, q0.index(0),
+            (_attend, (q_low, q_high, tiles_ptr, out_ptr, stride, tiles, width, limit, q0.index(0),
                        q1.index(0), q_full.index(0), k0, k1, v0, v1, k_full, k_empty, v_full, v_empty,
                        D, KEYS, STAGES, FIELDS)),
             (_fetch, (k_low, k_high, tiles_ptr, tiles, width, k0, k1, v0, v1,
