@@ -186,9 +186,9 @@ class Session:
     def _resume(self, rest: str) -> None:
         if not rest:
             for info in self._store.conversations(LISTED):
-                self._screen.say(
-                    f"{info.id}  {info.updated[:16].replace('T', ' ')}  {info.num_turns:3} turns  {info.title}"
-                )
+                if info.num_turns:  # else all that was said in it has been taken back
+                    when = info.updated[:16].replace("T", " ")
+                    self._screen.say(f"{info.id}  {when}  {_counted(info.num_turns, 'turn', 'turns'):>9}  {info.title}")
             self._screen.say("/resume ID goes on with one; the beginning of its ID is enough")
             return
         self._talk = self._conversation(rest)
@@ -209,14 +209,15 @@ class Session:
             raise InvalidRequest("name a conversation: /forget ID (/resume lists them)")
         id = self._store.find(rest)
         gone = self._store.forget(id)
-        self._screen.say(f"forgotten: {gone.turns} turns, {gone.media} pictures and videos")
+        media = _counted(gone.media, "picture or video", "pictures and videos")
+        self._screen.say(f"forgotten: {_counted(gone.turns, 'turn', 'turns')}, {media}")
         if id == self._talk.id:
             self._begin()
 
     def _recall(self) -> None:
         """The last exchange, so that one knows where one was."""
         turns = self._talk.turns
-        self._screen.say(f"{len(turns)} turns; the last were:")
+        self._screen.say(f"{_counted(len(turns), 'turn', 'turns')}; the last were:")
         for turn in turns[-2:]:
             text = "".join(part.text for part in turn.message.parts if isinstance(part, TextPart))
             self._screen.say(f"{turn.message.role}: {text}")
@@ -242,6 +243,10 @@ class Session:
             system=self._settings.system,
             model=self._voice.name,
         )
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _write(path: Path, text: str) -> None:

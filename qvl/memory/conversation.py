@@ -139,7 +139,9 @@ class _Talk(Generic[AskT, CountT, StreamT]):
         if rules.n != 1:
             raise InvalidRequest("a turn of a conversation has one answer: 'n' must be 1", param="n")
         if message is None and not self.unanswered:
-            raise InvalidRequest("the last turn of this conversation has its answer")
+            raise InvalidRequest(
+                "the last turn of this conversation has its answer" if self.turns else "nothing has been asked yet"
+            )
         written = None if message is None else self._write(message)
         turns = self.turns
         running = self._running(turns)

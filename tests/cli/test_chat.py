@@ -157,6 +157,13 @@ def test_commands_when_piped(server: Live, home: Path, tmp_path: Path) -> None:
     assert len(turns(home)) == 4
 
 
+def test_a_turn_taken_back_leaves_nothing_to_ask_again_or_to_resume(server: Live, home: Path) -> None:
+    done = piped("first\n/undo\n/resume\n/retry\n", home, server.url)
+    assert (done.stdout, done.returncode) == ("first\n", 2)
+    assert "turns" not in done.stderr
+    assert "nothing has been asked yet" in done.stderr
+
+
 def test_what_was_said_is_found_and_forgotten_when_piped(server: Live, home: Path, picture: Path) -> None:
     piped(f"{picture}\nwhere are the Apples\n", home, server.url)
     done = piped("pears\n/search apples\n/search nuts\n/forget last\n/resume\n", home, server.url)
@@ -168,7 +175,7 @@ def test_what_was_said_is_found_and_forgotten_when_piped(server: Live, home: Pat
     with Store(home / "conversations.db") as store:
         (info,) = store.conversations()
         left = piped(f"/forget {info.id[:6]}\n", home, server.url)
-        assert "forgotten: 2 turns, 1 pictures and videos" in left.stderr
+        assert "forgotten: 2 turns, 1 picture or video\n" in left.stderr
         assert store.conversations() == []
     for order in ("/forget", "/search", "/forget nothing"):
         assert piped(f"{order}\n", home, server.url).returncode == 2
