@@ -77,7 +77,7 @@ async def run_batch(
     if source.skipped:
         tell(source.skipped)
     if ledger.num_unreadable:
-        tell(f"{ledger.num_unreadable} lines of {source.name} are not requests; they are recorded as errors")
+        tell(f"lines of {source.name} that are not requests and recorded as errors: {ledger.num_unreadable}")
     with journal:
         found = await asyncio.to_thread(
             journal.open, ledger, overwrite=options.overwrite, retry_failed=options.retry_failed
