@@ -130,7 +130,11 @@ def test_a_failed_line_is_exit_code_1(server: Live, tmp_path: Path, capsys: pyte
     arguments = ["batch", str(jobs), "-o", str(output), "--base-url", server.url]
     assert run(arguments) == 1
     err = capsys.readouterr().err
-    assert "that are not requests and recorded as errors: 1\n" in err and "1 answered, 1 failed" in err and "errors: invalid_value 1" in err
+    assert (
+        "that are not requests and recorded as errors: 1\n" in err
+        and "1 answered, 1 failed" in err
+        and "errors: invalid_value 1" in err
+    )
     assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == ["line-1", "line-2"]
     assert run([*arguments, "--resume", "-q"]) == 1  # nothing is asked, but the output still holds a failed line
     jobs.write_text(
