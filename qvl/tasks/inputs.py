@@ -128,6 +128,8 @@ def _held(source: Any, reading: Reading, named: str = "(picture)") -> Iterator[I
     if isinstance(source, bytes | bytearray | memoryview):
         yield from _bytes("(bytes)", "picture", bytes(source), reading)
         return
+    if isinstance(source, list | tuple):
+        raise InvalidRequest("a list is not one picture: take what it holds with qvl.tasks.each")
     part = source if isinstance(source, MediaPart | TextPart) else MediaPart("image", source)
     _check_kind(part.kind if isinstance(part, MediaPart) else "text", reading.accepts)
     yield Item(named, lambda: part, name="picture")

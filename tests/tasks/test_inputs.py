@@ -203,6 +203,8 @@ def test_what_a_program_holds(scans: Path) -> None:
     assert getattr(one_part(scans / "two.pdf", Reading(pages=Pages.parse("1"))), "source").size[0] > 0  # noqa: B009
     with pytest.raises(InvalidRequest, match=r"holds 2 pictures: name a page=.*qvl\.tasks\.each"):
         one_part(scans / "two.pdf", PICTURES)
+    with pytest.raises(InvalidRequest, match=r"a list .*qvl\.tasks\.each"):
+        one_part([scans / "one.png"], PICTURES)
     with pytest.raises(InvalidRequest, match="is a video"):
         one_part(part, PICTURES)
 
