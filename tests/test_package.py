@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 MODULES = {"pillow": "PIL", "markdown-it-py": "markdown_it"}  # distributions whose module has another name
+OF_TORCH = {"nvidia-cuda-nvrtc", "cuda-bindings"}  # torch for GPUs pins them, each of its builds another version
 
 
 def listed(section: str) -> list[str]:
@@ -43,8 +44,9 @@ def test_dependencies_are_what_is_imported() -> None:
 
 @pytest.mark.parametrize("name", ["dependencies", "dev"])
 def test_every_dependency_has_a_tested_version(name: str) -> None:
+    """But those of which a pin would keep some build of torch from being installed."""
     pins = (ROOT / "constraints" / "versions.txt").read_text(encoding="utf-8")
-    assert [package for package in listed(name) if not re.search(rf"^{package}==", pins, re.M)] == []
+    assert {package for package in listed(name) if not re.search(rf"^{package}==", pins, re.M)} <= OF_TORCH
 
 
 def test_pins_name_no_local_version() -> None:
@@ -60,7 +62,8 @@ def test_pins_are_within_the_declared_ranges() -> None:
     block = "".join(re.findall(r"^(?:dependencies|dev) = \[\n(.*?)^\]", PYPROJECT, re.M | re.S))
     for text in re.findall(r'^  "(.*?)",', block, re.M):
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[requirement.name]), text
+        if requirement.name not in OF_TORCH:
+            assert requirement.specifier.contains(pins[requirement.name]), text
 
 
 def test_the_command_is_declared() -> None:
