@@ -60,14 +60,19 @@ INLINE vd dot_us(vd sum, vu u, vb x) { /* 255 * 127 fits into 16 bits; even and 
 }
 #endif
 
-/* 8-bit weights as the unsigned factor: by their size, the sign moved to x (AVX2); or 128 more, taken off by adding
- * START8 times the sum of x. */
+/* Weights of 8 bits times four codes of x in every lane; one of the two must be unsigned. Instead of w it is w + 128,
+ * taken off by adding START8 times the sum of x. With AVX2 that would saturate: x comes as sizes and signs (see eight.h),
+ * w is turned over where x is below zero, ~w = -w - 1, and START8 times the sizes of those is added. */
 #if defined(WIDE)
-#define START8 0
-INLINE vu unsigned8(vb w) { return (vu)_mm256_abs_epi8((__m256i)w); }
-INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w)); }
+#define START8 1
+#define BYTES8 2 /* of a code of x */
+typedef struct { vu size; vb sign; } four8;
+INLINE vb ready8(vb w) { return w; }
+INLINE vd dot8(vd sum, vb w, four8 x) { return dot_us(sum, x.size, w ^ x.sign); }
 #else
 #define START8 (-128)
-INLINE vu unsigned8(vb w) { return (vu)w ^ 128; }
-INLINE vd dot8(vd sum, vb w, vu u, vb x) { return dot_us(sum, u, x); }
+#define BYTES8 1
+typedef vb four8;
+INLINE vb ready8(vb w) { return (vb)((vu)w ^ 128); }
+INLINE vd dot8(vd sum, vb w, four8 x) { return dot_us(sum, (vu)w, x); }
 #endif

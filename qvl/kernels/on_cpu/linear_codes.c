@@ -4,13 +4,15 @@
  * stand fp32 sums in one order, so an answer does not depend on its company in a batch.
  *
  * W lies in tiles of 16 rows side by side: see tiles.h. A tile is read from its first byte to its last; more rows of x
- * than it meets at a time pass by while a chunk of it is in a cache.
+ * than it meets at a time pass by while a chunk of it is in a cache, and a block of them meets the next tiles first.
  */
 #include "amx.h"
 #include "eight.h"
 #include "share.h"
 
-#define K_CHUNK 2048             /* numbers of the rows of a tile that meet all of x, near by in a cache */
+#define K_CHUNK 2048             /* numbers of the rows of a tile that meet rows of x, near by in a cache, */
+#define X_ROWS 64                /* so many at a time, which all tiles of a piece meet in turn */
+#define MANY_TILES 8             /* of a piece when there are more rows of x */
 #define STREAMS 2                /* tiles that one row of x meets at a time: a processor follows more than one */
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work */
 
@@ -18,6 +20,9 @@ static void round_piece(const void *what, long row) {
     const product *p = what;
     const int sixteen = amx_takes(p->m);
     int8_t *codes = p->codes + (sixteen ? row / SQUARE * SQUARE * p->k + row % SQUARE * BLOCK8 : row * p->k);
+#if defined(WIDE)
+    if (p->bits == 8) codes = p->codes + row * p->k * BYTES8 + p->k; /* where part_signs looks for them */
+#endif
     const long apart = sixteen ? SQUARE * BLOCK8 : BLOCK8;
     if (row < p->m)
         round_row(p->from + row * p->ldx, p->width, p->k, codes, apart, scales_of(p, row, 0), sums_of(p, row, 0));
@@ -25,6 +30,9 @@ static void round_piece(const void *what, long row) {
         for (long j = 0; j < p->k / BLOCK8; j++) memset(codes + j * apart, 0, BLOCK8);
         memset(scales_of(p, row, 0), 0, p->spans * sizeof(float));
     }
+#if defined(WIDE)
+    if (p->bits == 8) part_signs(codes - p->k, p->k, sums_of(p, row, 0));
+#endif
 }
 
 /* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k. */
@@ -56,31 +64,36 @@ INLINE void lone(const int bits, const product *p, long first, long last) {
     for (long t = first + apart * STREAMS; t < last; t++) tile(bits, 1, 1, p, 0, t, 0, 0, p->k);
 }
 
+/* Tiles [first, last) times rows [top, end) of x over [from, stop) of k. */
+INLINE void block(const int bits, const product *p, long first, long last, long top, long end, long from, long stop) {
+    for (long t = first; t < last; t++)
+        for (long c = top, left; (left = end - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4) {
+#if PAIR > 1
+            const int second = (t - first) % PAIR;
+            if (left >= STRIP && (second || t + 1 < last)) {
+                if (!second) tile(bits, PAIR, STRIP, p, c, t, 1, from, stop);
+                continue;
+            }
+#endif
+            switch (left >= STRIP ? STRIP : left) {
+            case 1: tile(bits, 1, 1, p, c, t, 0, from, stop); break;
+            case 2: tile(bits, 1, 2, p, c, t, 0, from, stop); break;
+            case 3: tile(bits, 1, 3, p, c, t, 0, from, stop); break;
+            case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop); break;
+#if STRIP > 4
+            default: tile(bits, 1, 4, p, c, t, 0, from, stop);
+#endif
+            }
+        }
+}
+
 /* Tiles [first, last) times all of x. */
 INLINE void tiles(const int bits, const product *p, long first, long last) {
     const long chunk = p->m <= STRIP ? p->k : K_CHUNK;
-    for (long from = 0; from < p->k; from += chunk) {
-        long stop = p->k - from < chunk ? p->k : from + chunk;
-        for (long t = first; t < last; t++)
-            for (long c = 0, left; (left = p->m - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4) {
-#if PAIR > 1
-                const int second = (t - first) % PAIR;
-                if (left >= STRIP && (second || t + 1 < last)) {
-                    if (!second) tile(bits, PAIR, STRIP, p, c, t, 1, from, stop);
-                    continue;
-                }
-#endif
-                switch (left >= STRIP ? STRIP : left) {
-                case 1: tile(bits, 1, 1, p, c, t, 0, from, stop); break;
-                case 2: tile(bits, 1, 2, p, c, t, 0, from, stop); break;
-                case 3: tile(bits, 1, 3, p, c, t, 0, from, stop); break;
-                case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop); break;
-#if STRIP > 4
-                default: tile(bits, 1, 4, p, c, t, 0, from, stop);
-#endif
-                }
-            }
-    }
+    for (long from = 0; from < p->k; from += chunk)
+        for (long top = 0; top < p->m; top += X_ROWS)
+            block(bits, p, first, last, top, p->m - top < X_ROWS ? p->m : top + X_ROWS, from,
+                  p->k - from < chunk ? p->k : from + chunk);
 }
 
 static void tile_piece(const void *what, long piece) {
@@ -104,6 +117,7 @@ void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, c
                           long k, int threads) {
     long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE, held = rows_held(m);
     long tiles = amx_takes(m) ? AMX_TILES : PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
+    if (m > X_ROWS && tiles < MANY_TILES) tiles = MANY_TILES;
     if (tiles > fair) tiles = fair;
     if (tiles < 1) tiles = 1;
     if (amx_takes(m)) tiles += tiles % 2; /* they meet x in pairs */
@@ -114,7 +128,9 @@ void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, c
     qvl_share((all + p.tiles - 1) / p.tiles, threads, tile_piece, &p);
 }
 
-long qvl_quantised_scratch(long m, long k) { return rows_held(m) * (k + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN)); }
+long qvl_quantised_scratch(long m, long k) {
+    return rows_held(m) * (k * BYTES8 + 4 * (1 + PER_SPAN) * ((k + SPAN - 1) / SPAN));
+}
 
 void qvl_quantise8(const float *x, int8_t *w, float *scales, long first, long count, long width, long k, int threads) {
     const writing p = {x, w, scales, first, width, k};
