@@ -38,7 +38,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-"):
+        if self.get_command(ctx, name) is None and not name.startswith("-") and not ctx.resilient_parsing:
             instead = f": {COMMANDS[name]}" if name in COMMANDS else suggest(name.lower(), self.commands)
             raise UsageError(f"there is no command {name[:80]!r} here{instead}", ctx)
         return super().resolve_command(ctx, args)

@@ -170,6 +170,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert b"Traceback" not in err
 
 
+def test_a_shell_hears_nothing_of_a_command_that_there_is_not() -> None:
+    words = {"COMP_WORDS": "qvl pull x", "COMP_CWORD": "2", "_QVL_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-m", "qvl"]
+    done = subprocess.run(command, env=os.environ | words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
 def test_the_command_starts_light() -> None:
     """Half of a second start is imports: what only some commands need loads with those."""
     code = "import sys, qvl.cli.app; sys.exit(bool({'torch', 'fastapi', 'httpx', 'numpy'} & set(sys.modules)))"
