@@ -13,7 +13,6 @@ import typer
 from qvl.cli import flags
 from qvl.cli.version import installed
 from qvl.errors import CheckpointError, InvalidRequest
-from qvl.prompt import TextRun
 from qvl.types import MediaPart, Message, TextPart
 
 if TYPE_CHECKING:
@@ -125,6 +124,8 @@ def _model_rows(config: EngineConfig, network: Qwen2VLForConditionalGeneration) 
 def _template_row(tokenizer: Tokenizer) -> str:
     """Renders what every user asks first. A template that cannot do that is read without complaint, and refuses each
     request afterwards."""
+    from qvl.prompt import TextRun  # with numpy, which no other command should wait for
+
     text, picture = TextPart("What is this?"), MediaPart("image", None)
     for what, parts in (("a text", (text,)), ("a picture and a text", (picture, text))):
         try:
