@@ -26,7 +26,7 @@ static int amx_runs(void) {
     if (!state) state = syscall(SYS_arch_prctl, 0x1023, 18) ? -1 : 1;
     return state > 0;
 }
-#elif defined(QVL_PORTABLE) && BYTES == 64 /* the same in C, for tests */
+#elif defined(QVL_PORTABLE) && BYTES == 64 && !defined(QVL_WITHOUT_AMX) /* the same in C, for tests */
 #define AMX 1
 static _Thread_local int8_t matrix_registers[8][16][64];
 #define SET_UP(how) ((void)(how))
@@ -52,14 +52,20 @@ static void multiply_portably(int sums, int x, int w) {
 static int amx_runs(void) { return 0; }
 #endif
 
-#define SQUARE 16    /* rows of x in a register, and rows of W */
-#define AMX_TILES 16 /* of W in a piece of work */
+#define AMX_TILES 32 /* of W in a piece of work */
 
 /* Whether m rows of x are multiplied here. */
 INLINE int amx_takes(long m) { return m > STRIP && amx_runs(); }
 
-/* Rows of x that are held for it, filled up with zeros. Sixteen stand side by side, 64 numbers of each at a time. */
-INLINE long rows_held(long m) { return amx_takes(m) ? (m + SQUARE - 1) / SQUARE * SQUARE : m; }
+/* Whether m rows of x stand side by side: sixteen of them, BLOCK8 numbers of each at a time. Then what is multiplied next
+ * lies in as many lines of a cache, one behind the other, and no step of a loop computes where. */
+INLINE int side_by_side(int bits, long m) { return amx_takes(m) || (BYTES == 64 && bits == 8 && m > STRIP); }
+
+/* Where such a row begins. */
+INLINE long place_of(const product *p, long row) { return row / SQUARE * SQUARE * p->k + row % SQUARE * BLOCK8; }
+
+/* Rows of x that are held, filled up with zeros. */
+INLINE long rows_held(long m) { return BYTES == 64 && m > STRIP ? (m + SQUARE - 1) / SQUARE * SQUARE : m; }
 
 #if defined(AMX)
 #define STEP 64                           /* numbers of k in a register */

@@ -10,16 +10,22 @@
 #include "eight.h"
 #include "share.h"
 
-#define K_CHUNK 2048             /* numbers of the rows of a tile that meet rows of x, near by in a cache, */
-#define X_ROWS 64                /* so many at a time, which all tiles of a piece meet in turn */
-#define MANY_TILES 8             /* of a piece when there are more rows of x */
+#if BYTES == 64
+#define K_CHUNK 1024  /* numbers of the rows of two tiles that meet rows of x, out of a first-level cache, */
+#define X_ROWS 256    /* so many at a time, which all tiles of a piece meet in turn */
+#define MANY_TILES 16 /* of a piece when there are more rows of x */
+#else
+#define K_CHUNK 2048
+#define X_ROWS 64
+#define MANY_TILES 8
+#endif
 #define STREAMS 2                /* tiles that one row of x meets at a time: a processor follows more than one */
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work */
 
 static void round_piece(const void *what, long row) {
     const product *p = what;
-    const int sixteen = amx_takes(p->m);
-    int8_t *codes = p->codes + (sixteen ? row / SQUARE * SQUARE * p->k + row % SQUARE * BLOCK8 : row * p->k);
+    const int sixteen = side_by_side(p->bits, p->m);
+    int8_t *codes = p->codes + (sixteen ? place_of(p, row) : row * p->k);
 #if defined(WIDE)
     if (p->bits == 8) codes = p->codes + row * p->k * BYTES8 + p->k; /* where part_signs looks for them */
 #endif
@@ -35,9 +41,10 @@ static void round_piece(const void *what, long row) {
 #endif
 }
 
-/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k. */
+/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k; `ready` are these numbers of
+ * the tiles behind `ready8`, or nothing. */
 INLINE void tile(const int bits, const int tiles, const int columns, const product *p, long column, long t, long apart,
-                 long from, long stop) {
+                 long from, long stop, const int8_t *ready) {
     float sums[SUMS][TILE];
     for (int i = 0; i < tiles; i++) take_sums(columns, p, column, t + i * apart, from, sums + i * columns);
     for (long at = from; at < stop; at += SPAN) {
@@ -47,7 +54,8 @@ INLINE void tile(const int bits, const int tiles, const int columns, const produ
         if (bits == 4)
             span4(tiles, columns, p, w, p->steps + (t * p->k + at) / BLOCK4 * TILE, apart, column, at, length, out);
         else
-            span8(tiles, columns, p, w, apart, column, at, length, out);
+            span8(tiles, columns, ready != 0, p, ready ? ready + (at - from) * TILE : w,
+                  ready ? K_CHUNK * TILE : apart * p->k * TILE, column, at, length, out);
         UNROLL for (int i = 0; i < tiles * columns; i++)
             UNROLL for (int v = 0; v < BESIDE; v++) {
                 vn_u *to = (vn_u *)(sums[i] + v * (BYTES / 4));
@@ -60,31 +68,53 @@ INLINE void tile(const int bits, const int tiles, const int columns, const produ
 /* Tiles [first, last) times the only row of x. */
 INLINE void lone(const int bits, const product *p, long first, long last) {
     long apart = (last - first) / STREAMS;
-    for (long t = first; t < first + apart; t++) tile(bits, STREAMS, 1, p, 0, t, apart, 0, p->k);
-    for (long t = first + apart * STREAMS; t < last; t++) tile(bits, 1, 1, p, 0, t, 0, 0, p->k);
+    for (long t = first; t < first + apart; t++) tile(bits, STREAMS, 1, p, 0, t, apart, 0, p->k, 0);
+    for (long t = first + apart * STREAMS; t < last; t++) tile(bits, 1, 1, p, 0, t, 0, 0, p->k, 0);
 }
+
+/* Tile t times rows [c, end) of x over [from, stop) of k. */
+INLINE void strips(const int bits, const product *p, long t, long c, long end, long from, long stop) {
+    for (long left; (left = end - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4)
+        switch (left >= STRIP ? STRIP : left) {
+        case 1: tile(bits, 1, 1, p, c, t, 0, from, stop, 0); break;
+        case 2: tile(bits, 1, 2, p, c, t, 0, from, stop, 0); break;
+        case 3: tile(bits, 1, 3, p, c, t, 0, from, stop, 0); break;
+        case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop, 0); break;
+#if STRIP > 4
+        default: tile(bits, 1, 4, p, c, t, 0, from, stop, 0);
+#endif
+        }
+}
+
+#if PAIR > 1
+/* Tiles t and t + 1 times the whole strips of these rows; where the rest begins. What many rows meet is made ready once. */
+INLINE long pair_strips(const int bits, const product *p, long t, long c, long end, long from, long stop) {
+    int8_t ready[PAIR * K_CHUNK * TILE] __attribute__((aligned(64)));
+    const int many = bits == 8 && p->m > STRIP;
+    for (long i = 0; many && i < PAIR; i++)
+        for (long j = 0; j < (stop - from) * TILE; j += BYTES)
+            *(vb *)(ready + i * K_CHUNK * TILE + j) = ready8(LOAD(p->w + ((t + i) * p->k + from) * TILE + j));
+    for (; end - c >= STRIP; c += STRIP)
+        if (many)
+            tile(bits, PAIR, STRIP, p, c, t, 1, from, stop, ready);
+        else
+            tile(bits, PAIR, STRIP, p, c, t, 1, from, stop, 0);
+    return c;
+}
+#endif
 
 /* Tiles [first, last) times rows [top, end) of x over [from, stop) of k. */
 INLINE void block(const int bits, const product *p, long first, long last, long top, long end, long from, long stop) {
-    for (long t = first; t < last; t++)
-        for (long c = top, left; (left = end - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4) {
+    for (long t = first; t < last; t++) {
+        long rest = top;
 #if PAIR > 1
-            const int second = (t - first) % PAIR;
-            if (left >= STRIP && (second || t + 1 < last)) {
-                if (!second) tile(bits, PAIR, STRIP, p, c, t, 1, from, stop);
-                continue;
-            }
-#endif
-            switch (left >= STRIP ? STRIP : left) {
-            case 1: tile(bits, 1, 1, p, c, t, 0, from, stop); break;
-            case 2: tile(bits, 1, 2, p, c, t, 0, from, stop); break;
-            case 3: tile(bits, 1, 3, p, c, t, 0, from, stop); break;
-            case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop); break;
-#if STRIP > 4
-            default: tile(bits, 1, 4, p, c, t, 0, from, stop);
-#endif
-            }
+        if (t + 1 < last) {
+            rest = pair_strips(bits, p, t, top, end, from, stop);
+            strips(bits, p, t++, rest, end, from, stop);
         }
+#endif
+        strips(bits, p, t, rest, end, from, stop);
+    }
 }
 
 /* Tiles [first, last) times all of x. */

@@ -6,6 +6,7 @@
 #pragma once
 #include "codes.h"
 
+#define SQUARE 16                   /* rows of x that stand side by side, and of W in a register of AMX */
 #define BESIDE (4 * TILE / BYTES)   /* vectors beside each other for the rows of a tile */
 #define STRIP (BYTES == 64 ? 8 : 4) /* rows of x that a tile meets at a time */
 #define PAIR (BYTES == 64 ? 2 : 1)  /* tiles that so many rows meet at once: 16 sums, for products that take five cycles */
