@@ -166,6 +166,7 @@ def engine_info(config: EngineConfig, runner: ModelRunner, load_seconds: float) 
         max_model_len=config.max_model_len,
         load_seconds=load_seconds,
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        kv_cache_bytes=(config.num_blocks or 0) * config.block_bytes,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )

@@ -145,6 +145,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
     max_model_len: int
     load_seconds: float
     weight_bytes: int = 0
+    kv_cache_bytes: int = 0
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
 
