@@ -49,7 +49,7 @@ class Products:
     def scratch(self, rows: int, width: int) -> int:
         """Floats that it needs for so many rows of x."""
         if not self.bits:
-            return (rows + linear_floats.BLOCK) * (width + linear_floats.GROUP)
+            return rows * (width + linear_floats.GROUP)
         library = linear_codes.kernels().library
         assert library is not None
         filled = width + 8 * linear_codes.BLOCK_BYTES // self.bits

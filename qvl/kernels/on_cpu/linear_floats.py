@@ -24,9 +24,8 @@ from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 SOURCE = Path(__file__).with_name("linear_floats.c")
-GROUP = 64  # the kernel pads rows of x to at most this many numbers
+GROUP = 64  # the kernel pads rows of x to a multiple of at most this many numbers
 FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
-BLOCK = 12  # and their number to a multiple of at most this
 SLICE = 2048  # rows of x that are rearranged at a time, which bounds the memory for it
 PANEL_BYTES = 8 * 1024 * 1024
 CLEARLY = 0.8  # of the compiled kernel's time
@@ -107,7 +106,7 @@ def native_product(dtype: torch.dtype) -> Product:
         assert weight.is_contiguous(), weight.stride()
         out = torch.empty(m, n)
         threads = threads_for(m, n, k, torch.get_num_threads())
-        scratch = torch.empty((min(m, SLICE) + BLOCK) * (k + GROUP))
+        scratch = torch.empty(min(m, SLICE) * (k + GROUP))
         for start in range(0, m, SLICE):
             function(
                 x.data_ptr() + 4 * start * x.stride(0), x.stride(0), weight.data_ptr(),
