@@ -38,11 +38,12 @@ HINTS = {
     "--ctx-size": "here it is --max-model-len",
 }
 
+_FETCH = "hf download NAME or modelscope download --model NAME fetches a model"
 _FOLDERS = "models are folders: ./models, ~/models or the Hugging Face cache"
 
 COMMANDS = {
-    "pull": "hf download NAME or modelscope download --model NAME fetches a model",
-    "download": "hf download NAME or modelscope download --model NAME fetches a model",
+    "pull": _FETCH,
+    "download": _FETCH,
     "run": "qvl chat --model MODEL talks to a model, qvl serve MODEL serves it",
     "generate": "qvl ask TEXT FILE asks one question",
     "list": _FOLDERS,
