@@ -29,6 +29,7 @@ from qvl.server.hosts import HostMiddleware, needs_guard
 from qvl.server.limits import AdmissionMiddleware, BodyLimitMiddleware
 from qvl.server.openapi import describe
 from qvl.server.options import ServerOptions
+from qvl.server.pages import add_pages
 from qvl.server.routes import add_routes
 from qvl.server.service import Service
 
@@ -58,11 +59,13 @@ def create_app(
         middleware=_layers(service),
         exception_handlers={QvlError: _known, HTTPException: _http, Exception: _unknown},
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service = service
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     add_routes(app.router, service)
+    add_pages(app.router, service)
     return app
 
 

@@ -131,7 +131,6 @@ def test_unknown_routes_and_wrong_methods(server: Live) -> None:
         ("/api/tags", "/v1/models"),
         ("/api/generate", "/v1/completions"),
         ("/v1/embeddings", None),
-        ("/", None),
         ("/v1", None),
     ],
 )
