@@ -41,6 +41,13 @@ class QvlError(Exception):
         self.message = message
         self.param = param
 
+    def about(self, what: str) -> QvlError:
+        """The same error, with what it is about in front of its message where that does not name it."""
+        if what not in self.message:
+            self.message = f"{what}: {self.message}"
+            self.args = (self.message,)
+        return self
+
     def body(self) -> dict[str, dict[str, str | None]]:
         """The OpenAI error body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from qvl.errors import QvlError
 from qvl.tasks.base import Ask, Model, Result, Task, asked, cut_notes, said
 from qvl.tasks.differences import SAME, Difference, difference
 from qvl.tasks.fields import Extract
 from qvl.tasks.inputs import Reading, one_part
-from qvl.tasks.pictures import pixels_of
+from qvl.tasks.pictures import Pixels, pixels_of
 from qvl.tasks.run import asking, default_model, resolution_for
 from qvl.tasks.schema import Schema
 from qvl.tasks.wrappings import certain
@@ -92,7 +93,8 @@ class Compare(Task[Comparison]):
         return PROMPTS[self.lang]
 
     def answer(self, ask: Ask, parts: Sequence[Part]) -> Result[Comparison]:
-        first, second = (pixels_of(part) for part in parts if isinstance(part, MediaPart))
+        pictures = [part for part in parts if isinstance(part, MediaPart)]
+        first, second = (_pixels(part, which) for part, which in zip(pictures, ("first", "second"), strict=True))
         pixels = difference(first, second)
         if pixels.identical:
             return self.result(Comparison(pixels.told(), pixels=pixels))
@@ -125,6 +127,13 @@ class Compare(Task[Comparison]):
             "changed_pixels": round(value.pixels.changed, 6),
             "regions": [list(box) for box in value.pixels.regions],
         }
+
+
+def _pixels(part: MediaPart, which: str) -> Pixels:
+    try:
+        return pixels_of(part)
+    except QvlError as error:
+        raise error.about(f"the {which} picture") from None
 
 
 def compare(

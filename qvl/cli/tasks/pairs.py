@@ -13,14 +13,14 @@ from qvl.cli.tasks.pictures import check_name, save
 from qvl.cli.tasks.sink import keep_inputs, open_sink
 from qvl.cli.tasks.status import Status, tell
 from qvl.cli.who import Who
-from qvl.errors import InvalidRequest
+from qvl.errors import InvalidRequest, QvlError
 from qvl.tasks.base import Growing, Model, Task
 from qvl.tasks.comparison import Compare, Comparison
 from qvl.tasks.differences import draw_difference
 from qvl.tasks.inputs import STDIN, Item, Pages, Reading, items
 from qvl.tasks.pictures import pixels_of
 from qvl.tasks.run import Outcome, asking, resolution_for
-from qvl.types import Completion, MediaPart, Message, SamplingParams
+from qvl.types import Completion, MediaPart, Message, Part, SamplingParams
 
 
 def perform_pair(task: Compare, how: How, who: Who, draw: str | None) -> int:
@@ -40,7 +40,7 @@ def perform_pair(task: Compare, how: How, who: Who, draw: str | None) -> int:
         ) -> Completion:
             return asking(find(), None, status.hear, shown)(messages, sampling, growing)
 
-        parts = [item.load() for item in pair]
+        parts = [_load(item) for item in pair]
         result = chosen.answer(ask, parts)
         status.clear()
         named = {"first": pair[0].title, "second": pair[1].title}
@@ -67,6 +67,13 @@ def _items(how: How, find: Callable[[], Model]) -> list[Item]:
             raise InvalidRequest(f"{source} holds {len(found)} pictures: name one of them, a PDF's with --pages N")
         pair += found
     return pair
+
+
+def _load(item: Item) -> Part:
+    try:
+        return item.load()
+    except QvlError as error:
+        raise error.about(item.title) from None
 
 
 def _drawing(draw: str, pair: list[Item]) -> Path:

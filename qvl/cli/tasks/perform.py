@@ -15,7 +15,7 @@ from qvl.cli.answer import is_piped
 from qvl.cli.tasks.sink import Sink, open_sink
 from qvl.cli.tasks.status import Status, tell
 from qvl.cli.who import Who, find
-from qvl.errors import InvalidRequest, QvlError
+from qvl.errors import InvalidRequest, QvlError, RequestFailed
 from qvl.tasks.base import Model, Task
 from qvl.tasks.inputs import STDIN, Item, Pages, Reading, items
 from qvl.tasks.run import Outcome, resolution_for, run
@@ -44,7 +44,7 @@ class How:
 
 
 def perform(task: Task[Any], how: How, who: Who, *, extra: Callable[[Sequence[Item]], Sink] | None = None) -> int:
-    """The exit code: 0, or 1 when some of several inputs failed. The error of a single one is raised.
+    """The exit code: 0, or 1 when some of several inputs failed. The error of a single one is raised, and names it.
 
     `extra` makes a sink for what comes of the inputs besides the texts, such as pictures.
     """
@@ -130,7 +130,9 @@ def _verdict(failed: list[Outcome[Any]], total: int) -> int:
     if not errors:
         return 0
     if total == 1:
-        raise errors[0][1]
+        [(item, error)] = errors
+        is_of_input = isinstance(error, InvalidRequest | RequestFailed) and item.file != STDIN
+        raise error.about(item.title) if is_of_input else error
     tell(f"{len(errors)} of {total} failed:")
     for item, error in errors[:TOLD_FAILURES]:
         tell(f"  {item.title}: {error.message}")

@@ -181,4 +181,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_an_answer_that_is_no_table_is_exit_code_1(answering: Answering) -> None:
     code, out, err, _ = answering(["I see no table."], "table", str(SAMPLES / "open.png"))
     assert (code, out) == (1, "")
-    assert err == 'qvl: the answer is no table: "I see no table."\n'
+    assert err == f'qvl: {SAMPLES / "open.png"}: the answer is no table: "I see no table."\n'

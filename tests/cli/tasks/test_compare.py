@@ -99,7 +99,7 @@ def test_the_drawing(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.
     [
         (["{a}"], "Missing argument"),
         (["-", "-"], "standard input is one picture"),
-        (["{a}", "missing.png"], "no such file"),
+        (["{a}", "missing.png"], "qvl: no such file: missing.png"),
         (["{a}", "{folder}"], "holds 2 pictures"),
         (["{a}", "{b}", "--draw", "{b}"], "is an input"),
         (["{a}", "{b}", "-o", "{b}"], "is an input"),
@@ -118,3 +118,26 @@ def test_what_cannot_be_is_exit_code_2(
     words = [word.format(a=pair[0], b=pair[1], folder=tmp_path) for word in arguments]
     assert run(["compare", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, first, second",
+    [
+        ("bad.pdf", b"%PDF-1.7 and no more", "{bad}: the PDF is broken", "{bad}: the PDF is broken"),
+        ("bad.png", b"no picture", "the first picture: not a picture", "the second picture: not a picture"),
+    ],
+)
+def test_which_of_the_two_cannot_be_read_is_told(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    first: str,
+    second: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / name
+    bad.write_bytes(content)
+    for arguments, told in (([str(bad), pair[0]], first), ([pair[0], str(bad)], second)):
+        assert run(["compare", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"qvl: {told.format(bad=bad)}")

@@ -173,8 +173,9 @@ def test_into_a_folder(folder: Path, tmp_path: Path) -> None:
         (["{scans}/two.pdf", "--dpi", "2"], "--dpi"),
         (["{scans}/a.png", "--concurrency", "0"], "--concurrency"),
         (["{scans}/a.png", "--model", "nightingale"], "nightingale"),
-        (["{locked}"], "locked with a password"),
-        (["{broken}"], "broken"),
+        (["{locked}"], "locked.pdf: the PDF is locked with a password"),
+        (["{broken}"], "broken.pdf: the PDF is broken"),
+        (["{scans}/nope.png"], "qvl: no such file: "),
         (["{scans}/empty"], "no pictures and PDFs in the folder"),
     ],
 )
