@@ -80,7 +80,8 @@ def test_what_is_skipped_is_told_once(tmp_path: Path) -> None:
 def test_a_full_engine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend raises goes by the same rules as what a server answers."""
     backend = EchoBackend()
-    real, refused = backend.chat, []
+    real = backend.chat
+    refused: list[str] = []
 
     def full_once(request: Any, request_id: str) -> Any:
         if not refused:
