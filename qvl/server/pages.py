@@ -68,8 +68,8 @@ _ENGLISH = _Words(
         "metrics": "numbers for Prometheus",
     },
     viewer="The viewer of this page comes from cdn.jsdelivr.net. If this text stays, your browser cannot reach that. "
-    "Then open {link} in a viewer on your machine (an editor, Postman, Bruno); docs/api.md in qvl's repository says "
-    "every field. The routes:",
+    "Then open {link} in a viewer on your machine (an editor, Postman, Bruno); docs/api.md in qvl's repository "
+    "explains every field. The routes:",
 )
 _CHINESE = _Words(
     lang="zh",
