@@ -11,37 +11,22 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from qvl.cli import ask, batch, bench, chat, check, serve, version
-from qvl.cli.familiar import COMMANDS, HINTS
+from qvl.cli.familiar import HINTS
+from qvl.cli.group import ClickError, Commands
 from qvl.cli.names import NamingCommand
 from qvl.cli.tasks import compare, describe, extract, ground, ocr, solve, table, translate, watch, webpage
 from qvl.engine.waiting import wait_asleep
 from qvl.errors import QvlError, suggest
 
-# Newer releases of typer bring their own copy of click, older ones depend on it: both are found through a subclass.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-ClickError: type[Exception] = typer.BadParameter.__mro__[2]
-
 
 def dashes(name: str) -> str:
     """`--max_model_len` is `--max-model-len`."""
     return name.replace("_", "-")
-
-
-class Commands(TyperGroup):
-    """A group that says what to do instead of a command that it does not have."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-") and not ctx.resilient_parsing:
-            instead = f": {COMMANDS[name]}" if name in COMMANDS else suggest(name.lower(), self.commands)
-            raise UsageError(f"there is no command {name[:80]!r} here{instead}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def _print_version(wanted: bool) -> None:
@@ -91,7 +76,7 @@ app.command("version")(version.version)
 def run(arguments: Sequence[str]) -> int:
     """The exit code of `qvl ARGUMENTS...`."""
     try:
-        code = app(args=list(arguments) or ["--help"], prog_name="qvl", standalone_mode=False)
+        code = app(args=list(arguments), prog_name="qvl", standalone_mode=False)
         sys.stdout.flush()
     except QvlError as error:
         return _fail(error.message, error.exit_code)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvl.cli import bench_beside, bench_kernels, bench_serve, flags
+from qvl.cli.group import Commands
 from qvl.cli.version import installed
 from qvl.errors import ConfigError
 
@@ -28,7 +29,7 @@ MILLI = 1000.0
 AROUND_PICTURE = 64  # tokens, and more than it takes
 BATCHES = "1,8,64,256"
 
-app = typer.Typer(help="Measure this machine, or a server.")
+app = typer.Typer(cls=Commands, help="Measure this machine, or a server.")
 app.command("serve")(bench_serve.serve)
 app.command("beside")(bench_beside.beside)
 app.command("kernels")(bench_kernels.kernels)

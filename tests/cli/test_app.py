@@ -51,6 +51,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["bench", "engine", "--against", "magic"], "'magic'"),
         (["bench", "engine", "--picture", "huge"], "--picture"),
         (["bench", "shape", "3b", "x"], "known: 2b, 7b, 72b"),
+        (["bench", "foo"], "no command 'foo' in qvl bench: there are serve, beside, kernels, shape, engine"),
+        (["bench", "pull"], "there are serve"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -107,6 +109,9 @@ def test_without_arguments_it_explains_itself(capsys: pytest.CaptureFixture[str]
     assert run([]) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("serve", "ask", "check", "bench", "version"))
+    assert run(["bench"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("serve", "beside", "kernels", "shape", "engine"))
 
 
 def test_a_terminal_without_utf_8() -> None:
