@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import pytest
 
@@ -68,7 +69,7 @@ class Scripted:
             if self.speaks_first:
                 connection.sendall(self.pieces[0])
                 return
-            while head := b"".join(iter(reader.readline, b"\r\n")):
+            while head := b"".join(takewhile(b"\r\n".__ne__, reader)):
                 length = next((int(v) for k, _, v in map(_header, head.splitlines()) if k == b"content-length"), 0)
                 self.requests.append(head + b"\r\n" + reader.read(length))
                 for piece in self.pieces:
