@@ -28,11 +28,10 @@ INLINE four8 next8(const int8_t *x) { return four(x); }
 #endif
 
 /* Four numbers of a tile times `columns` rows of x, `apart` from each other. */
-INLINE void bytes_step(const int columns, const int ready, const int8_t *w, const int8_t *x, long apart,
-                       vd (*sum)[BESIDE]) {
+INLINE void bytes_step(const int columns, const int8_t *w, const int8_t *x, long apart, vd (*sum)[BESIDE]) {
     vb wv[BESIDE];
     UNROLL for (int v = 0; v < BESIDE; v++) {
-        wv[v] = ready ? LOAD(w + v * BYTES) : ready8(LOAD(w + v * BYTES));
+        wv[v] = ready8(LOAD(w + v * BYTES));
 #if defined(WIDE)
         if (columns > 1) __asm__ volatile("" : "+x"(wv[v])); /* or every column loads it again */
 #endif
@@ -43,26 +42,23 @@ INLINE void bytes_step(const int columns, const int ready, const int8_t *w, cons
     }
 }
 
-/* Numbers [at, at + length) of k of some tiles, which begin at w and `next` bytes apart (`ready`: behind `ready8`), times
- * `columns` rows of x: to `out`, one tile after the other, still to be scaled. */
-INLINE void span8(const int tiles, const int columns, const int ready, const product *p, const int8_t *w, long next,
-                  long column, long at, long length, vn (*out)[BESIDE]) {
+/* Numbers [at, at + length) of k of some tiles, which begin at w and `next` bytes apart, times `columns` rows of x: to
+ * `out`, one tile after the other, still to be scaled. */
+INLINE void span8(const int tiles, const int columns, const product *p, const int8_t *w, long next, long column, long at,
+                  long length, vn (*out)[BESIDE]) {
     vd sum[SUMS][BESIDE];
     UNROLL for (int i = 0; i < tiles * columns; i++) {
         int32_t start = 0;
         for (long b = 0; START8 && b < length; b += BLOCK4) start += START8 * *sums_of(p, column + i % columns, at + b);
         UNROLL for (int v = 0; v < BESIDE; v++) sum[i][v] = (vd){0} + start;
     }
-    const int sixteen = BYTES == 64 && (ready || side_by_side(p->bits, p->m));
-    const long run = sixteen ? BLOCK8 : length, beside = sixteen ? BLOCK8 : p->k * BYTES8;
-    const int8_t *x = sixteen ? p->codes + place_of(p, column) + at * SQUARE : p->codes + (column * p->k + at) * BYTES8;
-    for (long b = 0; b < length; b += run, x += SQUARE * BLOCK8)
-        for (long j = 0; j < run; j += 4, w += 4 * TILE)
-            UNROLL for (int t = 0; t < tiles; t++) {
-                const int8_t *own = w + t * next;
-                if (!ready) __builtin_prefetch(own + AHEAD(columns), 0, 2);
-                bytes_step(columns, ready, own, x + j * BYTES8, beside, sum + t * columns);
-            }
+    const int8_t *x = p->codes + (column * p->k + at) * BYTES8;
+    for (long j = 0; j < length; j += 4, w += 4 * TILE)
+        UNROLL for (int t = 0; t < tiles; t++) {
+            const int8_t *own = w + t * next;
+            __builtin_prefetch(own + AHEAD(columns), 0, 2);
+            bytes_step(columns, own, x + j * BYTES8, p->k * BYTES8, sum + t * columns);
+        }
     UNROLL for (int i = 0; i < tiles * columns; i++)
         UNROLL for (int v = 0; v < BESIDE; v++) out[i][v] = __builtin_convertvector(sum[i][v], vn);
 }

@@ -4,27 +4,27 @@
  * stand fp32 sums in one order, so an answer does not depend on its company in a batch.
  *
  * W lies in tiles of 16 rows side by side: see tiles.h. A tile is read from its first byte to its last; more rows of x
- * than it meets at a time pass by while a chunk of it is in a cache, and a block of them meets the next tiles first.
+ * than it meets at a time pass by while a chunk of it is in a cache, and a block of them meets the next tiles first. With
+ * vectors of 64 bytes many.h does that.
  */
 #include "amx.h"
-#include "eight.h"
+#include "many.h"
 #include "share.h"
 
-#if BYTES == 64
-#define K_CHUNK 1024  /* numbers of the rows of two tiles that meet rows of x, out of a first-level cache, */
-#define X_ROWS 256    /* so many at a time, which all tiles of a piece meet in turn */
-#define MANY_TILES 16 /* of a piece when there are more rows of x */
-#else
-#define K_CHUNK 2048
-#define X_ROWS 64
-#define MANY_TILES 8
-#endif
 #define STREAMS 2                /* tiles that one row of x meets at a time: a processor follows more than one */
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work */
+#if BYTES == 64
+#define X_ROWS STRIP /* more rows of x are taken by many.h, */
+#define MANY_TILES GROUP_TILES
+#else
+#define K_CHUNK 2048 /* numbers of the rows of a tile that meet rows of x, out of a first-level cache, */
+#define X_ROWS 64    /* so many at a time, which all tiles of a piece meet in turn */
+#define MANY_TILES 8 /* of a piece when there are more rows of x */
+#endif
 
 static void round_piece(const void *what, long row) {
     const product *p = what;
-    const int sixteen = side_by_side(p->bits, p->m);
+    const int sixteen = side_by_side(p->m);
     int8_t *codes = p->codes + (sixteen ? place_of(p, row) : row * p->k);
 #if defined(WIDE)
     if (p->bits == 8) codes = p->codes + row * p->k * BYTES8 + p->k; /* where part_signs looks for them */
@@ -35,16 +35,16 @@ static void round_piece(const void *what, long row) {
     else { /* filling */
         for (long j = 0; j < p->k / BLOCK8; j++) memset(codes + j * apart, 0, BLOCK8);
         memset(scales_of(p, row, 0), 0, p->spans * sizeof(float));
+        memset(sums_of(p, row, 0), 0, p->spans * PER_SPAN * sizeof(int32_t));
     }
 #if defined(WIDE)
     if (p->bits == 8) part_signs(codes - p->k, p->k, sums_of(p, row, 0));
 #endif
 }
 
-/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k; `ready` are these numbers of
- * the tiles behind `ready8`, or nothing. */
+/* Tiles t, t + apart, ... (`tiles` of them) times `columns` rows of x over [from, stop) of k. */
 INLINE void tile(const int bits, const int tiles, const int columns, const product *p, long column, long t, long apart,
-                 long from, long stop, const int8_t *ready) {
+                 long from, long stop) {
     float sums[SUMS][TILE];
     for (int i = 0; i < tiles; i++) take_sums(columns, p, column, t + i * apart, from, sums + i * columns);
     for (long at = from; at < stop; at += SPAN) {
@@ -54,8 +54,7 @@ INLINE void tile(const int bits, const int tiles, const int columns, const produ
         if (bits == 4)
             span4(tiles, columns, p, w, p->steps + (t * p->k + at) / BLOCK4 * TILE, apart, column, at, length, out);
         else
-            span8(tiles, columns, ready != 0, p, ready ? ready + (at - from) * TILE : w,
-                  ready ? K_CHUNK * TILE : apart * p->k * TILE, column, at, length, out);
+            span8(tiles, columns, p, w, apart * p->k * TILE, column, at, length, out);
         UNROLL for (int i = 0; i < tiles * columns; i++)
             UNROLL for (int v = 0; v < BESIDE; v++) {
                 vn_u *to = (vn_u *)(sums[i] + v * (BYTES / 4));
@@ -68,56 +67,42 @@ INLINE void tile(const int bits, const int tiles, const int columns, const produ
 /* Tiles [first, last) times the only row of x. */
 INLINE void lone(const int bits, const product *p, long first, long last) {
     long apart = (last - first) / STREAMS;
-    for (long t = first; t < first + apart; t++) tile(bits, STREAMS, 1, p, 0, t, apart, 0, p->k, 0);
-    for (long t = first + apart * STREAMS; t < last; t++) tile(bits, 1, 1, p, 0, t, 0, 0, p->k, 0);
+    for (long t = first; t < first + apart; t++) tile(bits, STREAMS, 1, p, 0, t, apart, 0, p->k);
+    for (long t = first + apart * STREAMS; t < last; t++) tile(bits, 1, 1, p, 0, t, 0, 0, p->k);
 }
 
 /* Tile t times rows [c, end) of x over [from, stop) of k. */
 INLINE void strips(const int bits, const product *p, long t, long c, long end, long from, long stop) {
     for (long left; (left = end - c) > 0; c += left >= STRIP ? STRIP : left < 4 ? left : 4)
         switch (left >= STRIP ? STRIP : left) {
-        case 1: tile(bits, 1, 1, p, c, t, 0, from, stop, 0); break;
-        case 2: tile(bits, 1, 2, p, c, t, 0, from, stop, 0); break;
-        case 3: tile(bits, 1, 3, p, c, t, 0, from, stop, 0); break;
-        case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop, 0); break;
+        case 1: tile(bits, 1, 1, p, c, t, 0, from, stop); break;
+        case 2: tile(bits, 1, 2, p, c, t, 0, from, stop); break;
+        case 3: tile(bits, 1, 3, p, c, t, 0, from, stop); break;
+        case STRIP: tile(bits, 1, STRIP, p, c, t, 0, from, stop); break;
 #if STRIP > 4
-        default: tile(bits, 1, 4, p, c, t, 0, from, stop, 0);
+        default: tile(bits, 1, 4, p, c, t, 0, from, stop);
 #endif
         }
 }
-
-#if PAIR > 1
-/* Tiles t and t + 1 times the whole strips of these rows; where the rest begins. What many rows meet is made ready once. */
-INLINE long pair_strips(const int bits, const product *p, long t, long c, long end, long from, long stop) {
-    int8_t ready[PAIR * K_CHUNK * TILE] __attribute__((aligned(64)));
-    const int many = bits == 8 && p->m > STRIP;
-    for (long i = 0; many && i < PAIR; i++)
-        for (long j = 0; j < (stop - from) * TILE; j += BYTES)
-            *(vb *)(ready + i * K_CHUNK * TILE + j) = ready8(LOAD(p->w + ((t + i) * p->k + from) * TILE + j));
-    for (; end - c >= STRIP; c += STRIP)
-        if (many)
-            tile(bits, PAIR, STRIP, p, c, t, 1, from, stop, ready);
-        else
-            tile(bits, PAIR, STRIP, p, c, t, 1, from, stop, 0);
-    return c;
-}
-#endif
 
 /* Tiles [first, last) times rows [top, end) of x over [from, stop) of k. */
 INLINE void block(const int bits, const product *p, long first, long last, long top, long end, long from, long stop) {
-    for (long t = first; t < last; t++) {
-        long rest = top;
-#if PAIR > 1
-        if (t + 1 < last) {
-            rest = pair_strips(bits, p, t, top, end, from, stop);
-            strips(bits, p, t++, rest, end, from, stop);
-        }
-#endif
-        strips(bits, p, t, rest, end, from, stop);
-    }
+    for (long t = first; t < last; t++)
+        if (PAIR > 1 && end - top == STRIP && t + 1 < last)
+            tile(bits, PAIR, STRIP, p, top, t++, 1, from, stop);
+        else
+            strips(bits, p, t, top, end, from, stop);
 }
 
+#if BYTES == 64
 /* Tiles [first, last) times all of x. */
+INLINE void tiles(const int bits, const product *p, long first, long last) {
+    if (p->m > STRIP)
+        many_tiles(bits, p, first, last);
+    else
+        block(bits, p, first, last, 0, p->m, 0, p->k);
+}
+#else
 INLINE void tiles(const int bits, const product *p, long first, long last) {
     const long chunk = p->m <= STRIP ? p->k : K_CHUNK;
     for (long from = 0; from < p->k; from += chunk)
@@ -125,6 +110,7 @@ INLINE void tiles(const int bits, const product *p, long first, long last) {
             block(bits, p, first, last, top, p->m - top < X_ROWS ? p->m : top + X_ROWS, from,
                   p->k - from < chunk ? p->k : from + chunk);
 }
+#endif
 
 static void tile_piece(const void *what, long piece) {
     const product *p = what;
@@ -141,16 +127,21 @@ static void tile_piece(const void *what, long piece) {
         p->bits == 4 ? tiles(4, p, first, last) : tiles(8, p, first, last);
 }
 
+/* How many tiles of W, of `all`, are a piece of work. */
+static long tiles_of_piece(int bits, long m, long k, long all, int threads) {
+    long tiles = amx_takes(m) ? AMX_TILES : PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
+    if (m > X_ROWS && tiles < MANY_TILES) tiles = MANY_TILES;
+    if (tiles > fair) tiles = fair;
+    if (tiles < 1) tiles = 1;
+    return side_by_side(m) ? tiles + tiles % 2 : tiles; /* they meet x in pairs */
+}
+
 /* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
 void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
                           const float *row_scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
     long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE, held = rows_held(m);
-    long tiles = amx_takes(m) ? AMX_TILES : PIECE_BYTES * 8 / bits / (k * TILE), fair = all / (4 * threads);
-    if (m > X_ROWS && tiles < MANY_TILES) tiles = MANY_TILES;
-    if (tiles > fair) tiles = fair;
-    if (tiles < 1) tiles = 1;
-    if (amx_takes(m)) tiles += tiles % 2; /* they meet x in pairs */
+    long tiles = tiles_of_piece(bits, m, k, all, threads);
     product p = {bits, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, ldx, m, n, width, k, spans, tiles};
     p.sums = (int32_t *)(p.scales + held * spans);
     p.codes = (int8_t *)(p.sums + held * spans * PER_SPAN);

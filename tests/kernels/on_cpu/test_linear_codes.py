@@ -111,14 +111,16 @@ def test_a_row_does_not_depend_on_its_company(bits: int, flags: tuple[str, ...])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_the_work(threads: int) -> None:
-    matrix, x = quantise(8, torch.randn(999, 2500)), torch.randn(70, 2500)
+@pytest.mark.parametrize("shape", [(999, 2500), (1999, 100)], ids=["wide", "narrow"])
+def test_threads_share_the_work(threads: int, shape: tuple[int, int]) -> None:
+    matrix, x = quantise(8, torch.randn(shape)), torch.randn(70, shape[1])
     expected = matrix.product(x, None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         assert torch.equal(quantise(8, everything(matrix)).codes, matrix.codes)
         assert torch.equal(matrix.product(x, None), expected)
+        assert torch.equal(torch.cat([matrix.product(part, None) for part in x.split(2)]), expected)
     finally:
         torch.set_num_threads(before)
 
