@@ -38,6 +38,18 @@ SIZED = STREAM + b"content-length: %d\r\n\r\n" % len(EVENTS) + EVENTS
 UNTIL_CLOSE = STREAM + b"\r\n" + EVENTS
 
 
+READER = "reads what a client sends"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nobody_reads_on() -> Iterator[None]:
+    """A thread that read on behind its client's end would take a core and memory without bound from all later tests."""
+    yield
+    for thread in [thread for thread in threading.enumerate() if thread.name == READER]:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 @dataclass
 class Scripted:
     """A server that answers every request with the same pieces, one write each, then closes or waits for more."""
@@ -61,7 +73,7 @@ class Scripted:
             except OSError:
                 return
             self.connections += 1
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._answer, args=(connection,), name=READER, daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
