@@ -108,7 +108,6 @@ def a_step(query: list[int], context: list[int]) -> tuple[AttentionMetadata, int
         at = torch.arange(context[i] - query[i], context[i])
         slots.append(blocks[at // PAGE] * PAGE + at % PAGE)
     step = AttentionMetadata(
-        cu_seqlens_q=torch.tensor([0, *itertools.accumulate(query)], dtype=torch.int32, device=CUDA),
         seq_lens=torch.tensor(context, dtype=torch.int32, device=CUDA),
         block_table=table.to(CUDA),
         slot_mapping=torch.cat(slots).to(CUDA),

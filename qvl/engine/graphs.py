@@ -172,7 +172,6 @@ class DecodeSteps:
         self._padding = np.zeros((5, capacity), dtype=np.int64)
         self._padding[2], self._padding[3] = -1, tables.padding
         self._numbers = torch.from_numpy(self._padding.copy()).to(tables.device)
-        self._bounds = torch.arange(capacity + 1, dtype=torch.int32, device=tables.device)
         self._best = torch.zeros(capacity, dtype=torch.int64, device=tables.device)
         self.replays: dict[int, Replay] = {}
 
@@ -209,7 +208,6 @@ class DecodeSteps:
         """The work of a step of `size` decodes, all of it on the device: logits [size, vocab]."""
         ids, positions, slots, rows, seq_lens = self._numbers[:, :size]
         metadata = AttentionMetadata(
-            cu_seqlens_q=self._bounds[: size + 1],
             seq_lens=seq_lens.to(torch.int32),
             block_table=self.tables.block_tables.index_select(0, rows),
             slot_mapping=slots,

@@ -1,6 +1,6 @@
 """The plain data of a step becomes tensors: token ids, positions, attention metadata, and where pictures go.
 
-Knows the layout that `AttentionMetadata` asks for and that one copy to the device is cheaper than eight. Does not know
+Knows the layout that `AttentionMetadata` asks for and that one copy to the device is cheaper than seven. Does not know
 weights, the KV cache itself, or why these tokens were chosen.
 """
 
@@ -113,7 +113,7 @@ def step_numbers(
 def build_inputs(numbers: StepNumbers, block_size: int, tables: SequenceRows) -> StepInputs:
     """One copy to the device, and what it alone knows."""
     num_decodes = numbers.num_decodes
-    ids, positions, slot_mapping, last, all_rows, sampling_rows, cu_seqlens, seq_lens = upload(
+    ids, positions, slot_mapping, last, all_rows, sampling_rows, seq_lens = upload(
         [
             numbers.token_ids,
             numbers.positions,
@@ -121,7 +121,6 @@ def build_inputs(numbers: StepNumbers, block_size: int, tables: SequenceRows) ->
             numbers.last_tokens,
             numbers.rows,
             numbers.sampling_rows,
-            np.cumsum([0, *numbers.query_lens], dtype=np.int32),
             np.asarray(numbers.context_lens, np.int32),
         ],
         tables.device,
@@ -129,7 +128,6 @@ def build_inputs(numbers: StepNumbers, block_size: int, tables: SequenceRows) ->
     if UNKNOWN in numbers.token_ids[:num_decodes]:
         ids[:num_decodes] = known_ids(ids[:num_decodes], all_rows[:num_decodes], tables)
     metadata = AttentionMetadata(
-        cu_seqlens_q=cu_seqlens,
         seq_lens=seq_lens,
         block_table=tables.block_tables.index_select(0, all_rows),
         slot_mapping=slot_mapping,

@@ -100,7 +100,6 @@ def run_decoder(
     device, total, count = model.device, sum(query_lens), len(query_lens)
     is_decode = all(length == 1 for length in query_lens)
     metadata = AttentionMetadata(
-        cu_seqlens_q=torch.tensor([0, *query_lens], device=device).cumsum(0).to(torch.int32),
         seq_lens=torch.full((count,), context, dtype=torch.int32, device=device),
         block_table=torch.zeros((count, -(-context // block_size)), dtype=torch.int32, device=device),
         slot_mapping=torch.arange(total, device=device) % block_size,

@@ -85,7 +85,6 @@ class PromptSteps:
         self._padding[SLOTS], self._padding[ROWS] = -1, tables.padding
         self._numbers = torch.from_numpy(self._padding.copy()).to(tables.device)
         self._tiles = self._numbers[TILES:].view(torch.int32).view(-1, TILE_FIELDS)  # [most, TILE_FIELDS]
-        self._bounds = torch.arange(self.most + 1, dtype=torch.int32, device=tables.device)
         size = model.spec.text.hidden_size
         self._hidden_states = torch.zeros((self.most, size), dtype=model.compute_dtype, device=tables.device)
 
@@ -158,7 +157,6 @@ class PromptSteps:
         """
         size, num_seqs = shape.tokens, min(shape.tokens, self.config.max_num_seqs)
         metadata = AttentionMetadata(
-            cu_seqlens_q=self._bounds[: num_seqs + 1],
             seq_lens=self._numbers[LENGTHS, :num_seqs].to(torch.int32),
             block_table=self.tables.block_tables.index_select(0, self._numbers[ROWS, :num_seqs]),
             slot_mapping=self._numbers[SLOTS, :size],

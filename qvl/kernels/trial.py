@@ -5,8 +5,6 @@ Knows what a step looks like and what torch's operations make of it. Does not kn
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -68,6 +66,5 @@ class Trial:
         index = [torch.arange(c - n, c) for n, c in zip(query, context, strict=True)]
         slots = torch.cat([table[i][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for i, at in enumerate(index)])
         lengths = torch.tensor(context, dtype=torch.int32)
-        starts = torch.tensor([0, *itertools.accumulate(query)], dtype=torch.int32)
-        starts, lengths, table, slots = (x.to(device) for x in (starts, lengths, table, slots.long()))
-        return AttentionMetadata(starts, lengths, table, slots, query, context, BLOCK_SIZE, num_decodes=query.count(1))
+        lengths, table, slots = (x.to(device) for x in (lengths, table, slots.long()))
+        return AttentionMetadata(lengths, table, slots, query, context, BLOCK_SIZE, num_decodes=query.count(1))

@@ -46,7 +46,6 @@ class AttentionMetadata:
     wait for the device to learn a length.
     """
 
-    cu_seqlens_q: Tensor  # int32 [b + 1], running sum of query_lens
     seq_lens: Tensor  # int32 [b], context including this step's tokens
     block_table: Tensor  # int32 [b, max_blocks], entries past a sequence's last block may hold any valid block
     slot_mapping: Tensor  # int64 [n], block * block_size + offset of every token of this step

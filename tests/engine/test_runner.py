@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -96,9 +95,8 @@ def check_inputs(entries: list[ScheduledSeq], truth: list[list[int]], num_decode
     found = {rows.row + i: (rows.digest, rows.start + i) for rows in numbers.media for i in range(rows.count)}
     assert found == pictures
     assert metadata.query_lens == [entry.num_tokens for entry in entries]
-    assert metadata.cu_seqlens_q.tolist() == np.cumsum([0, *metadata.query_lens]).tolist()
     assert metadata.seq_lens.tolist() == metadata.context_lens == [entry.end for entry in entries]
-    assert (metadata.cu_seqlens_q.dtype, metadata.block_table.dtype) == (torch.int32, torch.int32)
+    assert (metadata.seq_lens.dtype, metadata.block_table.dtype) == (torch.int32, torch.int32)
     assert metadata.num_decodes == num_decodes
     for entry, table in zip(entries, metadata.block_table.tolist(), strict=True):
         used = -(-entry.end // BLOCK)

@@ -27,7 +27,7 @@ def a_step(
         table[i, : need[i]] = blocks
         at = torch.arange(context[i] - query[i], context[i])
         slots.append(blocks[at // page] * page + at % page)
-    bounds, lengths = torch.tensor([0, *query]).cumsum(0).int(), torch.tensor(context, dtype=torch.int32)
-    bounds, lengths, table, where = (x.to(device) for x in (bounds, lengths, table, torch.cat(slots)))
+    lengths = torch.tensor(context, dtype=torch.int32)
+    lengths, table, where = (x.to(device) for x in (lengths, table, torch.cat(slots)))
     decodes = query.count(1) if num_decodes is None else num_decodes
-    return AttentionMetadata(bounds, lengths, table, where, query, context, page, decodes), sum(need)
+    return AttentionMetadata(lengths, table, where, query, context, page, decodes), sum(need)

@@ -45,7 +45,6 @@ class Pages:
         lengths = [self.lengths[i] for i in sequences]
         decodes = next((k for k, count in enumerate(counts) if count != 1), len(counts))
         metadata = AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             block_table=self.tables[sequences],
             slot_mapping=torch.cat(slots),
