@@ -101,14 +101,6 @@ class BlockManager:
             if opening is not None:
                 self._openings.add(block, opening)
 
-    def forget_all(self) -> None:
-        """Empty the prefix cache; held blocks stay held."""
-        self._blank.extend(self._cached)
-        self._cached.clear()
-        self._key_of.clear()
-        self._block_of.clear()
-        self._openings = Openings()
-
     def check_integrity(self) -> None:
         """Every block is in exactly one state and both key maps agree; meant for tests and for idle moments."""
         held = {block for block, refs in enumerate(self._refs) if refs > 0}

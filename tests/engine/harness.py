@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qvl.engine.block_manager import BlockManager
 from qvl.engine.config import EngineConfig, EngineOptions, resolve
 from qvl.engine.device import read_facts
 from qvl.engine.engine import Engine
@@ -144,6 +145,13 @@ def run(engine: Engine, asks: Sequence[Ask], stagger: int = 0) -> list[Outcome]:
         assert steps < 5000, "no end in sight"
     assert all(outcome.finish_reason is not None for outcome in outcomes)
     return outcomes
+
+
+def forget_blocks(engine: Engine) -> None:
+    """Nothing that an idle engine has computed is found again."""
+    blocks = engine.scheduler.blocks
+    assert blocks.num_used == 0
+    engine.scheduler.blocks = BlockManager(blocks.num_blocks, blocks.block_size, blocks.enable_prefix_caching)
 
 
 def run_alone(folder: Path, ask: Ask, **options: Any) -> list[int]:

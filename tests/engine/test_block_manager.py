@@ -1,7 +1,5 @@
 """The block manager against a dictionary model that knows no free lists, under random operations."""
 
-import random
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -138,8 +136,6 @@ def test_an_opening_is_found_as_long_as_its_block() -> None:
     manager.take((), 1)
     manager.check_integrity()
     assert manager.lookup_opening(begin) == (table[0], 3)
-    manager.forget_all()
-    assert manager.lookup_opening(begin) == (0, 0)
 
 
 def test_a_block_cannot_be_freed_twice() -> None:
@@ -149,18 +145,3 @@ def test_a_block_cannot_be_freed_twice() -> None:
     manager.free(table)
     with pytest.raises(AssertionError, match="freed twice"):
         manager.free(table)
-
-
-def test_forget_all_keeps_what_is_held() -> None:
-    manager = BlockManager(6, 4)
-    rng = random.Random(0)
-    tables = [manager.take((), 2) for _ in range(3)]
-    for table in tables:
-        assert table is not None
-        manager.register(table[0], rng.randbytes(16))
-    assert tables[0] is not None
-    manager.free(tables[0])
-    manager.forget_all()
-    manager.check_integrity()
-    assert manager.num_used == 4
-    assert manager.take((), 2) is not None

@@ -24,7 +24,18 @@ from qvl.models.preprocess import patchify, resize
 from qvl.specs import ProcessorSpec
 from qvl.tokenizer import Tokenizer
 from qvl.types import ChatRequest, SamplingParams
-from tests.engine.harness import Ask, Outcome, fill_normally, greedy, make_config, make_engine, pixels, run, words
+from tests.engine.harness import (
+    Ask,
+    Outcome,
+    fill_normally,
+    forget_blocks,
+    greedy,
+    make_config,
+    make_engine,
+    pixels,
+    run,
+    words,
+)
 from tests.engine.oracle import Dialogue, Oracle, assistant, picture, user
 from tests.engine.test_ahead import random_asks
 from tests.engine.test_sampler import draw, make_sampler, params, random_logits, row
@@ -230,7 +241,7 @@ def test_no_step_waits_for_the_device(checkpoint: Path) -> None:
     engine = make_engine(checkpoint, device="cuda", max_num_seqs=24, max_num_batched_tokens=96)
     asks = random_asks(random.Random(4), 40)
     run(engine, asks, stagger=1)  # kernels are built and libraries loaded
-    engine.scheduler.blocks.forget_all()
+    forget_blocks(engine)
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(engine, asks, stagger=1)
@@ -261,7 +272,7 @@ def test_not_a_number_stays_with_its_request(checkpoint: Path) -> None:
         for half in cache:
             half.fill_(torch.nan)
     torch.cuda.synchronize()  # the engine works on a stream of its own
-    engine.scheduler.blocks.forget_all()
+    forget_blocks(engine)
     assert [outcome.token_ids for outcome in run(engine, good, stagger=1)] == want
 
 
