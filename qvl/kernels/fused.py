@@ -25,6 +25,7 @@ SOURCE = Path(__file__).parent / "on_cpu" / "ops.c"
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "qvl_add_rms_norm": (_P, _P, _P, _P, _L, _L, _F, _I),
+    "qvl_add_layer_norm": (_P, _P, _P, _P, _P, _L, _L, _F, _I),
     "qvl_silu_and_mul": (_P, _P, _L, _L, _I),
     "qvl_quick_gelu": (_P, _P, _L, _I),
     "qvl_rotate": (_P, _L, _P, _P, _P, _L, _L, _L, _I),
@@ -101,6 +102,14 @@ def add_layer_norm(
     """x += delta in place; the layer norm of the sum, into `out` if given. The variance is taken in fp32."""
     if x.is_cuda and x.is_contiguous() and (gpu := gpu_kernels()) is not None:
         return gpu.add_layer_norm(x, delta, weight, bias, eps, out)
+    library = kernels_for(x)
+    if library is not None and all(t is None or t.is_contiguous() for t in (x, delta, out)):
+        normed = torch.empty_like(x) if out is None else out
+        library.qvl_add_layer_norm(
+            x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+            normed.data_ptr(), x.shape[0], x.shape[1], eps, torch.get_num_threads(),
+        )  # fmt: skip
+        return normed
     if delta is not None:
         x += delta
     normed = F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -113,9 +122,8 @@ def quick_gelu(x: Tensor) -> Tensor:  # any shape
         return gpu.quick_gelu(x)
     library = kernels_for(x)
     if library is not None and x.is_contiguous():
-        out = torch.empty_like(x)
-        library.qvl_quick_gelu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
-        return out
+        library.qvl_quick_gelu(x.data_ptr(), x.data_ptr(), x.numel(), torch.get_num_threads())
+        return x
     return x * torch.sigmoid(1.702 * x)
 
 

@@ -36,6 +36,20 @@ def test_norm_and_residual(rows: int, size: int) -> None:
     assert close(out, F.rms_norm(x.double(), (size,), weight.double(), 1e-5))
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 17), (40, 1280), (0, 8)])
+def test_layer_norm_and_what_is_added_first(rows: int, size: int) -> None:
+    x, delta, weight, bias = torch.randn(rows, size) + 3, torch.randn(rows, size), torch.randn(size), torch.randn(size)
+    total = x.double() + delta.double()
+    exact = F.layer_norm(total, (size,), weight.double(), bias.double(), 1e-6)
+    sums = x.clone()
+    out = fused.add_layer_norm(sums, delta, weight, bias, 1e-6)
+    assert close(sums, total)
+    assert torch.allclose(out.double(), exact, rtol=1e-5, atol=1e-5)
+    into = torch.empty(rows, size)
+    assert fused.add_layer_norm(total.float(), None, weight, bias, 1e-6, into).data_ptr() == into.data_ptr()
+    assert torch.allclose(into.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 19), (5, 8960), (70, 300)])
 def test_gated_activation(rows: int, size: int) -> None:
     gate_up = torch.randn(rows, 2 * size) * 20
@@ -49,13 +63,13 @@ def test_activations_at_the_ends_of_the_range() -> None:
     out = fused.silu_and_mul(torch.cat((wide, torch.ones_like(wide)))[None])[0]
     assert torch.allclose(out.double(), F.silu(wide.double()), rtol=2e-6, atol=1e-30, equal_nan=True)
     exact = wide.double() * torch.sigmoid(1.702 * wide.double())
-    assert torch.allclose(fused.quick_gelu(wide).double(), exact, rtol=2e-6, atol=1e-30, equal_nan=True)
+    assert torch.allclose(fused.quick_gelu(wide.clone()).double(), exact, rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [1, 13, 20_003])
 def test_quick_gelu(size: int) -> None:
     x = torch.randn(size) * 10
-    assert close(fused.quick_gelu(x), x.double() * torch.sigmoid(1.702 * x.double()))
+    assert close(fused.quick_gelu(x.clone()), x.double() * torch.sigmoid(1.702 * x.double()))
 
 
 @pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 2), (5, 3, 16), (40, 12, 128), (7, 4, 20)])

@@ -46,6 +46,50 @@ void qvl_add_rms_norm(const float *x, float *residual, const float *weight, floa
 }
 
 typedef struct {
+    const float *delta, *weight, *bias;
+    float *x, *out;
+    long size;
+    float eps;
+} layer_norm;
+
+/* x += delta, if there is one; its sum. */
+static float add_row(float *x, const float *delta, long size) {
+    vf total = {0};
+    float rest = 0;
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vf v = f32_low(x + i);
+        if (delta) *(vf_u *)(x + i) = v += f32_low(delta + i);
+        total += v;
+    }
+    for (; i < size; i++) rest += delta ? x[i] += delta[i] : x[i];
+    return sum(total) + rest;
+}
+
+static void layer_norm_row(const void *what, long row) {
+    const layer_norm *p = what;
+    long size = p->size, i = 0;
+    float *x = p->x + row * size, *to = p->out + row * size, rest = 0;
+    const float mean = add_row(x, p->delta ? p->delta + row * size : 0, size) / size;
+    vf squares = {0};
+    for (; i + LANES <= size; i += LANES) {
+        vf off = f32_low(x + i) - mean;
+        squares += off * off;
+    }
+    for (; i < size; i++) rest += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1.0f / sqrtf((sum(squares) + rest) / size + p->eps);
+    for (i = 0; i + LANES <= size; i += LANES)
+        *(vf_u *)(to + i) = (f32_low(x + i) - mean) * scale * f32_low(p->weight + i) + f32_low(p->bias + i);
+    for (; i < size; i++) to[i] = (x[i] - mean) * scale * p->weight[i] + p->bias[i];
+}
+
+void qvl_add_layer_norm(float *x, const float *delta, const float *weight, const float *bias, float *out, long rows,
+                        long size, float eps, int threads) {
+    const layer_norm p = {delta, weight, bias, x, out, size, eps};
+    qvl_share(rows, rows * size > SMALL ? threads : 1, layer_norm_row, &p);
+}
+
+typedef struct {
     const float *x;
     float *out;
     long size, strips; /* of a row; strips of it */

@@ -6,10 +6,14 @@
 void qvl_add_rms_norm(const float *x, float *residual, const float *weight, float *out, long rows, long size, float eps,
                       int threads);
 
+/* x += delta in place, if there is one; out = layer norm of x. out may be delta. */
+void qvl_add_layer_norm(float *x, const float *delta, const float *weight, const float *bias, float *out, long rows,
+                        long size, float eps, int threads);
+
 /* out [rows, size] = silu(first half) * second half of gate_up [rows, 2 * size]. */
 void qvl_silu_and_mul(const float *gate_up, float *out, long rows, long size, int threads);
 
-/* x * sigmoid(1.702 x) over n numbers. */
+/* out = x * sigmoid(1.702 x) over n numbers; out may be x. */
 void qvl_quick_gelu(const float *x, float *out, long n, int threads);
 
 /* Turn each pair (i, i + dim / 2) of x [rows, heads, dim] by its angle; cos, sin [rows, dim], out contiguous. */
