@@ -16,19 +16,14 @@
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work, for few rows of x */
 #define AHEAD 512                /* bytes of W that are fetched before they are needed, in a long stretch */
 
-/* A row of x: zero-filled to whole groups; `split` stores evens before odds in each group. */
+/* A row of x, zero-filled to whole groups. */
 static void arrange_row(const void *what, long row) {
     const product own = *(const product *)what, *p = &own; /* known not to change below */
-    const float *from = p->from + row * p->ldx;
     float *to = p->x + row * p->padded;
     for (long i = 0; i < p->padded; i += GROUP, to += GROUP) {
-        float part[GROUP] = {0};
-        const float *in = from + i;
-        if (i + GROUP > p->k) in = memcpy(part, in, (p->k - i) * sizeof(float));
-        for (int j = 0; j < LANES; j++) {
-            to[j] = p->split ? in[2 * j] : in[j];
-            to[LANES + j] = p->split ? in[2 * j + 1] : in[LANES + j];
-        }
+        vf low, high;
+        load_group(p, row, i, &low, &high);
+        *(vf_u *)to = low, *(vf_u *)(to + LANES) = high;
     }
 }
 
@@ -40,7 +35,7 @@ INLINE void few_step(const enum type type, const int rows, const int columns, co
         UNROLL4 for (int c = 0; c < columns; c++) xv[c] = f32_low(x + c * ldx + half * LANES);
         UNROLL4 for (int r = 0; r < rows; r++) {
             vf wv = widened(type, half, w + r * ldw);
-            UNROLL4 for (int c = 0; c < columns; c++) acc[r][c] = fma_add(acc[r][c], wv, xv[c]);
+            UNROLL4 for (int c = 0; c < columns; c++) acc[r][c] = product_add(type == PAIRS, acc[r][c], wv, xv[c]);
         }
     }
 }
@@ -114,13 +109,45 @@ static void multiply(product p, long size, share_work *few, share_work *several,
 #define DEFINE(NAME, T, TYPE)                                                                                          \
     static void few_##NAME(const void *what, long piece) { few_piece(TYPE, what, piece); }                             \
     static void several_##NAME(const void *what, long piece) { several_piece(TYPE, what, piece); }                     \
-    void qvl_linear_##NAME(const float *x, long ldx, const T *w, const float *bias, float *y, float *scratch, long m,  \
-                           long n, long k, int split, int threads) {                                                   \
-        product p = {.from = x, .bias = bias, .w = w, .x = scratch, .y = y, .ldx = ldx, .m = m, .n = n, .k = k};       \
-        p.split = split;                                                                                               \
+    static void multiply_##NAME(product p, int threads) {                                                              \
         multiply(p, sizeof(T), few_##NAME, several_##NAME, pack_##NAME, threads);                                      \
     }
 
 DEFINE(bf16, uint16_t, BF16)
 DEFINE(f16, uint16_t, F16)
 DEFINE(f32, float, F32)
+#if PAIRED
+#define pack_pairs pack_f32
+DEFINE(pairs, float, PAIRS)
+#endif
+
+/* Whether the bf16 product with W [n, k] rounds x to bf16: where the processor has the instruction for it. */
+int qvl_linear_rounds(long k) { return PAIRED && k % 2 == 0; }
+
+void qvl_linear_bf16(const float *x, long ldx, const uint16_t *w, const float *bias, float *y, float *scratch, long m,
+                     long n, long k, int split, int threads) {
+    product p = {.from = x, .bias = bias, .w = w, .x = scratch, .y = y, .ldx = ldx, .m = m, .n = n, .k = k};
+#if PAIRED
+    if (k % 2 == 0) {
+        p.k /= 2, p.paired = 1;
+        multiply_pairs(p, threads);
+        return;
+    }
+#endif
+    p.split = split;
+    multiply_bf16(p, threads);
+}
+
+void qvl_linear_f16(const float *x, long ldx, const uint16_t *w, const float *bias, float *y, float *scratch, long m,
+                    long n, long k, int split, int threads) {
+    product p = {.from = x, .bias = bias, .w = w, .x = scratch, .y = y, .ldx = ldx, .m = m, .n = n, .k = k};
+    p.split = split;
+    multiply_f16(p, threads);
+}
+
+void qvl_linear_f32(const float *x, long ldx, const float *w, const float *bias, float *y, float *scratch, long m,
+                    long n, long k, int split, int threads) {
+    product p = {.from = x, .bias = bias, .w = w, .x = scratch, .y = y, .ldx = ldx, .m = m, .n = n, .k = k};
+    p.split = split;
+    multiply_f32(p, threads);
+}

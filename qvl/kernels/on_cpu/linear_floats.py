@@ -1,8 +1,8 @@
 """Products of fp32 activations with 16- or 32-bit weights on a CPU.
 
-Knows three ways: the compiled kernel (reads the weights as they are, at the speed of memory), torch's own product
-where the processor has 16-bit instructions, and widening panels of the weights for torch's fp32 product. Does not
-know layers.
+Knows three ways: the compiled kernel (reads the weights as they are, at the speed of memory; where the processor
+multiplies pairs of bf16, activations beside bf16 weights are rounded to bf16 first), torch's own product where the
+processor has 16-bit instructions, and widening panels of the weights for torch's fp32 product. Does not know layers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
 SLICE = 2048  # rows of x that are rearranged at a time, which bounds the memory for it
 PANEL_BYTES = 8 * 1024 * 1024
 CLEARLY = 0.8  # of the compiled kernel's time
+PERHAPS = 0.9  # of it: within what a measurement may be wrong, and a row's answer is the same alone and among many
 NAMES = {torch.bfloat16: "qvl_linear_bf16", torch.float16: "qvl_linear_f16", torch.float32: "qvl_linear_f32"}
 
 _log = logging.getLogger("qvl.kernels")
@@ -88,6 +89,11 @@ def has_16_bit_matmul(dtype: torch.dtype) -> bool:
     return False
 
 
+def rounds_activations(dtype: torch.dtype, width: int) -> bool:
+    """Whether the compiled kernel for weights [n, width] of `dtype` rounds x to bf16. Raises NativeUnavailable."""
+    return dtype == torch.bfloat16 and bool(load_native(SOURCE).qvl_linear_rounds(ctypes.c_long(width)))
+
+
 @functools.cache
 def native_product(dtype: torch.dtype) -> Product:
     """The compiled kernel for weights of `dtype`; NativeUnavailable says why there is none."""
@@ -142,12 +148,13 @@ def rounded_or_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
     """Compiled kernel or torch, by a measurement of both on one matrix that no cache holds.
 
-    Few rows are torch's only if it is clearly faster: with the compiled kernel all layers of a token are one call.
+    Rows are torch's only if it is faster beyond doubt, few of them only if clearly so: with the compiled kernel all
+    layers of a token are one call.
     """
     weight = torch.zeros(6144, 4096, dtype=dtype)
     chosen: list[Product] = []
     words = []
-    for rows, part in ((1, CLEARLY), (64, 1.0)):
+    for rows, part in ((1, CLEARLY), (64, PERHAPS)):
         ours, theirs = seconds(native, weight, rows), seconds(whole, weight, rows)
         is_ours = ours * part <= theirs
         chosen.append(native if is_ours else whole)

@@ -12,21 +12,28 @@
 
 #define WROWS (2 * LANES)
 #if LANES == 16
-#define XROWS 12
+#define XROWS 12 /* 12 x 2 sums of 32 registers */
+#define XPART 96 /* rows of x whose sums are kept at a time: 12 KiB of a first-level cache */
+#define RUN 256  /* rows of W in a piece of work at most */
 #elif LANES == 8
 #define XROWS 6 /* 6 x 2 sums, two vectors of W and one number of x fill sixteen registers */
 #else
 #define XROWS 8
 #endif
-#define XPART 384    /* rows of x whose sums are kept at a time */
+#ifndef RUN
+#define XPART 384
+#define RUN 48
+#endif
 #define PANEL_K 2048 /* numbers of a row in a panel */
-#define RUN 48       /* rows of W in a piece of work at most */
 #define LINE 64      /* bytes of a cache line */
 
 #define UNROLL4 _Pragma("GCC unroll 4")
-enum type { BF16, F16, F32 };
+/* PAIRS: two numbers in bf16, of W and of x, are one "number" of 32 bits that is loaded as such and multiplied by
+ * `pair_add`; k, and all that is counted along it, is of pairs then. */
+enum type { BF16, F16, F32, PAIRS };
 
-INLINE long size_of(const enum type type) { return type == F32 ? 4 : 2; }
+INLINE long size_of(const enum type type) { return type == F32 || type == PAIRS ? 4 : 2; }
+INLINE vf product_add(const int paired, vf c, vf a, vf b) { return paired ? pair_add(c, a, b) : fma_add(c, a, b); }
 
 /* One half of GROUP numbers of W. */
 INLINE vf widened(const enum type type, const int half, const char *w) {
@@ -42,20 +49,33 @@ INLINE vf widened(const enum type type, const int half, const char *w) {
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vs){__VA_ARGS__})
 #endif
-#if LANES == 16
-#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#elif LANES == 8
+#if LANES == 8
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#else
+#elif LANES == 4
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
 #endif
 
-/* Rows become lanes and lanes rows. */
+/* Rows become lanes and lanes rows: each shuffle is one instruction. */
 INLINE void transpose(vf *v) {
-#if LANES == 8 /* halves of vectors first, then within halves: each shuffle is one instruction */
+#if LANES == 16 /* within quarters of vectors first, then quarters */
+#define QUARTERS(a, b, which) (vf)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), which)
+    _Pragma("GCC unroll 4") for (int i = 0; i < LANES; i += 4) {
+        __m512d a = (__m512d)_mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+        __m512d b = (__m512d)_mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+        __m512d c = (__m512d)_mm512_unpacklo_ps((__m512)v[i + 2], (__m512)v[i + 3]);
+        __m512d d = (__m512d)_mm512_unpackhi_ps((__m512)v[i + 2], (__m512)v[i + 3]);
+        v[i] = (vf)_mm512_unpacklo_pd(a, c), v[i + 1] = (vf)_mm512_unpackhi_pd(a, c);
+        v[i + 2] = (vf)_mm512_unpacklo_pd(b, d), v[i + 3] = (vf)_mm512_unpackhi_pd(b, d);
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+        vf a = QUARTERS(v[i], v[i + 4], 0x88), b = QUARTERS(v[i + 8], v[i + 12], 0x88);
+        vf c = QUARTERS(v[i], v[i + 4], 0xdd), d = QUARTERS(v[i + 8], v[i + 12], 0xdd);
+        v[i] = QUARTERS(a, b, 0x88), v[i + 4] = QUARTERS(c, d, 0x88);
+        v[i + 8] = QUARTERS(a, b, 0xdd), v[i + 12] = QUARTERS(c, d, 0xdd);
+    }
+#elif LANES == 8 /* halves of vectors first, then within halves */
     vf t[LANES];
     _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
         t[i] = SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
@@ -67,15 +87,9 @@ INLINE void transpose(vf *v) {
         v[i] = SHUFFLE(a, c, 0, 1, 8, 9, 4, 5, 12, 13), v[i + 1] = SHUFFLE(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
         v[i + 2] = SHUFFLE(b, d, 0, 1, 8, 9, 4, 5, 12, 13), v[i + 3] = SHUFFLE(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
     }
-#else /* each zip turns the bits of a number's place (row, lane) round by one */
-    _Pragma("GCC unroll 4") for (int half = 1; half < LANES; half *= 2) {
-        vf turned[LANES];
-        _Pragma("GCC unroll 8") for (int i = 0; i < LANES / 2; i++) {
-            turned[2 * i] = ZIP_LOW(v[i], v[i + LANES / 2]);
-            turned[2 * i + 1] = ZIP_HIGH(v[i], v[i + LANES / 2]);
-        }
-        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) v[i] = turned[i];
-    }
+#else
+    vf a = ZIP_LOW(v[0], v[2]), b = ZIP_HIGH(v[0], v[2]), c = ZIP_LOW(v[1], v[3]), d = ZIP_HIGH(v[1], v[3]);
+    v[0] = ZIP_LOW(a, c), v[1] = ZIP_HIGH(a, c), v[2] = ZIP_LOW(b, d), v[3] = ZIP_HIGH(b, d);
 #endif
 }
 
@@ -133,14 +147,28 @@ typedef struct {
     const void *w;
     float *x, *y;
     long ldx, m, n, k, padded, chunk, rows;
-    int split;
+    int split, paired;
 } product;
 
 /* Rows of x pass in blocks of XROWS or up to three less, so that none is filled up with zeros. */
 INLINE long blocks_of(long m) { return (m + XROWS - 1) / XROWS; }
 INLINE long first_of(long m, long b) { return b * m / blocks_of(m); }
 
-/* The rows of a block of x to [chunk][lane][block][step][row of the block], zero-filled; `split` as in `arrange_row`. */
+/* GROUP numbers of a row of x from the i-th on, zero-filled; `split` gives evens, then odds. */
+INLINE void load_group(const product *p, long row, long i, vf *low, vf *high) {
+    const long wide = p->paired ? 2 : 1;
+    const float *in = p->from + row * p->ldx + i * wide;
+    float part[2 * GROUP] = {0};
+    if (i + GROUP > p->k) in = memcpy(part, in, (p->k - i) * wide * sizeof(float));
+    if (p->paired)
+        *low = rounded_pairs(in), *high = rounded_pairs(in + GROUP);
+    else if (p->split)
+        for (int j = 0; j < LANES; j++) (*low)[j] = in[2 * j], (*high)[j] = in[2 * j + 1];
+    else
+        *low = f32_low(in), *high = f32_high(in);
+}
+
+/* The rows of a block of x to [chunk][lane][block][step][row of the block]. */
 static void arrange_block(const void *what, long b) {
     const product own = *(const product *)what, *p = &own; /* known not to change below */
     const long first = first_of(p->m, b), rows = first_of(p->m, b + 1) - first;
@@ -148,23 +176,28 @@ static void arrange_block(const void *what, long b) {
         long start = g / p->chunk * p->chunk, rest = p->padded - start;
         long steps = (rest < p->chunk ? rest : p->chunk) / LANES;
         float *to = p->x + start * p->m + first * steps + (g - start) / LANES * rows;
-        for (int j = 0; j < GROUP; j++) {
-            long half = p->split ? j % 2 : j / LANES, lane = p->split ? j / 2 : j % LANES;
-            float *place = to + lane * p->m * steps + half * rows;
-            for (long c = 0; c < rows; c++) place[c] = g + j < p->k ? p->from[(first + c) * p->ldx + g + j] : 0;
+        for (long c = 0; c < rows; c += LANES) {
+            long count = rows - c < LANES ? rows - c : LANES;
+            vf low[LANES] = {0}, high[LANES] = {0};
+            for (long r = 0; r < count; r++) load_group(p, first + c + r, g, low + r, high + r);
+            transpose(low), transpose(high);
+            for (long l = 0; l < LANES; l++) {
+                store_first(to + c + l * p->m * steps, low[l], count);
+                store_first(to + c + l * p->m * steps + rows, high[l], count);
+            }
         }
     }
 }
 
 /* `rows` rows of x times a panel, over the steps of one lane, added to total [rows][WROWS]. */
-INLINE void panel_rows(const int rows, const float *x, const float *w, long steps, float *total) {
+INLINE void panel_rows(const int paired, const int rows, const float *x, const float *w, long steps, float *total) {
     vf acc[XROWS][2] = {0};
-    for (long i = 0; i < steps; i++, x += rows, w += WROWS) {
+    _Pragma("GCC unroll 2") for (long i = 0; i < steps; i++, x += rows, w += WROWS) { /* steps are even */
         vf low = f32_low(w), high = f32_high(w);
         _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
             vf one = x[c] - (vf){0};
-            acc[c][0] = fma_add(acc[c][0], low, one);
-            acc[c][1] = fma_add(acc[c][1], high, one);
+            acc[c][0] = product_add(paired, acc[c][0], low, one);
+            acc[c][1] = product_add(paired, acc[c][1], high, one);
         }
     }
     _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
@@ -173,32 +206,61 @@ INLINE void panel_rows(const int rows, const float *x, const float *w, long step
     }
 }
 
-static void panel_tile(long rows, const float *x, const float *w, long steps, float *total) {
+typedef void multiplier(long rows, const float *x, const float *w, long steps, float *total);
+
+INLINE void panel_tile(const int paired, long rows, const float *x, const float *w, long steps, float *total) {
     switch (XROWS - rows) {
-    case 0: panel_rows(XROWS, x, w, steps, total); break;
-    case 1: panel_rows(XROWS - 1, x, w, steps, total); break;
-    case 2: panel_rows(XROWS - 2, x, w, steps, total); break;
-    case 3: panel_rows(XROWS - 3, x, w, steps, total); break; /* and no less, with MANY rows */
+    case 0: panel_rows(paired, XROWS, x, w, steps, total); break;
+    case 1: panel_rows(paired, XROWS - 1, x, w, steps, total); break;
+    case 2: panel_rows(paired, XROWS - 2, x, w, steps, total); break;
+    case 3: panel_rows(paired, XROWS - 3, x, w, steps, total); break; /* and no less, with MANY rows */
     }
 }
 
-/* What of W is fetched while another panel is multiplied: `rows` stretches of `lines` cache lines, `ldw` bytes apart. */
+static void plain_tile(long rows, const float *x, const float *w, long steps, float *total) {
+    panel_tile(0, rows, x, w, steps, total);
+}
+
+static void paired_tile(long rows, const float *x, const float *w, long steps, float *total) {
+    panel_tile(1, rows, x, w, steps, total);
+}
+
+/* What of W is fetched while another panel is multiplied: `rows` stretches of `bytes`, `ldw` bytes apart. */
 typedef struct {
     const char *from;
-    long ldw, rows, lines, next;
+    long ldw, rows, bytes, at;
 } fetching;
 
 INLINE void fetch(fetching *f, long lines) {
-    long all = f->rows * f->lines, stop = f->next + lines < all ? f->next + lines : all;
-    for (; f->next < stop; f->next++)
-        __builtin_prefetch(f->from + f->next / f->lines * f->ldw + f->next % f->lines * LINE, 0, 2);
+    for (; lines > 0 && f->rows > 0; lines--) {
+        __builtin_prefetch(f->from + f->at, 0, 2);
+        f->at += LINE;
+        if (f->at >= f->bytes) f->at = 0, f->from += f->ldw, f->rows--;
+    }
+}
+
+/* The sums of `rows` rows of W from r on become numbers of a row of y, or are added to what it has. */
+INLINE void write_sums(const product *p, long r, long rows, long from, const float *sums, float *y) {
+    long i = 0;
+    for (; i + LANES <= rows; i += LANES) {
+        vf base = from ? f32_low(y + i) : p->bias ? f32_low(p->bias + r + i) : (vf){0};
+        *(vf_u *)(y + i) = base + f32_low(sums + i);
+    }
+    for (; i < rows; i++) y[i] = (from ? y[i] : p->bias ? p->bias[r + i] : 0) + sums[i];
+}
+
+/* Where WROWS numbers from r on of rows [c, stop) of y will be written. */
+INLINE void fetch_sums(const product *p, long c, long stop, long r) {
+    for (; c < stop; c++)
+        for (int i = 0; i < WROWS; i += LANES) __builtin_prefetch(p->y + c * p->n + r + i, 1, 2);
 }
 
 /* `rows` rows of W from r on, as a panel of numbers [from, from + chunk) of k, times all of x. */
 static void panel_product(const product *p, const float *panel, long r, long rows, long from, fetching *ahead) {
     const long blocks = blocks_of(p->m), steps = (p->padded - from < p->chunk ? p->padded - from : p->chunk) / LANES;
-    const long lines = ahead->rows * ahead->lines / (LANES * blocks) + 1; /* with each tile */
+    const long lines = ahead->rows * (ahead->bytes / LINE + 1) / (LANES * blocks) + 1; /* with each tile */
     const float *x = p->x + from * p->m;
+    multiplier *tile = p->paired ? paired_tile : plain_tile;
     float total[XPART * WROWS] __attribute__((aligned(64)));
     for (long begin = 0; begin < blocks; begin += XPART / XROWS) {
         long end = blocks - begin < XPART / XROWS ? blocks : begin + XPART / XROWS;
@@ -208,14 +270,12 @@ static void panel_product(const product *p, const float *panel, long r, long row
             for (long b = begin; b < end; b++) {
                 long row = first_of(p->m, b);
                 fetch(ahead, lines);
-                panel_tile(first_of(p->m, b + 1) - row, x + (l * p->m + row) * steps, panel + l * lane_stride(steps),
-                           steps, total + (row - first) * WROWS);
+                if (!l) fetch_sums(p, row, first_of(p->m, b + 1), r);
+                tile(first_of(p->m, b + 1) - row, x + (l * p->m + row) * steps, panel + l * lane_stride(steps), steps,
+                     total + (row - first) * WROWS);
             }
-        for (long c = first; c < stop; c++) {
-            float *y = p->y + c * p->n + r;
-            for (long i = 0; i < rows; i++)
-                y[i] = (from ? y[i] : p->bias ? p->bias[r + i] : 0) + total[(c - first) * WROWS + i];
-        }
+        for (long c = first; c < stop; c++)
+            write_sums(p, r, rows, from, total + (c - first) * WROWS, p->y + c * p->n + r);
     }
 }
 
@@ -232,7 +292,7 @@ static fetching next_panel(const product *p, long size, long r, long from, long 
     if (from >= p->k) r += WROWS, from = 0;
     long rows = stop - r < WROWS ? stop - r : WROWS, k = p->k - from < p->chunk ? p->k - from : p->chunk;
     const char *w = (const char *)p->w + (r * p->k + from) * size;
-    return (fetching){w, p->k * size, rows > 0 ? rows : 0, (k * size + LINE - 1) / LINE, 0};
+    return (fetching){w, p->k * size, rows, k * size, 0};
 }
 
 static void panel_piece(const void *what, long piece) {

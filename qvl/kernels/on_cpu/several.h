@@ -8,19 +8,32 @@
 #pragma once
 #include "panels.h"
 
-#if LANES == 8
-#define MANY 24           /* rows of x from which panels are faster */
+#if LANES == 16
+#define MANY 33                                  /* rows of x from which panels are faster */
+#define XSTRIP 8                                 /* rows of x in a tile */
+#define PIECE_ROWS 96                            /* rows of W in a piece of work at most */
+#define PART(m) (6144 / (m < XSTRIP ? m : XSTRIP)) /* numbers of k in a part: 24 KiB of x in a first-level cache */
+#define FETCHED 2                                /* the cache that W is fetched into, as __builtin_prefetch counts */
 #else
-#define MANY 33
-#endif
-#define PART_NUMBERS 3072 /* of x in a part, in 12 KiB of a first-level cache */
-#define PIECE_ROWS 48     /* rows of W in a piece of work at most */
-#define WSTRIP 3          /* rows of W and of x in a tile: 3 x 4 sums, three vectors of W and one of x are sixteen */
+#define MANY (LANES == 8 ? 24 : 33)
 #define XSTRIP 4
+#define PIECE_ROWS 48
+#define PART(m) (3072 / m)
+#define FETCHED 3
+#endif
+#define WSTRIP 3 /* rows of W in a tile: their vectors, one of x and the sums are sixteen registers, or 28 of 32 */
 
-/* As `fma_add`, in an order and in registers that the compiler keeps: it would rather load a number of x for every product
- * than hold it, and spill sums for what it moves forward. */
-INLINE void fma_into(vf *sum, vf a, vf b) {
+/* As `product_add`, in an order and in registers that the compiler keeps: it would rather load a number of x for every
+ * product than hold it, and spill sums for what it moves forward. */
+INLINE void product_into(const int paired, vf *sum, vf a, vf b) {
+    if (paired) {
+#if defined(PAIR_INSTRUCTION)
+        __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
+#else
+        *sum = pair_add(*sum, a, b);
+#endif
+        return;
+    }
 #if LANES == 16 || (LANES == 8 && defined(__FMA__))
     __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
 #else
@@ -33,9 +46,9 @@ INLINE void several_half(const enum type type, const int half, const int rows, c
                          const float *x, long ldx, vf (*acc)[XSTRIP]) {
     vf wv[WSTRIP];
     UNROLL4 for (int r = 0; r < rows; r++) wv[r] = widened(type, half, w + r * ldw);
-    UNROLL4 for (int c = 0; c < columns; c++) {
+    _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) {
         vf xv = f32_low(x + c * ldx);
-        UNROLL4 for (int r = 0; r < rows; r++) fma_into(&acc[r][c], wv[r], xv);
+        UNROLL4 for (int r = 0; r < rows; r++) product_into(type == PAIRS, &acc[r][c], wv[r], xv);
     }
 }
 
@@ -53,9 +66,12 @@ INLINE void several_tile(const enum type type, const int rows, const int columns
     long i = 0;
     vf acc[WSTRIP][XSTRIP];
     UNROLL4 for (int r = 0; r < rows; r++)
-        UNROLL4 for (int c = 0; c < columns; c++) acc[r][c] = kept[r * m + c];
+        _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) acc[r][c] = kept[r * m + c];
     for (; i + GROUP <= length; i += GROUP) {
-        UNROLL4 for (int r = 0; r < rows; r++) if (next) __builtin_prefetch(next + r * ldw + i * size, 0, 3);
+        if (next)
+            UNROLL4 for (int r = 0; r < rows; r++)
+                UNROLL4 for (int b = 0; b < GROUP * size; b += LINE)
+                    __builtin_prefetch(next + r * ldw + i * size + b, 0, FETCHED);
         several_step(type, rows, columns, w + i * size, ldw, x + i, ldx, acc);
     }
     if (i < length) { /* x is zero-filled */
@@ -64,7 +80,7 @@ INLINE void several_tile(const enum type type, const int rows, const int columns
         several_step(type, rows, columns, tail[0], sizeof tail[0], x + i, ldx, acc);
     }
     UNROLL4 for (int r = 0; r < rows; r++)
-        UNROLL4 for (int c = 0; c < columns; c++) kept[r * m + c] = acc[r][c];
+        _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) kept[r * m + c] = acc[r][c];
 }
 
 /* `rows` rows of W at w times `columns` rows of x from `column` on over numbers [at, at + length) of k. The first strip of
@@ -101,7 +117,7 @@ static void several_finish(const product *p, long row, long rows, long from, con
 
 INLINE void several_piece(const enum type type, const product *p, long piece) {
     const long size = size_of(type), row = piece * p->rows, rows = p->n - row < p->rows ? p->n - row : p->rows;
-    const long part = (PART_NUMBERS / p->m + GROUP) / GROUP * GROUP, strips = (p->m + XSTRIP - 1) / XSTRIP;
+    const long part = (PART(p->m) + GROUP) / GROUP * GROUP, strips = (p->m + XSTRIP - 1) / XSTRIP;
     const char *w = (const char *)p->w + row * p->k * size, *end = w + rows * p->k * size;
     vf kept[PIECE_ROWS * MANY];
     for (long from = 0; from < p->k; from += p->chunk) {
@@ -110,11 +126,20 @@ INLINE void several_piece(const enum type type, const product *p, long piece) {
         for (long i = from; i < stop; i += part) {
             long length = stop - i < part ? stop - i : part;
             const char *at = w + i * size, *ahead = i + length < p->k ? at + length * size : end;
-            for (long strip = 0, c = 0; strip < strips; strip++) { /* of 3 or 4 rows of x, and 5 are 3 and 2 */
-                switch ((p->m - c + strips - strip - 1) / (strips - strip)) {
-                case 2: several_strip(type, 2, p, at, rows, c, i, length, kept, ahead), c += 2; break;
-                case 3: several_strip(type, 3, p, at, rows, c, i, length, kept, ahead), c += 3; break;
-                case 4: several_strip(type, 4, p, at, rows, c, i, length, kept, ahead), c += 4; break;
+            for (long strip = 0, c = 0, wide; strip < strips; strip++, c += wide) {
+                wide = (p->m - c + strips - strip - 1) / (strips - strip);
+                switch (wide) { /* at least half of XSTRIP */
+#if XSTRIP == 4
+                case 2: several_strip(type, 2, p, at, rows, c, i, length, kept, ahead); break;
+                case 3: several_strip(type, 3, p, at, rows, c, i, length, kept, ahead); break;
+                case 4: several_strip(type, 4, p, at, rows, c, i, length, kept, ahead); break;
+#else
+                case 4: several_strip(type, 4, p, at, rows, c, i, length, kept, ahead); break;
+                case 5: several_strip(type, 5, p, at, rows, c, i, length, kept, ahead); break;
+                case 6: several_strip(type, 6, p, at, rows, c, i, length, kept, ahead); break;
+                case 7: several_strip(type, 7, p, at, rows, c, i, length, kept, ahead); break;
+                case 8: several_strip(type, 8, p, at, rows, c, i, length, kept, ahead); break;
+#endif
                 }
             }
         }

@@ -48,6 +48,15 @@ INLINE vf f16_low(const uint16_t *w) {
 #endif
 INLINE vf f16_high(const uint16_t *w) { return f16_low(w + LANES); }
 
+/* The first `count` numbers of v. */
+INLINE void store_first(float *to, vf v, long count) {
+#if LANES == 16
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+    for (long i = 0; i < count; i++) to[i] = v[i];
+#endif
+}
+
 /* c + a * b, rounded once where the processor can. Left to the compiler, it would depend on the loop around it. */
 #if LANES == 16
 INLINE vf fma_add(vf c, vf a, vf b) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -55,6 +64,39 @@ INLINE vf fma_add(vf c, vf a, vf b) { return (vf)_mm512_fmadd_ps((__m512)a, (__m
 INLINE vf fma_add(vf c, vf a, vf b) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
 INLINE vf fma_add(vf c, vf a, vf b) { return c + a * b; }
+#endif
+
+/* Two numbers in bf16 to a word of 32 bits: c + the products of each word's odd numbers + those of its even ones, by
+ * two rounded additions. The instruction takes denormals for zeros; what is written out here, for tests, does not. */
+#if defined(__AVX512BF16__) && !defined(QVL_PAIRED)
+#define PAIRED 1
+#define PAIR_INSTRUCTION 1
+INLINE vf pair_add(vf c, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+INLINE vf rounded_pairs(const float *x) {
+    return (vf)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + LANES), _mm512_loadu_ps(x));
+}
+#else
+#if defined(QVL_PAIRED)
+#define PAIRED 1
+#else
+#define PAIRED 0
+#endif
+INLINE vf pair_add(vf c, vf a, vf b) {
+    c = fma_add(c, (vf)((vi)a & 0xffff0000u), (vf)((vi)b & 0xffff0000u));
+    return fma_add(c, (vf)((vi)a << 16), (vf)((vi)b << 16));
+}
+INLINE vf rounded_pairs(const float *x) {
+    uint16_t numbers[GROUP];
+    for (int i = 0; i < GROUP; i++) {
+        uint32_t bits, even;
+        memcpy(&bits, x + i, 4);
+        even = bits >> 16 & 1;
+        numbers[i] = x[i] != x[i] ? bits >> 16 | 64 : (bits + 0x7fff + even) >> 16;
+    }
+    vf out;
+    memcpy(&out, numbers, sizeof out);
+    return out;
+}
 #endif
 
 INLINE float sum(vf v) {

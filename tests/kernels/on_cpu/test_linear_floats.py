@@ -20,6 +20,7 @@ from qvl.kernels.on_cpu.linear_floats import (
     native_product,
     panels,
     rounded_or_panels,
+    rounds_activations,
 )
 from tests.kernels.compiled import skip_without_compiler
 
@@ -31,6 +32,15 @@ def compiled(dtype: torch.dtype) -> Product:
         return native_product(dtype)
     except NativeUnavailable as error:
         skip_without_compiler(error)
+
+
+def check_compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The sums are as exact as with fp32 weights, whether x is rounded before them or not."""
+    product = compiled(weight.dtype)
+    if rounds_activations(weight.dtype, x.shape[1]):
+        assert torch.equal(product(x, weight, bias), product(x.bfloat16().float(), weight, bias))
+        x = x.bfloat16().float()
+    check(product, x, weight, bias)
 
 
 def check(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, tolerance: float = 2e-6) -> None:
@@ -53,8 +63,8 @@ def _seed() -> None:
 @pytest.mark.parametrize(("out", "width"), [(1, 1), (3, 15), (70, 67), (37, 1000), (130, 64), (8, 4111)])
 def test_the_compiled_kernel_is_exact(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
     x, weight, bias = torch.randn(rows, width), torch.randn(out, width).to(dtype), torch.randn(out)
-    check(compiled(dtype), x, weight, bias)
-    check(compiled(dtype), x, weight, None)
+    check_compiled(x, weight, bias)
+    check_compiled(x, weight, None)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names instructions of x86-64")
@@ -71,12 +81,52 @@ def test_narrow_vectors_are_exact_too(dtype: torch.dtype, monkeypatch: pytest.Mo
         assert torch.equal(product(x[:rows], weight, bias), together[:rows])
 
 
+PAIRED = ("-DQVL_PAIRED", "-O1")  # products of pairs of bf16 as on a processor that has them, each step in C
+
+
+@pytest.mark.parametrize("flags", [PAIRED, (*PAIRED, "-march=x86-64")], ids=["native", "narrow"])
+@pytest.mark.parametrize(("count", "out", "width"), [(61, 45, 5000), (40, 37, 64), (33, 7, 38), (106, 100, 4110)])
+def test_pairs_are_multiplied_alike_in_any_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], count: int, out: int, width: int
+) -> None:
+    """A pair's odd numbers are multiplied and added with one rounding, then its even ones, as the instruction does; it
+    also takes denormals for zeros, which this does not: so there are bits to compare only among rows of one build."""
+    if "-march=x86-64" in flags and platform.machine() != "x86_64":
+        pytest.skip("names instructions of x86-64")
+    compiled(torch.bfloat16)
+    library = native.load_native(linear_floats.SOURCE, flags)
+    monkeypatch.setattr(linear_floats, "load_native", lambda _: library)
+    assert rounds_activations(torch.bfloat16, width)
+    assert not rounds_activations(torch.bfloat16, width + 1)
+    product = native_product.__wrapped__(torch.bfloat16)
+    x, weight, bias = torch.randn(count, width), torch.randn(out, width).bfloat16(), torch.randn(out)
+    together = product(x, weight, bias)
+    check(product, x.bfloat16().float(), weight, bias)
+    assert torch.equal(product(x.bfloat16().float(), weight, bias), together)
+    for rows in (1, 2, 3, 4, 5, 8, 9, 13, 23, 24, 25, 32, 33):
+        assert torch.equal(product(x[:rows], weight, bias), together[:rows])
+
+
+@pytest.mark.parametrize("flags", [(), PAIRED], ids=["native", "in C"])
+def test_activations_are_rounded_to_the_nearest(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+    """Ties to even, what is not finite too, as torch rounds."""
+    compiled(torch.bfloat16)
+    library = native.load_native(linear_floats.SOURCE, flags)
+    monkeypatch.setattr(linear_floats, "load_native", lambda _: library)
+    if not rounds_activations(torch.bfloat16, 2):
+        pytest.skip("this processor does not multiply pairs of bf16")
+    exact = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-9, 3.4e38, float("inf"), float("nan")])
+    x = torch.stack([exact, torch.zeros_like(exact)], dim=1)
+    out = native_product.__wrapped__(torch.bfloat16)(x, torch.ones(1, 2).bfloat16(), None)[:, 0]
+    assert torch.equal(out.nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_work(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(compiled(torch.bfloat16), torch.randn(70, 2500), torch.randn(999, 2500).bfloat16(), torch.randn(999))
+        check_compiled(torch.randn(70, 2500), torch.randn(999, 2500).bfloat16(), torch.randn(999))
     finally:
         torch.set_num_threads(before)
 
@@ -84,8 +134,8 @@ def test_threads_share_the_work(threads: int) -> None:
 def test_rows_may_be_a_view_of_a_wider_tensor() -> None:
     wide = torch.randn(5, 200)
     weight = torch.randn(33, 96).bfloat16()
-    check(compiled(torch.bfloat16), wide[:, 50:146], weight, None)
-    check(compiled(torch.bfloat16), torch.randn(96, 5).T, weight, None)
+    check_compiled(wide[:, 50:146], weight, None)
+    check_compiled(torch.randn(96, 5).T, weight, None)
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -118,13 +168,15 @@ def test_the_choice_has_a_reason_and_is_right(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("one", [0.9, 2.0])
 def test_a_measured_choice_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch, one: float) -> None:
-    """One row stays where all layers are one call unless torch is clearly faster."""
-    times = {(panels, 1): 1.0, (panels, 64): 9.0, (linear_floats.whole, 1): one, (linear_floats.whole, 64): 8.9}
+    """One row stays where all layers are one call unless torch is clearly faster, many unless it is beyond doubt."""
+    times = {(panels, 1): 1.0, (panels, 64): 9.0, (linear_floats.whole, 1): one, (linear_floats.whole, 64): 8.0}
     monkeypatch.setattr(linear_floats, "seconds", lambda product, _, rows: times[product, rows])
     chosen = linear_floats.measured(panels, torch.bfloat16)
     assert chosen == CpuLinear(panels, linear_floats.whole, chosen.reason)
     assert "1 rows: compiled kernel" in chosen.reason
     assert "64 rows: torch" in chosen.reason
+    times[linear_floats.whole, 64] = 8.9
+    assert linear_floats.measured(panels, torch.bfloat16).many is panels
 
 
 def test_torch_multiplies_one_row_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +269,7 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, count: int, ou
     """Few and several rows go by two kinds of tiles, many by panels: they sum in the same order."""
     x, weight, bias = torch.randn(count, width), torch.randn(out, width).to(dtype), torch.randn(out)
     together = compiled(dtype)(x, weight, bias)
-    check(compiled(dtype), x, weight, bias)
+    check_compiled(x, weight, bias)
     for rows in (1, 2, 3, 4, 5, 7, 8, 16, 23, 24, 25, 29, 33):
         assert torch.equal(compiled(dtype)(x[:rows], weight, bias), together[:rows])
     for rows in (2, 6, 11):
@@ -227,7 +279,7 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, count: int, ou
 def test_many_rows_go_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_floats, "SLICE", 4)
     wide = torch.randn(11, 90)
-    check(compiled(torch.bfloat16), wide[:, :70], torch.randn(20, 70).bfloat16(), torch.randn(20))
+    check_compiled(wide[:, :70], torch.randn(20, 70).bfloat16(), torch.randn(20))
 
 
 def test_small_products_stay_on_one_core() -> None:
