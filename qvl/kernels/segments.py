@@ -1,6 +1,6 @@
 """Full attention inside each of many segments: the pictures of a step, which do not see each other.
 
-Knows our kernel and torch's, and which of them is the fastest where. Does not know pictures.
+Knows our kernels and torch's, and which of them is the fastest where. Does not know pictures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qvl.kernels.fused import rotate
 from qvl.kernels.gpu import HOPPER, Capability, capability_of, compiling_together, gpu_kernels, gpu_problem, tried_out
-from qvl.kernels.on_cpu.dense_attention import attention_dtype
+from qvl.kernels.on_cpu.dense_attention import DenseKernel, attention_dtype, dense_kernel
 
 MANY = 4  # groups of equal segments, above which one launch over all is better than one each
 WRONG = 2e-2  # relative error; bfloat16 leaves a few thousandths
@@ -42,6 +42,7 @@ class Segments:
     bounds: Tensor | None  # int32 [segments + 1]
     longest: int
     tile_rows: int = 0  # most query rows of a tile of ours
+    compiled: DenseKernel | None = None  # what attends on a CPU instead of torch
     dtype: torch.dtype | None = None  # what torch attends in, where that is not the dtype of queries, keys and values
 
     @classmethod
@@ -60,6 +61,8 @@ class Segments:
             count = len(list(same))
             groups.append((start, count, length))
             start += count * length
+        numbers = weights or dtype
+        compiled = dense_kernel(numbers, dtype, head_dim) if device.type == "cpu" else None
         tiles = bounds = None
         rows = 0
         if (kernel := segment_kernel(device, dtype, head_dim)) is not None:
@@ -67,7 +70,7 @@ class Segments:
             tiles = uploaded(kernel.tiles_of(lengths, rows), device)
         elif len(groups) > MANY and has_flash(dtype, capability_of(device)):
             bounds = uploaded(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
-        return cls(groups, tiles, bounds, max(lengths), rows, attention_dtype(weights or dtype, dtype))
+        return cls(groups, tiles, bounds, max(lengths), rows, compiled, attention_dtype(numbers, dtype))
 
 
 def uploaded(numbers: npt.NDArray[np.int32], device: torch.device) -> Tensor:
@@ -80,6 +83,8 @@ def segment_attention(qkv: Tensor, angles: tuple[Tensor, Tensor], segments: Segm
 
     qkv is overwritten, and may be where the result lies.
     """
+    if segments.compiled is not None:
+        return segments.compiled.attend_segments(qkv, angles, segments.groups)
     queries_and_keys = qkv[:, :2].flatten(1, 2)
     if segments.tiles is not None:
         heads, dim = qkv.shape[2:]
@@ -195,10 +200,13 @@ def preferred_order(dtype: torch.dtype, capability: Capability | None) -> Abstra
     return order
 
 
-def describe_segments(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+def describe_segments(
+    dtype: torch.dtype, device: torch.device, head_dim: int, weights: torch.dtype | None = None
+) -> str:
     """What attends inside pictures there, for the operator; makes the choice (and builds the kernel) if need be."""
     if device.type != "cuda":
-        return "torch SDPA"
+        ours = device.type == "cpu" and dense_kernel(weights or dtype, dtype, head_dim) is not None
+        return "compiled kernel (bf16, fp32 sums)" if ours else "torch SDPA"
     if (kernel := segment_kernel(device, dtype, head_dim)) is not None:
         return str(kernel.NAME)
     return describe_torch(dtype, capability_of(device))

@@ -206,7 +206,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self.attention, self.attention_reason = choose_attention(
             self.device, self.compute_dtype, heads, capability_of(self.device), attention_backend
         )
-        self.vision_reason = describe_segments(self.compute_dtype, self.device, spec.vision.head_dim)
+        self.vision_reason = describe_segments(self.compute_dtype, self.device, spec.vision.head_dim, dtype)
         self.linear_reason = describe_linear(dtype, self.device, quantization)
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)

@@ -99,9 +99,12 @@ def test_attention_over_pages_equals_attention_written_out(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrow_cache_serves_wide_queries(attention: PagedAttention, dtype: torch.dtype) -> None:
+    """A compiled kernel, and torch with AMX, round queries of prompts and weights to bf16 where the cache is."""
     out, expected = run_paged(attention, [1, 1, 4], [7, 33, 5], 4, dtype)
     assert out.dtype == torch.float32
-    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(out[:2], expected[:2], atol=1e-5)
+    prompt = (out[2:] - expected[2:]).norm() / expected[2:].norm()
+    assert prompt < (2**-7 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_long_contexts_are_joined_from_their_parts(attention: PagedAttention) -> None:

@@ -160,9 +160,10 @@ def test_torch_has_a_kernel_for_every_compute_capability(capability: tuple[int, 
     assert isinstance(preferred_order(torch.float16, capability), contextlib.nullcontext) != cudnn
 
 
-def test_a_cpu_has_no_kernel_of_ours() -> None:
+def test_a_cpu_has_no_kernel_of_ours_beside_weights_of_many_bits() -> None:
     assert segment_kernel(CPU, torch.float32, 80) is None
     assert describe_segments(torch.float32, CPU, 80) == "torch SDPA"
+    assert describe_segments(torch.float32, CPU, 80, torch.float16) == "torch SDPA"
 
 
 # --- our kernel -------------------------------------------------------------------------------------------------------

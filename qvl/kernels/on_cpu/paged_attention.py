@@ -1,4 +1,4 @@
-"""Paged attention on a CPU: compiled kernels store and decode, torch attends in prefill.
+"""Paged attention on a CPU: compiled kernels store and decode; in prefill one attends, or torch.
 
 Knows the block layout and the compiled library. Does not know layers or requests.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.fused import cpu_kernels, split_and_rotate
+from qvl.kernels.on_cpu.dense_attention import dense_kernel
 from qvl.kernels.on_cpu.matrix_registers import has_matrix_registers
 from qvl.kernels.sdpa import PrefillChunk, attend_chunk, prefill_chunks
 from qvl.layers.attention import AttentionMetadata, PagedAttention
@@ -67,8 +68,13 @@ class CpuAttention:
         out = torch.empty_like(q)
         if plan.num_decodes:
             self.decode(q, kv, plan, out)
+        dense = dense_kernel(kv[0].dtype, q.dtype, q.shape[2])
         for chunk in plan.prefills:
-            out[chunk.start : chunk.stop] = attend_chunk(q[chunk.start : chunk.stop], kv, chunk)
+            rows = slice(chunk.start, chunk.stop)
+            if dense is None:
+                out[rows] = attend_chunk(q[rows], kv, chunk)
+            else:
+                dense.attend_prompt(q[rows], kv, chunk.blocks, chunk.length, out[rows])
         return out.flatten(1)
 
     def store(self, new: Tensor, cache: Tensor, plan: Plan) -> None:
@@ -97,6 +103,9 @@ def choose(head_dim: int) -> tuple[PagedAttention, str] | None:
     library = cpu_kernels()
     if library is None or head_dim % library.qvl_lanes() or head_dim > MAX_DIM:
         return None
-    narrow = " in bf16 if the cache is" if has_matrix_registers() else ""
-    reason = f"cpu: compiled paged decoding ({library.qvl_lanes()} floats a vector), torch SDPA for prefill{narrow}"
+    ours = dense_kernel(torch.bfloat16, torch.float32, head_dim) is not None
+    prefill = "compiled prefill in bf16 if the cache is" if ours else "torch SDPA for prefill"
+    if has_matrix_registers():
+        prefill += " in bf16 if the cache is"
+    reason = f"cpu: compiled paged decoding ({library.qvl_lanes()} floats a vector), {prefill}"
     return CpuAttention(library), reason
