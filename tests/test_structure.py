@@ -231,6 +231,13 @@ def test_the_table_of_a_package_has_every_file(package: str) -> None:
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(files)
 
 
+@pytest.mark.parametrize("package", ["server", "backends", "models"])
+def test_the_docstring_of_a_package_has_every_file(package: str) -> None:
+    page = (PACKAGE / package / "__init__.py").read_text(encoding="utf-8")
+    named = [name for line in re.findall(r"^    (.+?)  ", page, re.M) for name in line.split()]
+    assert sorted(named) == sorted(path.stem for path in (PACKAGE / package).glob("[!_]*.py"))
+
+
 def test_every_name_of_the_walk_exists() -> None:
     """`module.Class.method` of "One request, end to end" can be found in the source."""
     page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The `qvl` command: a file for each command beside what they share; `app` names them all."""

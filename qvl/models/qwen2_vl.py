@@ -268,7 +268,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self, hidden_states: Tensor, angles: tuple[Tensor, Tensor], kv_cache: KVCache, plan: Any
     ) -> Tensor | None:
         """`forward` by who computes all layers of such a step faster, where there is one."""
-        kernels = self.one_row(hidden_states)
+        kernels = self.one_row_kernels(hidden_states)
         if kernels is not None:
             return decode_one(kernels, self.model, hidden_states, angles, self.attention, kv_cache, plan)
         if self.cpu_decoder is not None:
@@ -279,7 +279,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         """What stands behind the attention of the last layer."""
         if not len(heads):
             return residual
-        kernels = self.one_row(residual)
+        kernels = self.one_row_kernels(residual)
         if kernels is not None:
             out, _ = self.model.norm(finish_one(kernels, last, heads, residual))
         else:
@@ -287,7 +287,7 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         assert isinstance(out, Tensor)
         return out
 
-    def one_row(self, hidden_states: Tensor) -> OneRow | None:
+    def one_row_kernels(self, hidden_states: Tensor) -> OneRow | None:
         """The kernels that compute a single row faster, where they run and take these matrices."""
         sizes = (self.spec.text.hidden_size, self.spec.text.intermediate_size)
         if not takes_one(hidden_states) or any(size % MULTIPLE for size in sizes):

@@ -1,4 +1,4 @@
-"""A model's numbers: read once from its checkpoint folder, frozen, asked by engine, planner and benchmarks alike."""
+"""A model's numbers: read once from its checkpoint folder, frozen, asked by everything that computes or plans."""
 
 from __future__ import annotations
 

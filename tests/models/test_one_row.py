@@ -51,7 +51,9 @@ def test_rows_one_by_one_equal_many(checkpoints: tuple[Path, ...], monkeypatch: 
     positions = oracle.reference_positions(reference, case)
     expected = oracle.our_logits(ours, case, positions, reference.config, 3)
     kernels = WrittenOut()
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "one_row", lambda self, x: kernels if len(x) == 1 else None)
+    monkeypatch.setattr(
+        Qwen2VLForConditionalGeneration, "one_row_kernels", lambda self, x: kernels if len(x) == 1 else None
+    )
     out = oracle.our_logits(ours, case, positions, reference.config, 1)
     assert kernels.calls >= 4 * len(ours.model.layers)
     assert oracle.relative_error(out, expected) < 1e-5
@@ -59,7 +61,7 @@ def test_rows_one_by_one_equal_many(checkpoints: tuple[Path, ...], monkeypatch: 
 
 def test_a_cpu_has_no_kernel_for_one_row(checkpoints: tuple[Path, ...]) -> None:
     ours: Any = oracle.load_ours(checkpoints[0])
-    assert ours.one_row(torch.zeros(1, ours.spec.text.hidden_size)) is None
+    assert ours.one_row_kernels(torch.zeros(1, ours.spec.text.hidden_size)) is None
     assert linear.one_row(torch.device("cpu"), torch.float32) is None
 
 
