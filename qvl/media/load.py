@@ -107,8 +107,7 @@ def load(
     """
     once = part.source
     if isinstance(once, Once):
-        loaded = once.loaded
-        if loaded is None:
+        if (loaded := once.loaded) is None:
             inner = replace(part, source=once.source)
             once.loaded = loaded = load(
                 inner, spec, policy, limits, resize_here=resize_here, gate=gate, kept=kept, empty=empty, later=later

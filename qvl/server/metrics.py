@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -35,58 +36,28 @@ class Metrics:
         self._registry = CollectorRegistry()
         shared = os.environ.get(SHARED_FOLDER)
         registry = None if shared else self._registry
-        self._requests = Counter(
-            "qvl_http_requests", "HTTP requests by route and status", ["method", "route", "status"], registry=registry
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self._requests = counter(
+            "qvl_http_requests", "HTTP requests by route and status", ["method", "route", "status"]
         )
-        self._first = Histogram(
-            "qvl_time_to_first_token_seconds",
-            "From a request to its first token",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._per_token = Histogram(
-            "qvl_time_per_output_token_seconds",
-            "Time per token after the first, mean of a request",
-            buckets=TOKEN_SECONDS,
-            registry=registry,
-        )
-        self._whole = Histogram(
-            "qvl_request_seconds", "From a request to its last token", buckets=SECONDS, registry=registry
-        )
-        self._prompt = Counter("qvl_prompt_tokens", "Tokens of prompts, pictures included", registry=registry)
-        self._cached = Counter("qvl_cached_prompt_tokens", "Tokens of prompts found in the cache", registry=registry)
-        self._generated = Counter("qvl_generation_tokens", "Tokens generated", registry=registry)
-        self._finished = Counter(
-            "qvl_answers", "Finished answers by how they ended", ["finish_reason"], registry=registry
-        )
-        self._stages = Histogram(
-            "qvl_media_stage_seconds",
-            "Time that one picture or video spends in a stage of its preparation",
-            ["kind", "stage"],
-            buckets=STAGE_SECONDS,
-            registry=registry,
-        )
-        request_stages = Histogram(
-            "qvl_request_stage_seconds",
-            "Time that one request spends in a stage before its first token",
-            ["stage"],
-            buckets=STAGE_SECONDS,
-            registry=registry,
-        )
+        self._prompt = counter("qvl_prompt_tokens", "Tokens of prompts, pictures included")
+        self._cached = counter("qvl_cached_prompt_tokens", "Tokens of prompts found in the cache")
+        self._generated = counter("qvl_generation_tokens", "Tokens generated")
+        self._finished = counter("qvl_answers", "Finished answers by how they ended", ["finish_reason"])
+        self._overflowed = counter("qvl_overflowed_requests", "Conversations that were made to fit", ["strategy"])
+        self._left = counter("qvl_overflowed_messages", "Messages that left such a conversation", ["as"])
+        name, about = "qvl_time_to_first_token_seconds", "From a request to its first token"
+        self._first = histogram(name, about, buckets=SECONDS)
+        name, about = "qvl_time_per_output_token_seconds", "Time per token after the first, mean of a request"
+        self._per_token = histogram(name, about, buckets=TOKEN_SECONDS)
+        self._whole = histogram("qvl_request_seconds", "From a request to its last token", buckets=SECONDS)
+        name, about = "qvl_media_stage_seconds", "Time that one picture or video spends in a stage of its preparation"
+        self._stages = histogram(name, about, ["kind", "stage"], buckets=STAGE_SECONDS)
+        name, about = "qvl_request_stage_seconds", "Time that one request spends in a stage before its first token"
+        request_stages = histogram(name, about, ["stage"], buckets=STAGE_SECONDS)
         self._request_stages = {stage: request_stages.labels(stage) for stage in REQUEST_STAGES}
-        self._overflowed = Counter(
-            "qvl_overflowed_requests", "Conversations that were made to fit", ["strategy"], registry=registry
-        )
-        self._left = Counter(
-            "qvl_overflowed_messages", "Messages that left such a conversation", ["as"], registry=registry
-        )
-        self._summaries = Histogram(
-            "qvl_summary_seconds",
-            "Time of a call for a summary of what left",
-            ["outcome"],
-            buckets=SECONDS,
-            registry=registry,
-        )
+        name, about = "qvl_summary_seconds", "Time of a call for a summary of what left"
+        self._summaries = histogram(name, about, ["outcome"], buckets=SECONDS)
         self._registry.register(_Numbers("qvl_", gauges))
         self._registry.register(_Numbers("qvl_engine_", stats))
         if shared:
