@@ -255,8 +255,7 @@ def _said_of(name: str) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        error.message = f"{name}: {error.message}"
-        error.args = (error.message,)
+        error.about(name)
         error.param = error.param or "messages"
         raise
 
