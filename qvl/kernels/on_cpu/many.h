@@ -25,11 +25,14 @@ typedef struct {
     float scale[GROUP_ROWS];
 } group;
 
-/* What is fetched while a strip is computed: with every step a line at `next`, from where it goes on by `on` bytes, and
- * the strip of x that lies `strip` bytes behind this one. */
+/* What is fetched while a strip is computed: with every step a line at `next`, from where it goes on by `on` bytes; the
+ * strip of x that lies `strip` bytes behind this one; and what will be written, two lines per row, `apart` numbers from
+ * each other. */
 typedef struct {
     const int8_t *next;
     long on, strip;
+    const float *out;
+    long apart;
 } fetched;
 
 /* What begins at `w` of a tile, as many numbers as the span has, as bytes without a sign. */
@@ -52,6 +55,10 @@ INLINE void whole_strip(const int tiles, const int rows, const group *g, const i
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int t = 0; t < tiles; t++) sum[t][r] = (vd){0} + start[r];
     for (x += from * SQUARE; from < stop; from += BLOCK8, x += SQUARE * BLOCK8) {
         UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(x + f->strip + r * BLOCK8, 0, 3);
+        UNROLL for (int r = 0; r < 2; r++) { /* a span of 256 numbers, or more, gets to all rows */
+            const float *out = f->out + (from / BLOCK8 * 2 + r) % STRIP * f->apart;
+            __builtin_prefetch(out, 1, 3), __builtin_prefetch(out + TILE, 1, 3);
+        }
         for (long j = 0; j < BLOCK8; j += 4, w += 4 * TILE, next += f->on) {
             vu own[2];
             UNROLL for (int t = 0; t < tiles; t++) own[t] = (vu)LOAD(w + t * SPAN * TILE);
@@ -94,11 +101,6 @@ INLINE void span_strip(const int bits, const int tiles, const int rows, const gr
     }
 }
 
-/* Where the results of tile t and `rows` rows will be written. */
-INLINE void fetch_results(const product *p, long t, long row, long rows) {
-    for (long r = 0; r < rows; r++) __builtin_prefetch(p->y + (row + r) * p->n + t * TILE, 1, 3);
-}
-
 /* Sums of tile t and `rows` rows, complete, into y. */
 INLINE void finish_strip(const product *p, long t, long row, long rows, float (*sums)[TILE]) {
     const long wide = p->n - t * TILE < TILE ? p->n - t * TILE : TILE;
@@ -124,9 +126,10 @@ INLINE void span_rows(const int bits, const int tiles, group *g, long t, const i
     for (long row = 0; row < g->rows; row += STRIP) {
         const long rows = g->rows - row < STRIP ? g->rows - row : STRIP, strip = row / STRIP;
         const long from = place_of(p, g->top + row), then = place_of(p, g->top + row + STRIP);
-        const fetched f = {next + strip % 2 * far, strip < 2 ? BYTES * bits / 8 : 0, then - from};
         float (*own)[STRIP][TILE] = g->sums[(t - g->first) / 2][strip];
-        for (int i = 0; last && i < tiles; i++) fetch_results(p, t + i, g->top + row, rows);
+        const float *out = last ? p->y + (g->top + row) * p->n + t * TILE : own[2][0];
+        const fetched f = {next + strip % 2 * far, strip < 2 ? BYTES * bits / 8 : 0, then - from, out,
+                           last ? p->n : 2 * TILE};
         if (rows > STRIP / 2)
             span_strip(bits, tiles, STRIP, g, t, row, &f, own);
         else
