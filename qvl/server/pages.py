@@ -125,7 +125,7 @@ def _home(state: Mapping[str, Any], words: _Words, request: Request) -> str:
         f"<dt>{label}</dt><dd>{escape(str(shown[key]))}</dd>" for key, label in words.facts.items() if key in shown
     ]
     links = [f"<dt>{_link(route, prefix)}</dt><dd>{words.routes[route]}</dd>" for route in _ROUTES]
-    body = """-d '{"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}'"""
+    body = """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
     curl = f"curl {base_url}/v1/chat/completions {body}"
     return f"""<!DOCTYPE html>
 <html lang="{words.lang}">
