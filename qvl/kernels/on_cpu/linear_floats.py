@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 SOURCE = Path(__file__).with_name("linear_floats.c")
+TURNS = 3  # of measuring both: what else runs disturbs one more than the other
 GROUP = 64  # the kernel pads rows of x to a multiple of at most this many numbers
 FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
-SLICE = 2048  # rows of x that are rearranged at a time, which bounds the memory for it
+SLICE = 512  # rows of x at most that are rearranged and multiplied at a time: they meet every panel of the weights
 PANEL_BYTES = 8 * 1024 * 1024
 CLEARLY = 0.8  # of the compiled kernel's time
 PERHAPS = 0.9  # of it: within what a measurement may be wrong, and a row's answer is the same alone and among many
@@ -113,11 +115,12 @@ def native_product(dtype: torch.dtype) -> Product:
         out = torch.empty(m, n)
         threads = threads_for(m, n, k, torch.get_num_threads())
         scratch = torch.empty(min(m, SLICE) * (k + GROUP))
-        for start in range(0, m, SLICE):
+        slices = max(1, -(-m // SLICE))
+        for start, stop in pairwise(m * i // slices for i in range(slices + 1)):
             function(
                 x.data_ptr() + 4 * start * x.stride(0), x.stride(0), weight.data_ptr(),
                 None if bias is None else bias.data_ptr(), out.data_ptr() + 4 * start * n, scratch.data_ptr(),
-                min(m - start, SLICE), n, k, split, threads,
+                stop - start, n, k, split, threads,
             )  # fmt: skip
         return out
 
@@ -155,7 +158,8 @@ def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
     chosen: list[Product] = []
     words = []
     for rows, part in ((1, CLEARLY), (64, PERHAPS)):
-        ours, theirs = seconds(native, weight, rows), seconds(whole, weight, rows)
+        turns = [(seconds(native, weight, rows), seconds(whole, weight, rows)) for _ in range(TURNS)]
+        ours, theirs = (min(times) for times in zip(*turns, strict=True))
         is_ours = ours * part <= theirs
         chosen.append(native if is_ours else whole)
         name = "compiled kernel" if is_ours else "torch"
