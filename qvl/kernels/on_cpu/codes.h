@@ -51,34 +51,54 @@ INLINE float largest(const float *v, long n) {
     for (long i = 0; i < n; i += BLOCK8)
         for (int j = 0; j < BLOCK8 / LANES; j++) most[j % 4] = larger(most[j % 4], (vi)magnitude(f32_low(v + i + j * LANES)));
     most[0] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+#if LANES == 16
+    uint32_t all = _mm512_reduce_max_epu32((__m512i)most[0]);
+#else
     uint32_t all = 0;
     for (int i = 0; i < LANES; i++) all = most[0][i] > all ? most[0][i] : all;
+#endif
     if (all >= 0x7f800000u) return NAN;
     float out;
     memcpy(&out, &all, sizeof out);
     return out;
 }
 
+/* To the nearest whole numbers; into `codes` as well. */
+INLINE vs whole_codes(vf v, int8_t *codes) {
+#if LANES == 16
+    vs whole = (vs)_mm512_cvtps_epi32((__m512)v);
+    _mm_storeu_si128((__m128i *)codes, _mm512_cvtepi32_epi8((__m512i)whole));
+    return whole;
+#else
+    vs whole = __builtin_convertvector(rounded(v), vs);
+#if LANES == 8
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
+    _mm_storel_epi64((__m128i *)codes, _mm_packs_epi16(words, words));
+#else
+    *(vc_u *)codes = __builtin_convertvector(whole, vc_u);
+#endif
+    return whole;
+#endif
+}
+
+INLINE int32_t sum_of_whole(vs v) {
+#if LANES == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t all = 0;
+    for (int l = 0; l < LANES; l++) all += v[l];
+    return all;
+#endif
+}
+
 /* `length` numbers, a multiple of BLOCK8, times `back` to codes, as many of them `apart` from the next; their sum per BLOCK4
  * into `sums`. */
 INLINE void round_span(const float *x, long length, float back, int8_t *codes, long apart, int32_t *sums) {
-    for (long i = 0; i < length; i += BLOCK8) {
+    for (long b = 0; b < length; b += BLOCK4) {
         vs sum = {0};
-        for (long j = 0; j < BLOCK8; j += LANES) {
-            vs whole = __builtin_convertvector(rounded(f32_low(x + i + j) * back), vs);
-            sum += whole;
-#if LANES == 8
-            __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
-            _mm_storel_epi64((__m128i *)(codes + j), _mm_packs_epi16(words, words));
-#else
-            *(vc_u *)(codes + j) = __builtin_convertvector(whole, vc_u);
-#endif
-        }
-        int32_t all = 0;
-        for (int l = 0; l < LANES; l++) all += sum[l];
-        if (i % BLOCK4 == 0) sums[i / BLOCK4] = 0;
-        sums[i / BLOCK4] += all;
-        codes += apart;
+        for (long i = b; i < length && i < b + BLOCK4; i += BLOCK8, codes += apart)
+            for (long j = 0; j < BLOCK8; j += LANES) sum += whole_codes(f32_low(x + i + j) * back, codes + j);
+        sums[b / BLOCK4] = sum_of_whole(sum);
     }
 }
 
