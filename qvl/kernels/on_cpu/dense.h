@@ -40,6 +40,14 @@ INLINE vh_u bf16_of(vf v) {
 #endif
 }
 
+INLINE vf greater(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
 INLINE float largest(vf v) {
 #if LANES == 16
     return _mm512_reduce_max_ps((__m512)v);
@@ -50,15 +58,15 @@ INLINE float largest(vf v) {
 #endif
 }
 
-/* 2^x for x of at most 0, to 3 units in a million: it becomes a number of 8 bits. NaN stays NaN. */
+/* 2^x for x of at most 0, to 3 units in a million: it becomes a number of 8 bits. 0 for -infinity; NaN stays NaN. */
 INLINE vf power_of_two(vf x) {
-#if LANES == 16
-    vf n = (vf)_mm512_roundscale_ps((__m512)x, 8), f = x - n;
-    vf p = fma_add((vf){0} + 0.05590643f, (vf){0} + 0.00958285f, f);
-    p = fma_add((vf){0} + 0.24024099f, p, f);
-    p = fma_add((vf){0} + 0.69312419f, p, f);
+#ifdef __AVX512DQ__
+    vf f = (vf)_mm512_reduce_ps((__m512)x, 9); /* x minus the whole number below it, which scalef takes itself */
+    vf p = fma_add((vf){0} + 0.0522424704f, (vf){0} + 0.0134266867f, f);
+    p = fma_add((vf){0} + 0.241280207f, p, f);
+    p = fma_add((vf){0} + 0.693044845f, p, f);
     p = fma_add((vf){0} + 1.0f, p, f);
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
     return exponential(x * 0.69314718f);
 #endif
@@ -98,8 +106,7 @@ INLINE void weigh_row(work_of_piece *w, long row, long seen, long width) {
     vf most = (vf){0} - INFINITY;
     for (long t = seen; t < width; t++) scores[t] = -INFINITY;
     for (long t = 0; t < width; t += LANES) {
-        vf own = f32_low(scores + t);
-        most = choose(own > most, own, most);
+        most = greater(f32_low(scores + t), most);
     }
     float here = largest(most), top = here > w->top[row] ? here : w->top[row];
     vf factor = power_of_two((vf){0} + (w->top[row] - top)), total = w->total[row] * factor;

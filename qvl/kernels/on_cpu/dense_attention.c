@@ -8,6 +8,7 @@
 #include "dense.h"
 #include "share.h"
 
+#define AHEAD 8      /* tokens whose keys and values are fetched before they are needed */
 #define SMALL 262144 /* below so many products a second thread costs more than it saves */
 
 /* `segments` of `length` tokens each, of which the last `rows` are the queries. Head h of queries sees head h / group
@@ -61,15 +62,27 @@ INLINE void narrow_row(const dense *p, const float *from, int turned, long token
     for (long i = 0; i < wide(p); i += LANES) *(vh_u *)(to + i) = bf16_of(f32_low(row + i) * scale);
 }
 
+/* Where a token's keys or values stand. */
+INLINE const void *row_of(const dense *p, const void *from, long token, long head) {
+    if (!p->blocks) return (const float *)from + token * p->kv_stride + head * p->dim;
+    long row = p->blocks[token / p->block_size] * p->block_size + token % p->block_size;
+    return (const uint16_t *)from + row * p->kv_stride + head * p->dim;
+}
+
+/* A row that is needed soon: rows of a head stand too far apart for the processor to foresee. */
+INLINE void prefetch(const void *row, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)row + i);
+}
+
 /* Keys, which are turned, or values of a token in bf16, zeros behind them. */
 static void fetch_row(const dense *p, int keys, long token, long head, uint16_t *to) {
-    const void *from = keys ? p->keys : p->values;
+    const void *from = keys ? p->keys : p->values, *own = row_of(p, from, token, head);
+    if (token + AHEAD < p->segments * p->length)
+        prefetch(row_of(p, from, token + AHEAD, head), p->dim * (p->blocks ? 2 : 4));
     if (p->blocks) {
-        long row = p->blocks[token / p->block_size] * p->block_size + token % p->block_size;
-        memcpy(to, (const uint16_t *)from + row * p->kv_stride + head * p->dim, p->dim * 2);
+        memcpy(to, own, p->dim * 2);
         memset(to + p->dim, 0, (wide(p) - p->dim) * 2);
     } else {
-        const float *own = (const float *)from + token * p->kv_stride + head * p->dim;
         narrow_row(p, own, keys && p->cosine, token, 1.0f, to);
     }
 }
@@ -127,10 +140,11 @@ static void attend_panel(const dense *p, work_of_piece *w, const uint32_t *keys,
 
 /* Queries of a head as words [dim / 2][TILE], the powers of two of whose products are the weights. */
 static void pack_queries(const dense *p, work_of_piece *w, long token, long head, long count) {
+    const float *from = p->q + token * p->q_stride + head * p->dim;
+    for (long r = 0; r < count; r++) prefetch(from + r * p->q_stride, p->dim * 4);
     for (long r = 0; r < count; r++) {
         uint16_t row[MAX_DIM];
-        const float *own = p->q + (token + r) * p->q_stride + head * p->dim;
-        narrow_row(p, own, p->cosine != 0, token + r, p->scale, row);
+        narrow_row(p, from + r * p->q_stride, p->cosine != 0, token + r, p->scale, row);
         for (long i = 0; i < p->dim / 2; i++) memcpy(&w->queries[r / TILE][i][r % TILE], row + 2 * i, sizeof(uint32_t));
     }
 }
