@@ -301,11 +301,11 @@ from qvl.specs import load_spec
 torch.set_num_threads(1)
 torch.randn(64, 64) @ torch.randn(64, 64)
 model = build_model(load_spec(sys.argv[1]), torch.bfloat16, "cpu", sys.argv[2])
-def peak():  # bytes; unlike ru_maxrss it starts anew with the program
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-before = peak()
+def resident(which):  # bytes; unlike ru_maxrss the peak starts anew with the program
+    return int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = resident("VmRSS")  # the network has tried its products out, which took more for a moment
 load_weights(model, sys.argv[1], device="cpu", dtype=torch.bfloat16)
-print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 """
 
 
