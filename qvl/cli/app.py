@@ -20,7 +20,7 @@ from qvl.cli.familiar import HINTS
 from qvl.cli.group import ClickError, Commands
 from qvl.cli.names import NamingCommand
 from qvl.cli.tasks import compare, describe, extract, ground, ocr, solve, table, translate, watch, webpage
-from qvl.engine.waiting import wait_asleep
+from qvl.engine.openmp import wait_asleep
 from qvl.errors import QvlError, suggest
 
 

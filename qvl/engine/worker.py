@@ -26,6 +26,7 @@ import msgspec
 
 from qvl.engine.garbage import settle
 from qvl.engine.hub import Connection, Event, Hub, Joined, Left, Received, Shares, refusal
+from qvl.engine.openmp import wait_asleep
 from qvl.engine.options import EngineOptions
 from qvl.engine.pixels import Pixels, Room
 from qvl.engine.protocol import (
@@ -39,7 +40,6 @@ from qvl.engine.protocol import (
     Ready,
     TokenOutput,
 )
-from qvl.engine.waiting import wait_asleep
 from qvl.errors import QvlError
 
 logger = logging.getLogger("qvl.engine")

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from qvl.engine.waiting import CHOICES, wait_asleep
+from qvl.engine.openmp import CHOICES, wait_asleep
 
 ASKS_THE_RUNTIME = """
 import os
-from qvl.engine.waiting import wait_asleep
+from qvl.engine.openmp import wait_asleep
 wait_asleep(os.environ)
 import torch
 """
