@@ -14,7 +14,7 @@
 #if LANES == 16
 #define XROWS 12 /* 12 x 2 sums of 32 registers */
 #define XPART 96 /* rows of x whose sums are kept at a time: 12 KiB of a first-level cache */
-#define RUN 256  /* rows of W in a piece of work at most */
+#define RUN 512  /* rows of W in a piece of work at most */
 #elif LANES == 8
 #define XROWS 6 /* 6 x 2 sums, two vectors of W and one number of x fill sixteen registers */
 #else
@@ -192,7 +192,7 @@ static void arrange_block(const void *what, long b) {
 /* `rows` rows of x times a panel, over the steps of one lane, added to total [rows][WROWS]. */
 INLINE void panel_rows(const int paired, const int rows, const float *x, const float *w, long steps, float *total) {
     vf acc[XROWS][2] = {0};
-    _Pragma("GCC unroll 2") for (long i = 0; i < steps; i++, x += rows, w += WROWS) { /* steps are even */
+    for (long i = 0; i < steps; i++, x += rows, w += WROWS) {
         vf low = f32_low(w), high = f32_high(w);
         _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
             vf one = x[c] - (vf){0};
