@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qvl.kernels.few_rows import sums_of_few
 from qvl.kernels.fp8 import Fp8Matrix, Rounded
+from qvl.kernels.fused import quick_gelu
 from qvl.kernels.linear import empty_matrix, linear
 from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.kernels.sums import Sums
@@ -72,6 +73,12 @@ class Linear(nn.Module):
         if self.weight is not None and (few := sums_of_few(x, self.weight, self.bias)) is not None:
             return few
         return self(x)
+
+    def of_quick_gelu(self, x: Tensor) -> Tensor:  # [n, in_features] -> [n, sum(parts)]
+        """The same for quick_gelu(x); x may be overwritten."""
+        if isinstance(self.matrix, QuantisedMatrix):
+            return self.matrix.product(x, self.bias, gelu=True)
+        return self(quick_gelu(x))
 
     def part(self, x: Tensor, rows: slice) -> Tensor:  # [n, in_features] -> [n, rows of the slice]
         """The columns `rows` of the result alone; not for codes."""

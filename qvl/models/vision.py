@@ -102,6 +102,8 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(spec.mlp_dim, spec.embed_dim, bias=True, dtype=dtype, compute_dtype=compute_dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.hidden_act == "quick_gelu" and self.fc1.weight is None:
+            return self.fc2.of_quick_gelu(self.fc1(hidden_states))
         return self.fc2(self.activated(hidden_states))
 
     def activated(self, hidden_states: Tensor) -> Tensor:  # [n, embed_dim] -> [n, mlp_dim]

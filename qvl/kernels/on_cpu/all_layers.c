@@ -25,7 +25,7 @@ typedef struct {
 
 typedef void plain_product(const float *x, long ldx, const void *w, const float *bias, float *y, void *scratch, long m,
                            long n, long k, int split, int threads);
-typedef void coded_product(int bits, const float *x, long ldx, const void *w, const void *steps, const void *row_scales,
+typedef void coded_product(int bits, int gelu, const float *x, long ldx, const void *w, const void *steps, const void *row_scales,
                            const float *bias, float *y, void *scratch, long m, long n, long width, long k, int threads);
 
 /* What is the same in every step. Matrices are as they were loaded, `plain`, or codes of 8 or 4 bits, `coded`. */
@@ -89,7 +89,7 @@ static void multiply(const decoder *d, const step *s, const places *at, const ma
         return;
     }
     long block = 512 / bits, padded = (k + block - 1) / block * block;
-    d->coded(bits, from, k, w->numbers, bits == 4 ? w->scales : 0, bits == 8 ? w->scales : 0, w->bias, to, scratch,
+    d->coded(bits, 0, from, k, w->numbers, bits == 4 ? w->scales : 0, bits == 8 ? w->scales : 0, w->bias, to, scratch,
              s->rows, n, k, padded, threads);
 }
 

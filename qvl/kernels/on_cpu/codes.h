@@ -8,9 +8,9 @@
 #include <math.h>
 
 /* What one call computes. Of x: codes [m, k]; of every span a scale [m, spans]; of every BLOCK4 codes their sum
- * [m, spans, PER_SPAN]. `tiles` of W are a piece of work. */
+ * [m, spans, PER_SPAN]. `tiles` of W are a piece of work. With `gelu` x passes that activation first. */
 typedef struct {
-    int bits;
+    int bits, gelu;
     const int8_t *w;
     const uint16_t *steps; /* of blocks of 4 bits; rows of 8 bits have scales */
     const float *from, *row_scales, *bias;
@@ -103,7 +103,8 @@ INLINE void round_span(const float *x, long length, float back, int8_t *codes, l
 }
 
 /* n numbers to codes, zero-filled to k, with scales and sums. A scale that is not a number makes every result so. */
-static void round_row(const float *x, long n, long k, int8_t *codes, long apart, float *scales, int32_t *sums) {
+INLINE void round_row(const int gelu, const float *x, long n, long k, int8_t *codes, long apart, float *scales,
+                      int32_t *sums) {
     for (long i = 0; i < k; i += SPAN, scales++, sums += PER_SPAN, codes += SPAN / BLOCK8 * apart) {
         long length = k - i < SPAN ? k - i : SPAN, own = n - i < length ? n - i : length;
         float part[SPAN];
@@ -111,6 +112,10 @@ static void round_row(const float *x, long n, long k, int8_t *codes, long apart,
         if (own < length) {
             memset(part, 0, sizeof part);
             if (own > 0) memcpy(part, in, own * sizeof(float));
+            in = part;
+        }
+        if (gelu) {
+            for (long j = 0; j < length; j += LANES) *(vf_u *)(part + j) = quick_gelu(f32_low(in + j));
             in = part;
         }
         float most = largest(in, length);

@@ -30,8 +30,11 @@ static void round_piece(const void *what, long row) {
     if (p->bits == 8) codes = p->codes + row * p->k * BYTES8 + p->k; /* where part_signs looks for them */
 #endif
     const long apart = sixteen ? SQUARE * BLOCK8 : BLOCK8;
-    if (row < p->m)
-        round_row(p->from + row * p->ldx, p->width, p->k, codes, apart, scales_of(p, row, 0), sums_of(p, row, 0));
+    const float *x = p->from + row * p->ldx;
+    if (row < p->m && p->gelu)
+        round_row(1, x, p->width, p->k, codes, apart, scales_of(p, row, 0), sums_of(p, row, 0));
+    else if (row < p->m)
+        round_row(0, x, p->width, p->k, codes, apart, scales_of(p, row, 0), sums_of(p, row, 0));
     else { /* filling */
         for (long j = 0; j < p->k / BLOCK8; j++) memset(codes + j * apart, 0, BLOCK8);
         memset(scales_of(p, row, 0), 0, p->spans * sizeof(float));
@@ -136,13 +139,14 @@ static long tiles_of_piece(int bits, long m, long k, long all, int threads) {
     return side_by_side(m) ? tiles + tiles % 2 : tiles; /* they meet x in pairs */
 }
 
-/* y [m, n] = x [m, width] W^T + bias. k is width rounded up to whole blocks; `scratch` holds qvl_quantised_scratch bytes. */
-void qvl_quantised_linear(int bits, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
+/* y [m, n] = x [m, width] W^T + bias, or quick_gelu(x) instead of x. k is width rounded up to whole blocks; `scratch` holds
+ * qvl_quantised_scratch bytes. */
+void qvl_quantised_linear(int bits, int gelu, const float *x, long ldx, const int8_t *w, const uint16_t *steps,
                           const float *row_scales, const float *bias, float *y, char *scratch, long m, long n, long width,
                           long k, int threads) {
     long spans = (k + SPAN - 1) / SPAN, all = (n + TILE - 1) / TILE, held = rows_held(m);
     long tiles = tiles_of_piece(bits, m, k, all, threads);
-    product p = {bits, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, ldx, m, n, width, k, spans, tiles};
+    product p = {bits, gelu, w, steps, x, row_scales, bias, y, 0, (float *)scratch, 0, ldx, m, n, width, k, spans, tiles};
     p.sums = (int32_t *)(p.scales + held * spans);
     p.codes = (int8_t *)(p.sums + held * spans * PER_SPAN);
     qvl_share(held, m * k > 16384 ? threads : 1, round_piece, &p);

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvl.kernels.fused import quick_gelu
 from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 from qvl.kernels.on_cpu.large_pages import in_large_pages
 from qvl.kernels.on_cpu.matrix_registers import told_to_do_without
@@ -90,12 +91,17 @@ class QuantisedMatrix:
         numbers = torch.cat((both & 15, both >> 4), dim=-1).float() - 8
         return (numbers * self.scales[tile, :, lane, None].float()).flatten(1)[:, : self.width]
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:  # fp32 [n, width] -> fp32 [n, rows]
-        """x times the transpose of this matrix, plus bias; not a number wherever a row of x is not finite."""
+    def product(
+        self, x: Tensor, bias: Tensor | None, gelu: bool = False
+    ) -> Tensor:  # fp32 [n, width] -> fp32 [n, rows]
+        """x times the transpose of this matrix, plus bias; not a number wherever a row of x is not finite.
+
+        With `gelu` it is quick_gelu(x) that is multiplied: activated while it is rounded, so that nobody writes it.
+        """
         library = kernels().library
         if library is None:
-            return product_with_torch(self, x, bias)
-        return compiled_product(library, self, x, bias)
+            return product_with_torch(self, quick_gelu(x) if gelu else x, bias)
+        return compiled_product(library, self, x, bias, gelu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ def open_library(flags: tuple[str, ...] = ()) -> Any:
     """The library with its signatures set. Raises NativeUnavailable."""
     limits = WITHOUT_AMX if told_to_do_without() else ()
     library = load_native(SOURCE, (*FLAGS, *limits, *flags))
-    library.qvl_quantised_linear.argtypes = (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I)
+    library.qvl_quantised_linear.argtypes = (_I, _I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I)
     for name in ("qvl_quantise8", "qvl_quantise4"):
         getattr(library, name).argtypes = (_P, _P, _P, _L, _L, _L, _L, _I)
         getattr(library, name).restype = None
@@ -145,7 +151,9 @@ def path_of(library: Any) -> str:
     return name.decode()
 
 
-def compiled_product(library: Any, matrix: QuantisedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+def compiled_product(
+    library: Any, matrix: QuantisedMatrix, x: Tensor, bias: Tensor | None, gelu: bool = False
+) -> Tensor:
     """`QuantisedMatrix.product` by a compiled library."""
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -156,7 +164,7 @@ def compiled_product(library: Any, matrix: QuantisedMatrix, x: Tensor, bias: Ten
     scales = matrix.scales.data_ptr()
     threads = threads_for(count, matrix.rows, matrix.width, torch.get_num_threads())
     library.qvl_quantised_linear(
-        matrix.bits, x.data_ptr(), x.stride(0), matrix.codes.data_ptr(), scales if matrix.bits == 4 else None,
+        matrix.bits, gelu, x.data_ptr(), x.stride(0), matrix.codes.data_ptr(), scales if matrix.bits == 4 else None,
         scales if matrix.bits == 8 else None, None if bias is None else bias.data_ptr(), out.data_ptr(),
         scratch.data_ptr(), count, matrix.rows, matrix.width, matrix.padded_width, threads,
     )  # fmt: skip

@@ -115,10 +115,7 @@ void qvl_silu_and_mul(const float *gate_up, float *out, long rows, long size, in
 static void gelu_strip(const void *what, long piece) {
     const activation *p = what;
     long i = piece * STRIP, stop = i + STRIP < p->size ? i + STRIP : p->size;
-    for (; i + LANES <= stop; i += LANES) {
-        vf v = f32_low(p->x + i);
-        *(vf_u *)(p->out + i) = v / (1.0f + exponential(v * -1.702f));
-    }
+    for (; i + LANES <= stop; i += LANES) *(vf_u *)(p->out + i) = quick_gelu(f32_low(p->x + i));
     for (; i < stop; i++) p->out[i] = p->x[i] / (1.0f + expf(-1.702f * p->x[i]));
 }
 

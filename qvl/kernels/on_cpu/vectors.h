@@ -107,21 +107,34 @@ INLINE float sum(vf v) {
 
 INLINE vf choose(vs mask, vf a, vf b) { return (vf)(((vs)a & mask) | ((vs)b & ~mask)); }
 
-/* e^x to a few units in the last place; 0 below -87, infinity above 88, NaN stays NaN. */
+/* e^x to a few units in the last place; 0 far below -87, infinity above 88.8 at most, NaN stays NaN. */
 INLINE vf exponential(vf x) {
+#if LANES == 16
+    const __m512 low = _mm512_set1_ps(-104.0f), high = _mm512_set1_ps(89.0f); /* NaN comes through as the second of two */
+    vf t = (vf)_mm512_max_ps(low, _mm512_min_ps(high, (__m512)x));
+    vf n = (vf)_mm512_roundscale_ps((__m512)(t * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
     const vf low = (vf){0} - 87.0f, high = (vf){0} + 88.0f;
     vf t = choose(x > high, high, choose(x < low, low, x));
     vf n = t * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number, found in the low bits */
     vs power = (vs)n << 23;
     n -= 12582912.0f;
-    vf f = t - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
+#endif
+    const vf one = (vf){0} + 1.0f;
+    vf f = fma_add(fma_add(t, n, one * -0.693359375f), n, one * 2.12194440e-4f);
+    vf p = fma_add(one * 1.3981999507e-3f, f, one * 1.9875691500e-4f);
+    p = fma_add(one * 8.3334519073e-3f, p, f);
+    p = fma_add(one * 4.1665795894e-2f, p, f);
+    p = fma_add(one * 1.6666665459e-1f, p, f);
+    p = fma_add(one * 5.0000001201e-1f, p, f);
+    p = fma_add(f, p, f * f) + 1.0f;
+#if LANES == 16
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     p = (vf)((vs)p + power);
     p = choose(x > high, (vf){0} + __builtin_inff(), p);
     return choose(x != x, x, choose(x < low, (vf){0}, p));
+#endif
 }
+
+INLINE vf quick_gelu(vf x) { return x / (1.0f + exponential(x * -1.702f)); }

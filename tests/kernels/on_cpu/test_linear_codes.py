@@ -135,6 +135,18 @@ def test_x_may_be_a_view_and_may_be_empty(bits: int) -> None:
     assert matrix.product(torch.empty(0, 96), None).shape == (0, 33)
 
 
+@pytest.mark.parametrize("flags", BUILDS, ids=["native", "portable-64", "portable-32", "portable-16"])
+@pytest.mark.parametrize("width", [77, 1100])
+def test_x_may_pass_an_activation_on_its_way_in(width: int, flags: tuple[str, ...]) -> None:
+    """A number that just reaches the next code is rounded up here and down there: hence not to the last bit."""
+    matrix, x, bias = quantise(8, torch.randn(35, width)), torch.randn(20, width) * 3, torch.randn(35)
+    activated = x * torch.sigmoid(1.702 * x)
+    found = compiled_product(library(flags), matrix, x, bias, gelu=True)
+    assert relative(found, rounded(activated) @ everything(matrix).T + bias) < 2e-3
+    assert relative(product_with_torch(matrix, activated, bias), found) < 2e-2
+    assert torch.equal(found[:3], compiled_product(library(flags), matrix, x[:3], bias, gelu=True))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_not_finite_is_seen(bits: int) -> None:
     """A row of x that overflowed must not come out as an ordinary number; its neighbours must."""
@@ -221,7 +233,7 @@ class Broken:
 
     def qvl_quantised_linear(self, *arguments: Any) -> None:
         self._real.qvl_quantised_linear(*arguments)
-        ctypes.memset(arguments[7], 0, 4)
+        ctypes.memset(arguments[8], 0, 4)
 
 
 def test_instructions_that_compute_wrong_numbers_are_not_used(
