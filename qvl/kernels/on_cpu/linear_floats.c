@@ -51,7 +51,8 @@ INLINE void few_tile(const enum type type, const int rows, const int columns, co
     long i = 0;
     vf acc[ROWS][FEW] = {0};
     for (; i + GROUP <= k; i += GROUP) {
-        UNROLL4 for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * ldw + i * size + AHEAD, 0, 2);
+        UNROLL4 for (int r = 0; r < rows; r++)
+            UNROLL4 for (int b = 0; b < GROUP * size; b += LINE) __builtin_prefetch(w + r * ldw + i * size + AHEAD + b, 0, 2);
         few_step(type, rows, columns, w + i * size, ldw, x + i, p->padded, acc);
     }
     if (i < k) { /* x is zero-filled */
