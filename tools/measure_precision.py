@@ -35,7 +35,7 @@ PICTURE, PROMPT = Grid(1, 32, 32), 293  # 448 x 448 pixels, and its tokens with 
 
 def load(spec: ModelSpec, quantization: str) -> Any:
     model = build_model(spec, torch.bfloat16, "cpu", "none" if quantization == "bf16" else quantization)
-    load_weights(model, spec.folder, device="cpu", dtype=torch.bfloat16, load_format="dummy")
+    load_weights(model, spec.folder, load_format="dummy")
     return model
 
 

@@ -313,7 +313,7 @@ def load_model(config: EngineConfig, device: torch.device, clock: StartClock) ->
     logger.info("attention: %s", model.attention_reason)
     logger.info("attention in pictures: %s", model.vision_reason)
     logger.info("matrices: %s", model.linear_reason)
-    load_weights(model, config.spec.folder, device=device, dtype=dtype, load_format=load_format)
+    load_weights(model, config.spec.folder, load_format)
     clock.passed("weights")
     return model
 

@@ -17,18 +17,18 @@ from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 ALIGNMENT = 512  # bytes, as torch aligns its own
 
 
-def materialise(model: Qwen2VLForConditionalGeneration, device: torch.device | str) -> None:
-    """Memory for every parameter (`Module.to_empty` would import 30 MB of tracing machinery for it)."""
+def materialise(model: Qwen2VLForConditionalGeneration) -> None:
+    """Memory for every parameter on the model's device (`Module.to_empty` would import 30 MB of tracing machinery)."""
     empty: list[tuple[nn.Module, str, Tensor]] = []
     for path, module in model.named_modules():
         form = model.form_of(path) if isinstance(module, Linear) else None
         if form is not None:
             assert isinstance(module, Linear)
-            module.quantise(form, device)
+            module.quantise(form, model.device)
         parameters = module.named_parameters(recurse=False)
         empty += [(module, leaf, parameter) for leaf, parameter in parameters if parameter.is_meta]
     shapes = [parameter for _, _, parameter in empty]
-    for (module, leaf, _), memory in zip(empty, allocate(shapes, torch.device(device)), strict=True):
+    for (module, leaf, _), memory in zip(empty, allocate(shapes, model.device), strict=True):
         setattr(module, leaf, nn.Parameter(memory, requires_grad=False))
 
 

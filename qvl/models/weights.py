@@ -55,14 +55,7 @@ class Source:
     entry: Entry
 
 
-def load_weights(
-    model: Qwen2VLForConditionalGeneration,
-    folder: str | Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    load_format: LoadFormat = "auto",
-) -> None:
+def load_weights(model: Qwen2VLForConditionalGeneration, folder: str | Path, load_format: LoadFormat = "auto") -> None:
     """Give every parameter of `model` its value from the safetensors files in `folder`, cast to the parameter's dtype
     or rounded to the codes that `model.quantization` asks for.
 
@@ -70,16 +63,15 @@ def load_weights(
     misshapen, truncated or quantised, before anything is allocated. The host's peak is the weights plus a few tens of
     megabytes.
     """
-    assert dtype == model.dtype, (dtype, model.dtype)
     if load_format == "dummy":
-        materialise(model, device)
+        materialise(model)
         fill_randomly(model)
         return
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(Path(folder))]
         slots = expected_slots(model)
         sources = match(slots, rename(files, model.RENAMES), tied=model.spec.text.tie_word_embeddings)
-        materialise(model, device)
+        materialise(model)
         for name, slot in slots.items():
             path, _, leaf = slot.parameter.rpartition(".")
             copy(sources[name], model.get_submodule(path), leaf, slot)

@@ -28,7 +28,7 @@ SIZES = ((2, 3, 1), (1, 1, 1), (4, 2, 1), (2, 2, 3), (5, 5, 1))  # rows and colu
 def model(checkpoint: Path) -> Any:
     spec = read_spec(checkpoint)
     model = build_model(spec, torch.float32, "cpu")
-    load_weights(model, spec.folder, device="cpu", dtype=torch.float32)
+    load_weights(model, spec.folder)
     return model
 
 

@@ -58,7 +58,7 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 @functools.cache
 def load_ours(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     model = build_model(load_spec(folder), dtype, "cpu")
-    load_weights(model, folder, device="cpu", dtype=dtype)
+    load_weights(model, folder)
     return model
 
 

@@ -38,7 +38,7 @@ def load(folder: Path, dtype: torch.dtype, quantization: str) -> Any:
         except NativeUnavailable as error:
             skip_without_compiler(error)
         pytest.skip("torch multiplies few rows faster here")
-    load_weights(model, folder, device="cpu", dtype=dtype)
+    load_weights(model, folder)
     return model
 
 

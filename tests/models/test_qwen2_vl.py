@@ -149,7 +149,7 @@ def test_rows_computed_to_the_end_equal_all(
     reference, ours = models
     written_out = WrittenOut()
     if one:
-        monkeypatch.setattr(type(ours), "one_row", lambda self, x: written_out if len(x) == 1 else None)
+        monkeypatch.setattr(type(ours), "one_row_kernels", lambda self, x: written_out if len(x) == 1 else None)
     case = oracle.make_case(reference.config, "video-and-picture")
     positions, hidden = oracle.reference_positions(reference, case), oracle.our_embeddings(ours, case, reference.config)
     n, rows = len(hidden) - 1, torch.tensor([len(hidden) - 2, 0, 7][:count], dtype=torch.int64)
@@ -180,7 +180,7 @@ def test_16_bit_is_at_most_twice_as_far_from_fp32_as_the_reference(
 
 def load_rounded(folder: Path, quantization: str) -> Any:
     model = build_model(load_spec(folder), torch.bfloat16, "cpu", quantization)
-    load_weights(model, folder, device="cpu", dtype=torch.bfloat16)
+    load_weights(model, folder)
     return model
 
 

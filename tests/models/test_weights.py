@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, load_format: Any = "auto") -> Tensors:
     model = build_model(load_spec(folder), dtype, "cpu")
-    load_weights(model, folder, device="cpu", dtype=dtype, load_format=load_format)
+    load_weights(model, folder, load_format=load_format)
     return dict(model.named_parameters())
 
 
@@ -252,7 +252,7 @@ def test_an_unknown_architecture_lists_the_known_ones() -> None:
 
 def quantised(folder: Path, quantization: str, load_format: Any = "auto") -> Any:
     model = build_model(load_spec(folder), torch.bfloat16, "cpu", quantization)
-    load_weights(model, folder, device="cpu", dtype=torch.bfloat16, load_format=load_format)
+    load_weights(model, folder, load_format=load_format)
     return model
 
 
@@ -304,7 +304,7 @@ model = build_model(load_spec(sys.argv[1]), torch.bfloat16, "cpu", sys.argv[2])
 def resident(which):  # bytes; unlike ru_maxrss the peak starts anew with the program
     return int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = resident("VmRSS")  # the network has tried its products out, which took more for a moment
-load_weights(model, sys.argv[1], device="cpu", dtype=torch.bfloat16)
+load_weights(model, sys.argv[1])
 print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 """
 

@@ -379,7 +379,7 @@ def test_a_network_with_these_kernels(checkpoint: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(network, "attention", triton_attention(Heads(text.num_heads, text.num_kv_heads, text.head_dim)))
     monkeypatch.setattr(
         Qwen2VLForConditionalGeneration,
-        "one_row",
+        "one_row_kernels",
         lambda self, x: linear_row if len(x) == 1 else None,
     )
     pages = Pages(network, 1)
