@@ -28,6 +28,7 @@ SOURCE = Path(__file__).with_name("linear_floats.c")
 TURNS = 3  # of measuring both: what else runs disturbs one more than the other
 GROUP = 64  # the kernel pads rows of x to a multiple of at most this many numbers
 FEW = 8  # up to so many rows a product is bound by memory, above by arithmetic
+SEVERAL = 128  # up to so many what torch does first, turning all of the weights, is much of its time
 SLICE = 512  # rows of x at most that are rearranged and multiplied at a time: they meet every panel of the weights
 PANEL_BYTES = 8 * 1024 * 1024
 CLEARLY = 0.8  # of the compiled kernel's time
@@ -39,14 +40,16 @@ _log = logging.getLogger("qvl.kernels")
 
 @dataclass(frozen=True, slots=True)
 class CpuLinear:
-    """The chosen product for `FEW` rows or less and the one for more, and why."""
+    """The chosen product for `FEW` rows or less, the one for `SEVERAL` or less and the one for more, and why."""
 
     few: Product
+    several: Product
     many: Product
     reason: str
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return (self.few if x.shape[0] <= FEW else self.many)(x, weight, bias)
+        rows = x.shape[0]
+        return (self.few if rows <= FEW else self.several if rows <= SEVERAL else self.many)(x, weight, bias)
 
 
 @functools.cache
@@ -60,15 +63,15 @@ def choose_cpu_linear(dtype: torch.dtype) -> CpuLinear:
     except NativeUnavailable as error:
         warn_once(str(error))
         if dtype == torch.float32:
-            return CpuLinear(whole, whole, f"torch fp32 ({error})")
+            return CpuLinear(whole, whole, whole, f"torch fp32 ({error})")
         if torch_reason:
-            return CpuLinear(whole, whole, f"torch {dtype} ({torch_reason}; {error})")
-        return CpuLinear(rounded_or_panels, panels, f"torch, weights widened by panels ({error})")
+            return CpuLinear(whole, whole, whole, f"torch {dtype} ({torch_reason}; {error})")
+        return CpuLinear(rounded_or_panels, panels, panels, f"torch, weights widened by panels ({error})")
     if dtype == torch.float32:
-        return CpuLinear(native, whole, "compiled kernel for few rows, torch fp32 for many")
+        return CpuLinear(native, whole, whole, "compiled kernel for few rows, torch fp32 for many")
     if torch_reason:
         return measured(native, dtype)
-    return CpuLinear(native, native, f"compiled kernel ({dtype} weights, fp32 sums)")
+    return CpuLinear(native, native, native, f"compiled kernel ({dtype} weights, fp32 sums)")
 
 
 def preferred_cpu_dtype() -> tuple[torch.dtype, str]:
@@ -149,7 +152,7 @@ def rounded_or_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
-    """Compiled kernel or torch, by a measurement of both on one matrix that no cache holds.
+    """Compiled kernel or torch, by a measurement of both on matrices that no cache holds.
 
     Rows are torch's only if it is faster beyond doubt, few of them only if clearly so: with the compiled kernel all
     layers of a token are one call.
@@ -157,14 +160,15 @@ def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
     weight = torch.zeros(6144, 4096, dtype=dtype)
     chosen: list[Product] = []
     words = []
-    for rows, part in ((1, CLEARLY), (64, PERHAPS)):
-        turns = [(seconds(native, weight, rows), seconds(whole, weight, rows)) for _ in range(TURNS)]
+    for rows, part, height in ((1, CLEARLY, 6144), (64, PERHAPS, 6144), (256, PERHAPS, 1536)):
+        turns = [(seconds(native, weight[:height], rows), seconds(whole, weight[:height], rows)) for _ in range(TURNS)]
         ours, theirs = (min(times) for times in zip(*turns, strict=True))
         is_ours = ours * part <= theirs
         chosen.append(native if is_ours else whole)
         name = "compiled kernel" if is_ours else "torch"
         words.append(f"{rows} rows: {name} ({ours * 1e3:.1f} ms compiled, {theirs * 1e3:.1f} ms torch)")
-    return CpuLinear(chosen[0], chosen[1], "; ".join(words))
+    few, several, many = chosen
+    return CpuLinear(few, several, many, "; ".join(words))
 
 
 def seconds(product: Product, weight: Tensor, rows: int) -> float:

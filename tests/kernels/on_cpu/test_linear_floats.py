@@ -169,14 +169,32 @@ def test_the_choice_has_a_reason_and_is_right(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("one", [0.9, 2.0])
 def test_a_measured_choice_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch, one: float) -> None:
     """One row stays where all layers are one call unless torch is clearly faster, many unless it is beyond doubt."""
-    times = {(panels, 1): 1.0, (panels, 64): 9.0, (linear_floats.whole, 1): one, (linear_floats.whole, 64): 8.0}
+    whole = linear_floats.whole
+    times = {
+        (panels, 1): 1.0,
+        (panels, 64): 9.0,
+        (panels, 256): 30.0,
+        (whole, 1): one,
+        (whole, 64): 8.0,
+        (whole, 256): 31.0,
+    }
     monkeypatch.setattr(linear_floats, "seconds", lambda product, _, rows: times[product, rows])
     chosen = linear_floats.measured(panels, torch.bfloat16)
-    assert chosen == CpuLinear(panels, linear_floats.whole, chosen.reason)
+    assert chosen == CpuLinear(panels, whole, panels, chosen.reason)
     assert "1 rows: compiled kernel" in chosen.reason
     assert "64 rows: torch" in chosen.reason
-    times[linear_floats.whole, 64] = 8.9
-    assert linear_floats.measured(panels, torch.bfloat16).many is panels
+    assert "256 rows: compiled kernel" in chosen.reason
+    times |= {(whole, 64): 8.9, (whole, 256): 26.0}
+    chosen = linear_floats.measured(panels, torch.bfloat16)
+    assert chosen == CpuLinear(panels, panels, whole, chosen.reason)
+
+
+def test_each_number_of_rows_goes_to_its_product() -> None:
+    products = [lambda x, weight, bias, name=name: name for name in ("few", "several", "many")]
+    chosen = CpuLinear(*products, "")
+    weight = torch.zeros(1, 4)
+    rows = (1, linear_floats.FEW, linear_floats.FEW + 1, linear_floats.SEVERAL, linear_floats.SEVERAL + 1)
+    assert [chosen(torch.zeros(n, 4), weight, None) for n in rows] == ["few", "few", "several", "several", "many"]
 
 
 def test_torch_multiplies_one_row_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
