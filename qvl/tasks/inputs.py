@@ -120,7 +120,7 @@ def _items(source: Any, reading: Reading) -> Iterator[Item]:
         else:
             yield from _path(named, reading)
     except QvlError as error:
-        yield Item.unreadable(named or "(picture)", _name_of(named), error)
+        yield Item.unreadable(_shown(named) if named else "(picture)", _name_of(named), error)
 
 
 def _held(source: Any, reading: Reading, named: str = "(picture)") -> Iterator[Item]:
@@ -171,7 +171,7 @@ def _file(file: str, path: Path, name: str, reading: Reading) -> Iterator[Item]:
 def _address(address: str, reading: Reading) -> Iterator[Item]:
     """What stands behind an address is fetched here, so that any server can be asked about it: in its turn where its
     name tells that it is a picture, else at once, to see what it is."""
-    shown = address if len(address) < 200 else f"{address[:60]}..."
+    shown = _shown(address)
     kind = media_kind(address)
     if kind == "video":
         _check_kind(kind, reading.accepts, shown)
@@ -181,6 +181,12 @@ def _address(address: str, reading: Reading) -> Iterator[Item]:
         yield Item(shown, lambda: MediaPart("image", read(address, _POLICY, expect="image")), name=_name_of(address))
     else:
         yield from _bytes(shown, _name_of(address), read(address, _POLICY, expect="image"), reading)
+
+
+def _shown(source: str) -> str:
+    """What a person called it, but not a whole picture."""
+    is_address = source.startswith("data:") or "://" in source
+    return f"{source[:60]}..." if is_address and len(source) >= 200 else source
 
 
 def _bytes(file: str, name: str, data: bytes, reading: Reading) -> Iterator[Item]:

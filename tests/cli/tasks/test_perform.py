@@ -176,6 +176,7 @@ def test_into_a_folder(folder: Path, tmp_path: Path) -> None:
         (["{locked}"], "locked.pdf: the PDF is locked with a password"),
         (["{broken}"], "broken.pdf: the PDF is broken"),
         (["{scans}/nope.png"], "qvl: no such file: "),
+        (["data:image/png;base64," + 400 * "!"], f"qvl: data:image/png;base64,{38 * '!'}...: "),
         (["{scans}/empty"], "no pictures and PDFs in the folder"),
     ],
 )
