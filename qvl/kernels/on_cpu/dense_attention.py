@@ -122,21 +122,23 @@ def open_library(flags: tuple[str, ...] = ()) -> Any:
 
 
 def computes_right(kernel: DenseKernel) -> bool:
-    """Two segments of more than a panel of keys, and a prompt behind cached tokens, against the same in fp64."""
+    """Two segments of more than a panel of keys, and a prompt behind cached tokens, against the same in fp64. Few numbers:
+    where torch calls its threads, a busy machine takes its time.
+    """
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(300, 3, 2, 24, generator=generator)
+    qkv = torch.randn(300, 3, 1, 24, generator=generator)
     angle = torch.zeros(300, 1, 24)
     out = kernel.attend_segments(qkv, (angle.cos(), angle.sin()), [(0, 2, 150)])
     for part, own in zip(qkv.double().split(150), out.split(150), strict=True):
         q, k, v = part.unbind(1)
         if not is_near(own, attended(q, k, v, len(k)).flatten(1)):
             return False
-    q, cache = torch.randn(70, 4, 24, generator=generator), torch.randn(2, 13, 16, 2, 24, generator=generator)
+    q, cache = torch.randn(40, 4, 24, generator=generator), torch.randn(2, 13, 16, 2, 24, generator=generator)
     keys, values = cache.bfloat16()
     blocks, out = torch.arange(12, -1, -1), torch.empty_like(q)
     kernel.attend_prompt(q, (keys, values), blocks, 200, out)
     k, v = (x[blocks].flatten(0, 1)[:200].double().repeat_interleave(2, dim=1) for x in (keys, values))
-    return is_near(out, attended(q.double(), k, v, 131))
+    return is_near(out, attended(q.double(), k, v, 161))
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, first_sees: int) -> Tensor:  # [m, heads, d], [n, heads, d] twice
