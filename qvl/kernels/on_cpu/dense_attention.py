@@ -122,8 +122,8 @@ def open_library(flags: tuple[str, ...] = ()) -> Any:
 
 
 def computes_right(kernel: DenseKernel) -> bool:
-    """Two segments of more than a panel of keys, and a prompt behind cached tokens, against the same in fp64. Few numbers:
-    where torch calls its threads, a busy machine takes its time.
+    """Two segments of more than a panel of keys, and a prompt behind cached tokens, against the same in fp64. They
+    are small: where torch calls its threads, a busy machine takes its time.
     """
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(300, 3, 1, 24, generator=generator)
