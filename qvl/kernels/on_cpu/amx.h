@@ -59,12 +59,12 @@ INLINE int amx_takes(long m) { return m > STRIP && amx_runs(); }
 
 /* Whether m rows of x stand side by side: sixteen of them, BLOCK8 numbers of each at a time. Then what is multiplied next
  * lies in as many lines of a cache, one behind the other, and no step of a loop computes where. */
-INLINE int side_by_side(long m) { return BYTES == 64 && m > STRIP; }
+INLINE int side_by_side(long m) { return BYTES == 64 && m >= STRIP; }
 
 /* Where such a row begins. */
 INLINE long place_of(const product *p, long row) { return row / SQUARE * SQUARE * p->k + row % SQUARE * BLOCK8; }
 
-/* Rows of x that are held, filled up with zeros. */
+/* Rows of x that there is room for: what is not in x is filled with zeros, where a strip meets it. */
 INLINE long rows_held(long m) { return side_by_side(m) ? (m + SQUARE - 1) / SQUARE * SQUARE : m; }
 
 #if defined(AMX)

@@ -52,13 +52,16 @@ INLINE void span8(const int tiles, const int columns, const product *p, const in
         for (long b = 0; START8 && b < length; b += BLOCK4) start += START8 * *sums_of(p, column + i % columns, at + b);
         UNROLL for (int v = 0; v < BESIDE; v++) sum[i][v] = (vd){0} + start;
     }
-    const int8_t *x = p->codes + (column * p->k + at) * BYTES8;
-    for (long j = 0; j < length; j += 4, w += 4 * TILE)
-        UNROLL for (int t = 0; t < tiles; t++) {
-            const int8_t *own = w + t * next;
-            __builtin_prefetch(own + AHEAD(columns), 0, 2);
-            bytes_step(columns, own, x + j * BYTES8, p->k * BYTES8, sum + t * columns);
-        }
+    const int beside = BESIDE_X(columns);
+    const long run = beside ? BLOCK8 : length, apart = beside ? BLOCK8 : p->k * BYTES8;
+    const int8_t *x = p->codes + (beside ? at * SQUARE : (column * p->k + at) * BYTES8);
+    for (long b = 0; b < length; b += run, x += SQUARE * BLOCK8)
+        for (long j = 0; j < run; j += 4, w += 4 * TILE)
+            UNROLL for (int t = 0; t < tiles; t++) {
+                const int8_t *own = w + t * next;
+                __builtin_prefetch(own + AHEAD(columns), 0, 2);
+                bytes_step(columns, own, x + j * BYTES8, apart, sum + t * columns);
+            }
     UNROLL for (int i = 0; i < tiles * columns; i++)
         UNROLL for (int v = 0; v < BESIDE; v++) out[i][v] = __builtin_convertvector(sum[i][v], vn);
 }

@@ -30,6 +30,7 @@ INLINE vn numbers_of(const uint16_t *halves) {
 #define TOGETHER 4
 INLINE void steps4(const int tiles, const int columns, const int8_t *w, long apart, const int8_t *x, long k,
                    vd (*sum)[BESIDE]) {
+    const long above = BESIDE_X(columns) ? SQUARE * BLOCK8 : BLOCK8; /* from the numbers of low halves to those of high ones */
 #if defined(WIDE)
     vw pairs[SUMS][BESIDE] = {0};
 #endif
@@ -46,7 +47,7 @@ INLINE void steps4(const int tiles, const int columns, const int8_t *w, long apa
             }
         UNROLL for (int h = 0; h < 2; h++)
             UNROLL for (int c = 0; c < columns; c++) {
-                vb same = four(x + c * k + h * (BLOCK4 / 2));
+                vb same = four(x + c * k + h * above);
                 UNROLL for (int t = 0; t < tiles; t++)
                     UNROLL for (int v = 0; v < BESIDE; v++) {
                         const int i = t * columns + c;
@@ -74,14 +75,14 @@ INLINE void span4(const int tiles, const int columns, const product *p, const in
     UNROLL for (int i = 0; i < tiles * columns; i++)
         UNROLL for (int v = 0; v < BESIDE; v++) out[i][v] = (vn){0};
     for (long b = at; b < at + length; b += BLOCK4, steps += TILE) {
-        const int8_t *x = p->codes + column * p->k + b;
+        const int8_t *x = p->codes + (BESIDE_X(columns) ? b * SQUARE : column * p->k + b);
         vd sum[SUMS][BESIDE];
         UNROLL for (int i = 0; i < tiles * columns; i++)
             UNROLL for (int v = 0; v < BESIDE; v++) sum[i][v] = (vd){0} + START4 * *sums_of(p, column + i % columns, b);
         for (int s = 0; s < STEPS4; s += TOGETHER, w += TOGETHER * 4 * TILE) {
             UNROLL for (int t = 0; t < tiles; t++)
                 UNROLL for (int f = 0; f < TOGETHER; f++) __builtin_prefetch(w + t * far + AHEAD(columns) + f * 64, 0, 2);
-            steps4(tiles, columns, w, far, x + 4 * s, p->k, sum);
+            steps4(tiles, columns, w, far, x + 4 * s, BESIDE_X(columns) ? BLOCK8 : p->k, sum);
         }
         UNROLL for (int i = 0; i < tiles * columns; i++)
             UNROLL for (int v = 0; v < BESIDE; v++) {

@@ -15,6 +15,9 @@
  * where a single row has two, and the last of them leave the memory idle: they reach into the next tile. */
 #define AHEAD(columns) ((columns) > 1 ? 2048 : 1024)
 
+/* Whether so many rows of x, in one strip, stand side by side (see amx.h); then no step of a loop computes where they are. */
+#define BESIDE_X(columns) (BYTES == 64 && (columns) == STRIP)
+
 typedef float vn __attribute__((vector_size(BYTES))); /* a number for each of some rows */
 typedef float vn_u __attribute__((vector_size(BYTES), aligned(4)));
 
