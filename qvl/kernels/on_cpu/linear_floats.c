@@ -1,7 +1,8 @@
 /* y = x W^T + b on a CPU: fp32 activations, weights in bf16, fp16 or fp32, sums in fp32.
  *
- * Knows caches and threads. Does not know Python. Every number of y is summed in the same order whatever else is
- * computed beside it: an answer does not depend on its company in a batch.
+ * Where the processor multiplies pairs of bf16, x beside weights in bf16 is rounded to it, and a pair is one number of 32
+ * bits all the way (PAIRS). Knows caches and threads. Does not know Python. Every number of y is summed in the same order
+ * whatever else is computed beside it: an answer does not depend on its company in a batch.
  *
  * A tile is ROWS rows of W times FEW rows of x or less, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
