@@ -199,3 +199,6 @@ int qvl_dense_is_native(void) {
     return 0;
 #endif
 }
+
+/* Whether it does so fast enough for this kernel. */
+int qvl_dense_is_fast(void) { return FAST_PAIRS; }

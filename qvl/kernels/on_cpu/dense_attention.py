@@ -91,8 +91,8 @@ def dense_kernel(numbers: torch.dtype, compute: torch.dtype, head_dim: int) -> D
 
 @functools.cache
 def chosen_kernel() -> DenseKernel | None:
-    """The kernel on processors that multiply bf16 in vectors but have no registers for matrices; decided once per
-    process, by trying. Elsewhere torch is as fast.
+    """The kernel on processors that multiply bf16 in vectors, fast, but have no registers for matrices; decided once
+    per process, by trying. Elsewhere torch is as fast.
     """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if supported is None or not supported() or has_matrix_registers():
@@ -101,6 +101,8 @@ def chosen_kernel() -> DenseKernel | None:
         kernel = DenseKernel(open_library())
         if not kernel.library.qvl_dense_is_native():
             problem = "the compiler does not know the processor's products of bf16"
+        elif not kernel.library.qvl_dense_is_fast():
+            return None
         elif not computes_right(kernel):
             problem = "the compiled kernel computes wrong numbers"
         else:

@@ -155,9 +155,10 @@ def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
     """Compiled kernel or torch, by a measurement of both on matrices that no cache holds.
 
     Rows are torch's only if it is faster beyond doubt, few of them only if clearly so: with the compiled kernel all
-    layers of a token are one call.
+    layers of a token are one call. The matrix is ones, as all pages of zeros are the same one, and as wide as those of
+    the 7B: rows that lie a power of two apart share few lines of a cache, which would be to torch's disadvantage.
     """
-    weight = torch.zeros(6144, 4096, dtype=dtype)
+    weight = torch.ones(6144, 3584, dtype=dtype)
     chosen: list[Product] = []
     words = []
     for rows, part, height in ((1, CLEARLY, 6144), (64, PERHAPS, 6144), (256, PERHAPS, 1536)):
@@ -173,7 +174,7 @@ def measured(native: Product, dtype: torch.dtype) -> CpuLinear:
 
 def seconds(product: Product, weight: Tensor, rows: int) -> float:
     """The best of three, after one to warm up."""
-    x = torch.zeros(rows, weight.shape[1])
+    x = torch.ones(rows, weight.shape[1])
     product(x, weight, None)
     best = float("inf")
     for _ in range(3):

@@ -228,10 +228,22 @@ def test_wrong_numbers_are_found(
 ) -> None:
     assert computes_right(native)
     broken = Broken(native.library)
-    monkeypatch.setattr(broken, "qvl_dense_is_native", lambda: 1, raising=False)
+    for name in ("qvl_dense_is_native", "qvl_dense_is_fast"):
+        monkeypatch.setattr(broken, name, lambda: 1, raising=False)
     monkeypatch.setattr(dense_attention, "open_library", lambda: broken)
     assert choose(monkeypatch) is None
     assert "wrong numbers" in caplog.text
+
+
+def test_where_pairs_are_slow_torch_attends(
+    native: DenseKernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Broken(native.library)
+    monkeypatch.setattr(slow, "qvl_dense_is_native", lambda: 1, raising=False)
+    monkeypatch.setattr(slow, "qvl_dense_is_fast", lambda: 0, raising=False)
+    monkeypatch.setattr(dense_attention, "open_library", lambda: slow)
+    assert choose(monkeypatch) is None
+    assert caplog.text == ""
 
 
 def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
