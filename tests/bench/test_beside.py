@@ -10,6 +10,7 @@ import pytest
 
 from qvl.backends.echo import EchoBackend
 from qvl.bench.load.answer import Outcome
+from qvl.bench.load import beside
 from qvl.bench.load.beside import Comparison, compare, ratio, read_target
 from qvl.bench.load.cases import Load
 from qvl.bench.load.figures import Figures, summarise
@@ -19,6 +20,11 @@ from qvl.cli.app import run
 from qvl.errors import ConfigError, RequestFailed
 from qvl.server.options import ServerOptions
 from tests.server.live import Live, live
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "REST", 0.0)
 
 
 @pytest.fixture
@@ -42,6 +48,7 @@ def answered(load: Load, ttft: float, tpot: float, error: str = "") -> Figures:
 
 def test_servers_take_turns_on_the_same_prompts_and_medians_count() -> None:
     asked: list[tuple[int, Load]] = []
+    rests: list[tuple[float, int]] = []
 
     def measure(to: Target, load: Load) -> Figures:
         asked.append((to.address.port, load))
@@ -50,7 +57,9 @@ def test_servers_take_turns_on_the_same_prompts_and_medians_count() -> None:
         return answered(load, ttft=slow * (100.0 if turn == 0 else turn), tpot=slow * (turn + 1) / 10)
 
     comparison = Comparison(input_tokens=50, output_tokens=11, picture=(56, 84), streams=4, rounds=3)
-    found = compare({"one": target(1), "two": target(2)}, comparison, 7, measure, lambda _: None)
+    rest = lambda seconds: rests.append((seconds, len(asked)))  # noqa: E731
+    found = compare({"one": target(1), "two": target(2)}, comparison, 7, measure, lambda _: None, rest)
+    assert rests == [(beside.REST, asks) for asks in range(0, 24, 3)]  # before each turn
     assert [(port, load.name) for port, load in asked[:6]] == [
         *((1, name) for name in ("text", "picture", "streams")),
         *((2, name) for name in ("text", "picture", "streams")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from qvl.bench.load.figures import Figures, Spread
 from qvl.bench.load.worker import Target
 from qvl.errors import ConfigError, RequestFailed
 
+# Seconds between one server's turn and the next: threads of vLLM's go on spinning on every core for a second after an
+# answer, which made the first token of who came next take 1.7 times as long.
+REST = 2.0
 Run = Callable[[Target, Load], Figures]
 
 
@@ -57,10 +61,15 @@ class Measured:
 
 
 def compare(
-    targets: Mapping[str, Target], comparison: Comparison, seed: int, run: Run, tell: Callable[[str], None]
+    targets: Mapping[str, Target],
+    comparison: Comparison,
+    seed: int,
+    run: Run,
+    tell: Callable[[str], None],
+    rest: Callable[[float], None] = time.sleep,
 ) -> dict[str, Measured]:
-    """Every round asks every server the same fresh prompts, each in turn alone; a round that does not count comes
-    first, and every other round goes the other way about. Raises `RequestFailed` when a request fails.
+    """Every round asks every server the same fresh prompts, each in turn alone and after a rest; a round that does not
+    count comes first, and every other round goes the other way about. Raises `RequestFailed` when a request fails.
     """
     seen: dict[str, list[dict[str, Figures]]] = {name: [] for name in targets}
     for turn in range(comparison.rounds + 1):
@@ -68,6 +77,7 @@ def compare(
         order = list(targets)[:: -1 if turn % 2 else 1]
         for name in order:
             tell(f"{'warm-up' if turn == 0 else f'round {turn} of {comparison.rounds}'}: {name}")
+            rest(REST)
             figures = {case: _answered(name, run(targets[name], load)) for case, load in loads.items()}
             if turn > 0:
                 seen[name].append(figures)
