@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from qvl.backends.echo import EchoBackend
-from qvl.bench.load.answer import Outcome
 from qvl.bench.load import beside
+from qvl.bench.load.answer import Outcome
 from qvl.bench.load.beside import Comparison, compare, ratio, read_target
 from qvl.bench.load.cases import Load
 from qvl.bench.load.figures import Figures, summarise
