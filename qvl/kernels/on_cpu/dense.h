@@ -21,15 +21,6 @@
 #define KEEP(v) ((void)0)
 #endif
 
-/* acc + the products of both halves of each word. */
-INLINE vf dot_pairs(vf acc, vi a, vi b) {
-#ifdef __AVX512BF16__
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-    return fma_add(fma_add(acc, (vf)(a << 16), (vf)(b << 16)), (vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u));
-#endif
-}
-
 /* Rounded to the nearest, ties to even; NaN stays NaN. */
 INLINE vh_u bf16_of(vf v) {
 #ifdef __AVX512BF16__
@@ -91,7 +82,7 @@ INLINE void score_side(const uint32_t *q, const uint32_t *keys, long pairs, floa
             }
             UNROLL for (int r = 0; r < TILE; r++) {
                 vi own = q[d * TILE + r] - (vi){0};
-                UNROLL for (int i = 0; i < VECTORS; i++) acc[r][i] = dot_pairs(acc[r][i], own, key[i]);
+                UNROLL for (int i = 0; i < VECTORS; i++) acc[r][i] = pair_add(acc[r][i], (vf)own, (vf)key[i]);
             }
         }
         UNROLL for (int r = 0; r < TILE; r++)
@@ -105,9 +96,7 @@ INLINE void weigh_row(work_of_piece *w, long row, long seen, long width) {
     float *scores = w->scores[row];
     vf most = (vf){0} - INFINITY;
     for (long t = seen; t < width; t++) scores[t] = -INFINITY;
-    for (long t = 0; t < width; t += LANES) {
-        most = greater(f32_low(scores + t), most);
-    }
+    for (long t = 0; t < width; t += LANES) most = greater(f32_low(scores + t), most);
     float here = largest(most), top = here > w->top[row] ? here : w->top[row];
     vf factor = power_of_two((vf){0} + (w->top[row] - top)), total = w->total[row] * factor;
     for (long t = 0; t < width; t += LANES) {
@@ -130,7 +119,7 @@ INLINE void add_values(const int vectors, work_of_piece *w, long row, const uint
         UNROLL for (int i = 0; i < vectors; i++) value[i] = *(const vi_u *)(values + t * side + i * LANES);
         UNROLL for (int r = 0; r < TILE; r++) {
             vi own = w->weights[row + r][t] - (vi){0};
-            UNROLL for (int i = 0; i < vectors; i++) acc[r][i] = dot_pairs(acc[r][i], own, value[i]);
+            UNROLL for (int i = 0; i < vectors; i++) acc[r][i] = pair_add(acc[r][i], (vf)own, (vf)value[i]);
         }
     }
     UNROLL for (int r = 0; r < TILE; r++)
