@@ -5,6 +5,7 @@ Knows the block layout. Does not know layers or requests.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class DecodeGroup:
     mask: Tensor | None  # bool [g, 1, 1, length], None when nothing is padded
 
 
-@dataclass(slots=True)
+@dataclass
 class PrefillChunk:
     """One sequence's chunk of `stop - start` query tokens at the end of `length` tokens of context."""
 
@@ -37,12 +38,25 @@ class PrefillChunk:
     stop: int
     blocks: Tensor  # int64 [blocks]
     length: int
-    mask: Tensor | None  # bottom-right causal [chunk, length], None when the chunk is the whole context
+
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """Bottom-right causal [chunk, length]: the last row sees everything. None when the chunk is the whole context.
+
+        Made once for all layers, where torch attends; a compiled kernel needs none.
+        """
+        chunk = self.stop - self.start
+        if chunk == self.length:
+            return None
+        if self.blocks.is_cuda:
+            return causal_lower_right(chunk, self.length)
+        last_seen = torch.arange(self.length - chunk, self.length, device=self.blocks.device)
+        return torch.arange(self.length, device=self.blocks.device) <= last_seen[:, None]
 
 
 @dataclass(slots=True)
 class Plan:
-    """The gathers and masks of one step."""
+    """The gathers of one step, and masks of its decodes."""
 
     slots: Tensor
     decodes: list[DecodeGroup]
@@ -116,22 +130,10 @@ def prefill_chunks(metadata: AttentionMetadata) -> list[PrefillChunk]:
     start = metadata.num_decodes
     for i in range(metadata.num_decodes, len(metadata.query_lens)):
         stop = start + metadata.query_lens[i]
-        chunks.append(prefill_chunk(metadata, table[i], start, stop, metadata.context_lens[i]))
+        length = metadata.context_lens[i]
+        chunks.append(PrefillChunk(start, stop, table[i, : -(-length // metadata.block_size)], length))
         start = stop
     return chunks
-
-
-def prefill_chunk(metadata: AttentionMetadata, table: Tensor, start: int, stop: int, length: int) -> PrefillChunk:
-    """A chunk's gather, with a mask whose last row sees everything (bottom-right causal) when a prefix is cached."""
-    blocks = table[: -(-length // metadata.block_size)]
-    chunk = stop - start
-    if chunk == length:
-        return PrefillChunk(start, stop, blocks, length, None)
-    if table.is_cuda:
-        return PrefillChunk(start, stop, blocks, length, causal_lower_right(chunk, length))
-    last_seen = torch.arange(length - chunk, length, device=table.device)
-    mask = torch.arange(length, device=table.device) <= last_seen[:, None]
-    return PrefillChunk(start, stop, blocks, length, mask)
 
 
 def causal_lower_right(chunk: int, length: int) -> Tensor:

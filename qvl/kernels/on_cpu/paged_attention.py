@@ -24,7 +24,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 @dataclass(slots=True)
 class Plan:
-    """The step, with the prefill chunks' gathers and masks; `table` and `lengths` are int32 and contiguous."""
+    """The step, with the prefill chunks' gathers; `table` and `lengths` are int32 and contiguous."""
 
     slots: Tensor
     table: Tensor

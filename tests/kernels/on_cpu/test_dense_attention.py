@@ -66,7 +66,8 @@ def test_prompts_are_as_near_as_a_cache_of_16_bits_allows(registers: None, cache
     length, blocks = 40, torch.tensor([2, 0, 1])
     q, keys, values = torch.randn(length - cached, 4, 16), *torch.randn(2, 3, 16, 2, 16).bfloat16()
     mask = torch.arange(length) <= torch.arange(cached, length)[:, None]
-    chunk = PrefillChunk(0, length - cached, blocks, length, mask if cached else None)
+    chunk = PrefillChunk(0, length - cached, blocks, length)
+    assert torch.equal(chunk.mask, mask) if cached else chunk.mask is None
     exact = attend_chunk(q.double(), (keys.double(), values.double()), chunk)
     rounded = attend_chunk(q.bfloat16().double(), (keys.double(), values.double()), chunk)
     found = attend_chunk(q, (keys, values), chunk)
