@@ -19,8 +19,10 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from qvl.kernels.linear import form_of_numbers
 from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.kernels.on_cpu.linear_floats import native_product
+from qvl.kernels.on_cpu.linear_pairs import PairMatrix
 from qvl.layers.linear import Linear
 from qvl.models.parameters import allocate
 
@@ -32,6 +34,10 @@ Product = Callable[[Tensor], Tensor]
 
 def product(form: str, rows: int, width: int) -> tuple[Product, int]:
     """A matrix to multiply with, and its bytes."""
+    if form == "bf16" and form_of_numbers(torch.bfloat16, torch.device("cpu")) == "pairs":
+        pairs = PairMatrix.empty(rows, width)
+        pairs.numbers.fill_(0.5)
+        return lambda x: pairs.product(x, None), 2 * pairs.numbers.numel()
     if form == "bf16":
         weight = empty_weight(rows, width).fill_(0.5)
         multiply = native_product(torch.bfloat16)

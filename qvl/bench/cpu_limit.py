@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from qvl.bench.measure import Prompt
-from qvl.kernels.linear import linear
+from qvl.kernels.linear import empty_matrix, form_of_numbers, linear
 from qvl.media.resize import smart_resize
 from qvl.specs import ModelSpec
 
@@ -33,9 +34,11 @@ class CpuLimit:
         self._spec = spec
         self._token_bytes = _token_bytes(spec)
         plain = torch.randn(MATRIX_BYTES // (4 * MATRIX_WIDTH), MATRIX_WIDTH)
-        self._matrices = [plain, torch.empty(MATRIX_BYTES // (2 * MATRIX_WIDTH), MATRIX_WIDTH, dtype=dtype).fill_(0.5)]
+        half = torch.empty(MATRIX_BYTES // (2 * MATRIX_WIDTH), MATRIX_WIDTH, dtype=dtype).fill_(0.5)
+        self._products = [_product_with(plain), _product_with(half)]
         width, rows = spec.text.hidden_size, 2 * spec.text.intermediate_size
-        self._wide = [torch.randn(rows, width), torch.randn(rows, width).to(dtype)]
+        self._numbers = rows * width
+        self._wide = [_product_with(torch.randn(rows, width)), _product_with(torch.randn(rows, width).to(dtype))]
 
     def generate(self, prompt: Prompt, num_tokens: int) -> list[float]:
         """As `Subject.generate`, by arithmetic."""
@@ -51,13 +54,13 @@ class CpuLimit:
 
     def bandwidth(self) -> float:
         """Bytes a second that a product of one row reads."""
-        return MATRIX_BYTES / min(_seconds(_product(torch.randn(1, MATRIX_WIDTH), one)) for one in self._matrices)
+        x = torch.randn(1, MATRIX_WIDTH)
+        return MATRIX_BYTES / min(_seconds(product, x) for product in self._products)
 
     def rate(self, rows: int) -> float:
         """Operations a second of a product with so many rows."""
         x = torch.randn(rows, self._spec.text.hidden_size)
-        fastest = min(_seconds(_product(x, one)) for one in self._wide)
-        return 2 * rows * self._wide[0].numel() / fastest
+        return 2 * rows * self._numbers / min(_seconds(product, x) for product in self._wide)
 
     def _patches(self, height: int, width: int) -> int:
         processor = self._spec.processor
@@ -74,17 +77,24 @@ def _token_bytes(spec: ModelSpec) -> int:
     return 2 * (text.num_layers * text.layer_matrix_parameters + text.vocab_size * text.hidden_size)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _product_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """torch's product with a matrix in fp32, qvl's with another, in the form that the engine would hold it in."""
     if weight.dtype == torch.float32:
-        return lambda: F.linear(x, weight)
-    return lambda: linear(x, weight)
+        return lambda x: F.linear(x, weight)
+    form = form_of_numbers(weight.dtype, weight.device)
+    if form is None:
+        return lambda x: linear(x, weight)
+    rows, width = weight.shape
+    matrix = empty_matrix(form, rows, width, weight.device)
+    matrix.write(0, weight)
+    return lambda x: matrix.product(x, None)
 
 
-def _seconds(product: Callable[[], torch.Tensor]) -> float:
+def _seconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """The middle of some turns."""
     times = []
     for _ in range(TURNS):
         start = time.perf_counter()
-        product()
+        product(x)
         times.append(time.perf_counter() - start)
     return statistics.median(times)

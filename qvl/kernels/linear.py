@@ -1,4 +1,4 @@
-"""The product of activations with weights, whatever device and dtypes, and the matrices of few bits.
+"""The product of activations with weights, whatever device and dtypes, and the matrices that are held in another form.
 
 Knows which file of this package computes it. Does not know which layer asks.
 """
@@ -6,7 +6,7 @@ Knows which file of this package computes it. Does not know which layer asks.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,12 @@ from qvl.kernels.few_rows import MOST, few_rows
 from qvl.kernels.fp8 import Fp8Matrix, require_fp8
 from qvl.kernels.fused import quick_gelu
 from qvl.kernels.gpu import HOPPER, capability_of, early_on, gpu_problem, tried_out
-from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix, kernels
+from qvl.kernels.on_cpu import linear_codes, linear_pairs
+from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.kernels.on_cpu.linear_floats import choose_cpu_linear
+from qvl.kernels.on_cpu.linear_pairs import PairMatrix
+
+Matrix: TypeAlias = QuantisedMatrix | Fp8Matrix | PairMatrix
 
 
 class OneRow(Protocol):
@@ -114,11 +118,19 @@ def many_rows(device: torch.device, dtype: torch.dtype) -> ManyRows | None:
     return tried_out("linear_many", "the kernel for products of many rows", trial, APART)
 
 
-def empty_matrix(form: str, rows: int, width: int, device: torch.device | str) -> QuantisedMatrix | Fp8Matrix:
-    """A matrix whose numbers will be held as "int8", "int4" (on a CPU) or "fp8"."""
+def empty_matrix(form: str, rows: int, width: int, device: torch.device | str) -> Matrix:
+    """A matrix whose numbers will be held as "int8", "int4" or "pairs" (on a CPU) or "fp8"."""
     if form == "fp8":
         return Fp8Matrix.empty(rows, width, device)
+    if form == "pairs":
+        return PairMatrix.empty(rows, width)
     return QuantisedMatrix.empty({"int8": 8, "int4": 4}[form], rows, width)
+
+
+def form_of_numbers(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What weights of `dtype` that nothing rounds are held in there; None: row by row, as a checkpoint has them."""
+    fast = device.type == "cpu" and dtype == torch.bfloat16 and linear_pairs.kernels().library is not None
+    return "pairs" if fast else None
 
 
 def compute_dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -129,8 +141,11 @@ def compute_dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def describe_linear(dtype: torch.dtype, device: torch.device, quantization: str = "none") -> str:
     """How products are computed there, in words; this makes the choices (and builds the kernels) if need be."""
     if device.type == "cpu" and quantization != "fp8":
-        plain = choose_cpu_linear(dtype).reason
-        return plain if quantization == "none" else f"{quantization}: {kernels().reason}; the rest: {plain}"
+        pairs = form_of_numbers(dtype, device) == "pairs"
+        plain = linear_pairs.kernels().reason if pairs else choose_cpu_linear(dtype).reason
+        if quantization == "none":
+            return plain
+        return f"{quantization}: {linear_codes.kernels().reason}; the rest: {plain}"
     plain = f"torch {dtype}" if one_row(device, dtype) is None else f"triton for one row, torch {dtype} for more"
     if few_rows(device, dtype) is not None:
         plain += f", triton for 2 to {MOST} rows"

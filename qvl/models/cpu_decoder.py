@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qvl.kernels.on_cpu import all_layers
 from qvl.kernels.on_cpu.all_layers import CpuDecode, Sizes, Table
+from qvl.kernels.on_cpu.linear_pairs import PairMatrix
 from qvl.kernels.on_cpu.paged_attention import CpuAttention
 from qvl.layers.attention import Heads, KVCache, PagedAttention
 from qvl.layers.linear import Linear
@@ -70,15 +71,15 @@ def numbers_of(matrix: Linear) -> list[Tensor | None]:
     """Its numbers or codes, scales and bias."""
     if matrix.weight is not None:
         return [matrix.weight, None, matrix.bias]
+    if isinstance(matrix.matrix, PairMatrix):
+        return [matrix.numbers, None, matrix.bias]
     return [matrix.codes, matrix.scales, matrix.bias]
 
 
-def cpu_decoder(spec: TextSpec, dtype: torch.dtype, quantization: str, attention: PagedAttention) -> CpuDecoder | None:
-    """For the decoder of `spec`, where compiled code computes all of it."""
+def cpu_decoder(spec: TextSpec, dtype: torch.dtype, form: str | None, attention: PagedAttention) -> CpuDecoder | None:
+    """For the decoder of `spec` whose matrices are held in `form`, where compiled code computes all of it."""
     if not isinstance(attention, CpuAttention):
         return None
     heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    call = all_layers.choose(
-        Sizes(spec.hidden_size, spec.intermediate_size, heads, spec.rms_norm_eps), dtype, quantization
-    )
+    call = all_layers.choose(Sizes(spec.hidden_size, spec.intermediate_size, heads, spec.rms_norm_eps), dtype, form)
     return None if call is None else CpuDecoder(call)

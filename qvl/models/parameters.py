@@ -1,4 +1,4 @@
-"""Memory for a network's parameters, and where the codes of rounded ones lie. Does not know what goes into it."""
+"""Memory for a network's parameters, in the form that each is held in. Does not know what goes into it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qvl.kernels.fp8 import Fp8Matrix
+from qvl.kernels.linear import Matrix
 from qvl.kernels.on_cpu.large_pages import in_large_pages
-from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
 from qvl.layers.linear import Linear
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
@@ -24,7 +23,7 @@ def materialise(model: Qwen2VLForConditionalGeneration) -> None:
         form = model.form_of(path) if isinstance(module, Linear) else None
         if form is not None:
             assert isinstance(module, Linear)
-            module.quantise(form, model.device)
+            module.hold(form, model.device)
         parameters = module.named_parameters(recurse=False)
         empty += [(module, leaf, parameter) for leaf, parameter in parameters if parameter.is_meta]
     shapes = [parameter for _, _, parameter in empty]
@@ -51,6 +50,6 @@ def carve(shapes: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     ]
 
 
-def quantised_matrix(module: nn.Module, leaf: str) -> QuantisedMatrix | Fp8Matrix | None:
-    """The codes that stand for this parameter."""
+def held_matrix(module: nn.Module, leaf: str) -> Matrix | None:
+    """The matrix that stands for this parameter of the checkpoint, where it is held in another form."""
     return module.matrix if isinstance(module, Linear) and leaf == "weight" else None

@@ -23,6 +23,7 @@ from qvl.kernels.linear import (
     OneRow,
     compute_dtype_for,
     describe_linear,
+    form_of_numbers,
     gated_many,
     joins,
     one_row,
@@ -208,10 +209,11 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         )
         self.vision_reason = describe_segments(self.compute_dtype, self.device, spec.vision.head_dim, dtype)
         self.linear_reason = describe_linear(dtype, self.device, quantization)
+        self.form_of_numbers = form_of_numbers(dtype, self.device)
         text, vision = spec.text, spec.vision
         self.mrope = MRope(text.head_dim, text.rope_theta, text.mrope_section, self.device)
         self.model = Decoder(text, dtype, self.compute_dtype)
-        self.cpu_decoder = cpu_decoder(text, dtype, quantization, self.attention)
+        self.cpu_decoder = cpu_decoder(text, dtype, self.form_of("model.layers."), self.attention)
         self.visual = VisionTower(vision, dtype, self.compute_dtype)
         if not text.tie_word_embeddings:
             self.lm_head = Linear(
@@ -221,11 +223,13 @@ class Qwen2VLForConditionalGeneration(nn.Module):
         self.checkpoint_shapes = {"visual.patch_embed.proj.weight": (vision.embed_dim, *patch)}
 
     def form_of(self, path: str) -> str | None:
-        """What the matrix of the layer called `path` is held in; None: it keeps its numbers."""
-        tied = self.spec.text.tie_word_embeddings
-        name = "lm_head" if tied and path == "model.embed_tokens" else path
+        """What the matrix of the layer called `path` is held in; None: as the checkpoint has it."""
+        if path == "model.embed_tokens":
+            if not self.spec.text.tie_word_embeddings:
+                return None  # nothing is multiplied with it
+            path = "lm_head"
         rules = self.QUANTISED[self.quantization].items()
-        return next((form for start, form in rules if name.startswith(start)), None)
+        return next((form for start, form in rules if path.startswith(start)), self.form_of_numbers)
 
     def encode_media(self, pixel_values: Tensor | list[Tensor], grids: Sequence[Grid]) -> Tensor:
         """Patches [sum of patches, patch_dim] of all pictures and videos of a step: [sum of tokens, hidden].

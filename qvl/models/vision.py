@@ -65,13 +65,15 @@ class VisionAttention(nn.Module):
         return qkv
 
     def heads_at_once(self, hidden_states: Tensor) -> int:
-        """All of them, or the most that divide them evenly and stay below `attention_bytes`."""
-        if self.qkv.weight is None:
+        """All of them, or the most that divide them evenly, are a part of `qkv` and stay below `attention_bytes`."""
+        rows = self.qkv.part_rows
+        if rows is None:
             return self.num_heads
         one = 3 * self.head_dim * len(hidden_states) * hidden_states.element_size()
         most = attention_bytes(len(hidden_states))
-        fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0 and n * one <= most]
-        return max(fitting, default=1)
+        even = [n for n in range(1, self.num_heads) if self.num_heads % n == 0 and n * self.head_dim % rows == 0]
+        even.append(self.num_heads)
+        return max((n for n in even if n * one <= most), default=even[0])
 
 
 def attention_bytes(patches: int) -> int:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qvl.errors import CheckpointError
-from qvl.kernels.fp8 import Fp8Matrix
-from qvl.kernels.on_cpu.linear_codes import QuantisedMatrix
+from qvl.kernels.linear import Matrix
 from qvl.layers.linear import Linear
-from qvl.models.parameters import materialise, quantised_matrix
+from qvl.models.parameters import held_matrix, materialise
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from qvl.models.safetensors_file import DTYPES, Entry, SafetensorsFile
 
@@ -57,7 +56,7 @@ class Source:
 
 def load_weights(model: Qwen2VLForConditionalGeneration, folder: str | Path, load_format: LoadFormat = "auto") -> None:
     """Give every parameter of `model` its value from the safetensors files in `folder`, cast to the parameter's dtype
-    or rounded to the codes that `model.quantization` asks for.
+    in the form that `model.form_of` says: rounded to codes, or in pairs.
 
     "dummy" reads no file: fixed-seed small random numbers. CheckpointError names what is missing, unexpected,
     misshapen, truncated or quantised, before anything is allocated. The host's peak is the weights plus a few tens of
@@ -211,7 +210,7 @@ def check_tied(embedding: Source | None, head: Source) -> None:
 
 def copy(source: Source, module: nn.Module, leaf: str, slot: Slot) -> None:
     """One tensor into its rows of a parameter, piece by piece, cast or rounded on the way."""
-    matrix = quantised_matrix(module, leaf)
+    matrix = held_matrix(module, leaf)
     if matrix is not None:
         for start, piece in source.file.pieces(source.entry, matrix.width):
             matrix.write(slot.start + start // matrix.width, piece.view(-1, matrix.width))
@@ -231,9 +230,9 @@ def fill_randomly(model: nn.Module) -> None:
     block = dummy_block()
     blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for module in model.modules():
-        matrix = quantised_matrix(module, "weight")
+        matrix = held_matrix(module, "weight")
         if matrix is not None:
-            write_repeated(matrix, block)
+            write_repeated(matrix, block.to(next(module.parameters(recurse=False)).device))
         for leaf, parameter in module.named_parameters(recurse=False):
             if matrix is None or leaf == "bias":
                 kind = parameter.device, parameter.dtype
@@ -254,10 +253,10 @@ def fill_repeated(flat: Tensor, block: Tensor) -> None:
     flat[whole:].copy_(block[: flat.numel() - whole])
 
 
-def write_repeated(matrix: QuantisedMatrix | Fp8Matrix, block: Tensor) -> None:
+def write_repeated(matrix: Matrix, block: Tensor) -> None:
     """The rows that `fill_repeated` would give an ordinary matrix."""
     count = max(1, len(block) // matrix.width)
-    twice = block.to(matrix.codes.device).repeat(2 + count * matrix.width // len(block))
+    twice = block.repeat(2 + count * matrix.width // len(block))
     for row in range(0, matrix.rows, count):
         numbers = min(count, matrix.rows - row) * matrix.width
         start = row * matrix.width % len(block)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qvl.kernels.linear import form_of_numbers
 from qvl.kernels.native import NativeUnavailable
 from qvl.kernels.on_cpu import all_layers
 from qvl.kernels.on_cpu.all_layers import MOST
@@ -143,11 +144,12 @@ def test_weights_that_change_where_they_lie_are_seen(checkpoints: tuple[Path, ..
 def test_without_a_part_there_is_none(checkpoints: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     spec, bf16 = load_spec(checkpoints[0]).text, torch.bfloat16
     attention = load(checkpoints[0], bf16, "none").attention
-    assert cpu_decoder(spec, bf16, "none", attention) is not None
-    assert cpu_decoder(spec, bf16, "none", GatherAttention()) is None
+    form = form_of_numbers(bf16, torch.device("cpu"))
+    assert cpu_decoder(spec, bf16, form, attention) is not None
+    assert cpu_decoder(spec, bf16, form, GatherAttention()) is None
     assert cpu_decoder(spec, bf16, "fp8", attention) is None
     monkeypatch.setattr(all_layers, "compiled_products", lambda *_: None)
-    assert cpu_decoder(spec, bf16, "none", attention) is None
+    assert cpu_decoder(spec, bf16, form, attention) is None
     monkeypatch.undo()
     monkeypatch.setattr(all_layers, "decode_library", lambda: None)
-    assert cpu_decoder(spec, bf16, "none", attention) is None
+    assert cpu_decoder(spec, bf16, form, attention) is None

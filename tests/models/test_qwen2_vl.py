@@ -178,7 +178,7 @@ def test_16_bit_is_at_most_twice_as_far_from_fp32_as_the_reference(
     assert oracle.relative_error(ours, truth) <= 2 * theirs
 
 
-def load_rounded(folder: Path, quantization: str) -> Any:
+def load_as(folder: Path, quantization: str) -> Any:
     model = build_model(load_spec(folder), torch.bfloat16, "cpu", quantization)
     load_weights(model, folder)
     return model
@@ -195,7 +195,7 @@ def test_8_bits_are_not_far_from_16(folder: Path, models: tuple[Any, Any], name:
     case = oracle.make_case(exact.config, name)
     truth, positions = oracle.reference_logits(exact, case), oracle.reference_positions(exact, case)
     theirs = rms_error(oracle.reference_logits(oracle.load_reference(folder, torch.bfloat16), case), truth)
-    ours = oracle.our_logits(load_rounded(folder, "int8"), case, positions, exact.config, chunk=11)
+    ours = oracle.our_logits(load_as(folder, "int8"), case, positions, exact.config, chunk=11)
     assert rms_error(ours, truth) <= 4 * theirs
 
 
@@ -210,6 +210,37 @@ def usual_four_bits(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat(groups, dim=-1)
 
 
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_pairs_are_as_near_as_any_bf16(
+    folder: Path, models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Activations are rounded to bf16 before every product, as the reference's are."""
+    exact, _ = models
+    monkeypatch.setattr(qwen2_vl, "form_of_numbers", lambda *_: "pairs")
+    case, model = oracle.make_case(exact.config, name), load_as(folder, "none")
+    assert model.visual.patch_embed.proj.weight is None
+    truth, positions = oracle.reference_logits(exact, case), oracle.reference_positions(exact, case)
+    theirs = oracle.relative_error(oracle.reference_logits(oracle.load_reference(folder, torch.bfloat16), case), truth)
+    ours = oracle.our_logits(model, case, positions, exact.config, chunk=11)
+    assert oracle.relative_error(ours, truth) <= 2 * theirs
+
+
+def test_parts_of_pairs_begin_with_a_tile(
+    folder: Path, models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some heads at a time, where theirs are whole tiles: the same numbers as all at once."""
+    exact, _ = models
+    monkeypatch.setattr(qwen2_vl, "form_of_numbers", lambda *_: "pairs")
+    case, model = oracle.make_case(exact.config, "picture"), load_as(folder, "none")
+    attention = model.visual.blocks[0].attn
+    grids = [grid for _, grid in case.grids]
+    whole = model.encode_media(case.pixel_values, grids)
+    monkeypatch.setattr(vision, "ATTENTION_BYTES", 1)
+    expected = {(2, 16): 1, (4, 12): 4, (5, 8): 5}[attention.num_heads, attention.head_dim]
+    assert attention.heads_at_once(case.pixel_values) == expected
+    assert torch.allclose(model.encode_media(case.pixel_values, grids), whole, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("name", oracle.CASES[:3])
 def test_4_bits_lose_what_4_bits_must(folder: Path, models: tuple[Any, Any], name: str) -> None:
     """Against the reference in fp32 with the same matrices rounded in the usual way."""
@@ -220,7 +251,7 @@ def test_4_bits_lose_what_4_bits_must(folder: Path, models: tuple[Any, Any], nam
     for path, module in rough.model.language_model.layers.named_modules():
         if path.endswith("_proj"):
             module.weight.data = usual_four_bits(module.weight.data)
-    ours = oracle.our_logits(load_rounded(folder, "int4"), case, positions, exact.config, chunk=11)
+    ours = oracle.our_logits(load_as(folder, "int4"), case, positions, exact.config, chunk=11)
     assert rms_error(ours, truth) <= 1.25 * rms_error(oracle.reference_logits(rough, case), truth)
 
 
@@ -228,7 +259,7 @@ def test_4_bits_lose_what_4_bits_must(folder: Path, models: tuple[Any, Any], nam
 def test_rounded_rows_do_not_depend_on_their_chunk(folder: Path, models: tuple[Any, Any], quantization: str) -> None:
     """Up to fp32 noise that tips a code over: far less than the rounding itself."""
     exact, _ = models
-    case, model = oracle.make_case(exact.config, "picture"), load_rounded(folder, quantization)
+    case, model = oracle.make_case(exact.config, "picture"), load_as(folder, quantization)
     positions = oracle.reference_positions(exact, case)
     whole, pieces = (oracle.our_logits(model, case, positions, exact.config, chunk) for chunk in (1000, 5))
     truth = oracle.reference_logits(exact, case)

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvl.errors import CheckpointError, ConfigError
-from qvl.models import safetensors_file
+from qvl.layers.linear import Linear
+from qvl.models import qwen2_vl, safetensors_file
 from qvl.models.registry import build_model, model_class
 from qvl.models.weights import load_weights
 from qvl.specs import load_spec
@@ -25,10 +26,14 @@ from tests.engine.harness import Ask, greedy, make_engine, pixels, run, words
 Tensors = dict[str, torch.Tensor]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, load_format: Any = "auto") -> Tensors:
+def network(folder: Path, dtype: torch.dtype, load_format: Any = "auto") -> Any:
     model = build_model(load_spec(folder), dtype, "cpu")
     load_weights(model, folder, load_format=load_format)
-    return dict(model.named_parameters())
+    return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, load_format: Any = "auto") -> Tensors:
+    return dict(network(folder, dtype, load_format).named_parameters())
 
 
 def same(a: Tensors, b: Tensors) -> bool:
@@ -104,10 +109,32 @@ def test_an_index_that_promises_too_much_is_named(tmp_path: Path) -> None:
 def test_every_precision_loads_as_every_other(tmp_path: Path, saved: str, target: torch.dtype) -> None:
     folder = write_checkpoint(tmp_path / "model", dtype=saved)
     theirs = load_file(folder / "model.safetensors")
-    ours = load(folder, target)
-    for name in ("model.embed_tokens.weight", "visual.blocks.0.attn.qkv.weight", "model.layers.0.mlp.down_proj.weight"):
-        assert ours[name].dtype == target
-        assert torch.equal(ours[name], theirs[name].to(target))
+    model = network(folder, target)
+    for name in ("model.embed_tokens", "visual.blocks.0.attn.qkv", "model.layers.0.mlp.down_proj"):
+        layer = model.get_submodule(name)
+        assert max(layer.parameters(), key=torch.numel).dtype == target
+        assert torch.equal(everything(layer).to(target), theirs[f"{name}.weight"].to(target))
+
+
+def everything(layer: Any) -> torch.Tensor:
+    return layer.rows(torch.arange(sum(layer.parts)))
+
+
+@pytest.mark.parametrize("variant", ["plain", "tied", "deep"])
+def test_pairs_hold_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """All but an embedding that is nobody's head. Parts come in pieces of whole rows, from any row on."""
+    folder = write_checkpoint(tmp_path / "model", variant=variant)
+    monkeypatch.setattr(safetensors_file, "PIECE", 4096 + 8)
+    monkeypatch.setattr(qwen2_vl, "form_of_numbers", lambda *_: None)
+    as_saved = network(folder, torch.bfloat16)
+    monkeypatch.setattr(qwen2_vl, "form_of_numbers", lambda *_: "pairs")
+    model = network(folder, torch.bfloat16)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    assert len(layers) > 15
+    for name, layer in layers.items():
+        assert torch.equal(everything(layer), everything(as_saved.get_submodule(name)).float()), name
+    alone = [name for name, layer in layers.items() if layer.matrix is None]
+    assert alone == ([] if variant == "tied" else ["model.embed_tokens"])
 
 
 def test_a_tied_checkpoint_may_carry_its_head(tmp_path: Path) -> None:
@@ -274,7 +301,8 @@ def test_rounded_matrices_hold_their_parts_in_order(
         assert matrix.bits == bits
         assert (matrix.read(torch.arange(matrix.rows)) - exact).norm() < loss * exact.norm()
     assert (model.lm_head.matrix.bits, model.visual.blocks[0].attn.qkv.matrix.bits) == (8, 8)
-    assert model.visual.patch_embed.proj.matrix is model.model.embed_tokens.matrix is None
+    assert model.form_of("visual.patch_embed.proj") == model.form_of_numbers
+    assert model.model.embed_tokens.matrix is None
 
 
 def test_a_tied_head_and_its_embedding_share_their_codes(tmp_path: Path) -> None:
@@ -291,6 +319,16 @@ def test_dummy_weights_are_those_of_the_unquantised_network(tmp_path: Path) -> N
     exact = load(folder, load_format="dummy")["model.layers.0.mlp.gate_up_proj.weight"]
     matrix = quantised(folder, "int8", "dummy").model.layers[0].mlp.gate_up_proj.matrix
     assert (matrix.read(torch.arange(matrix.rows)) - exact).norm() < 0.012 * exact.norm()
+
+
+def test_dummy_weights_in_pairs_are_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "model", no_weights=True)
+    exact = load(folder, load_format="dummy")
+    monkeypatch.setattr(qwen2_vl, "form_of_numbers", lambda *_: "pairs")
+    model = network(folder, torch.bfloat16, "dummy")
+    name = "model.layers.0.mlp.gate_up_proj"
+    assert torch.equal(everything(model.get_submodule(name)), exact[f"{name}.weight"].bfloat16().float())
+    assert torch.equal(model.model.norm.weight, exact["model.norm.weight"])
 
 
 _MEASURE = """

@@ -28,7 +28,7 @@ typedef void plain_product(const float *x, long ldx, const void *w, const float 
 typedef void coded_product(int bits, int gelu, const float *x, long ldx, const void *w, const void *steps, const void *row_scales,
                            const float *bias, float *y, void *scratch, long m, long n, long width, long k, int threads);
 
-/* What is the same in every step. Matrices are as they were loaded, `plain`, or codes of 8 or 4 bits, `coded`. */
+/* What is the same in every step. Matrices are numbers, `plain`, or codes of 8 or 4 bits, `coded`. */
 typedef struct {
     plain_product *plain;
     coded_product *coded;

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qvl.kernels.fused import cpu_kernels
 from qvl.kernels.native import NativeUnavailable, load_native
-from qvl.kernels.on_cpu import linear_codes, linear_floats
+from qvl.kernels.on_cpu import linear_codes, linear_floats, linear_pairs
 from qvl.kernels.on_cpu.paged_attention import TYPES, Plan
 from qvl.layers.attention import Heads, KVCache
 
@@ -40,20 +40,26 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """The function that multiplies with all matrices of the layers: as they were loaded, or with codes of `bits`."""
+    """The function that multiplies with all matrices of the layers: with codes of `bits`, in `pairs`, or as they were
+    loaded.
+    """
 
     function: int  # its address
-    bits: int  # 0: as they were loaded
+    bits: int  # 0: numbers
+    pairs: bool = False
     split: bool = False  # see linear_floats.c
 
     def scratch(self, rows: int, width: int) -> int:
         """Floats that it needs for so many rows of x."""
-        if not self.bits:
+        if not self.pairs and not self.bits:
             return rows * (width + linear_floats.GROUP)
-        library = linear_codes.kernels().library
+        library = linear_pairs.kernels().library if self.pairs else linear_codes.kernels().library
         assert library is not None
-        filled = width + 8 * linear_codes.BLOCK_BYTES // self.bits
-        num_bytes: int = library.qvl_quantised_scratch(rows, filled)
+        if self.pairs:
+            num_bytes: int = library.qvl_pairs_scratch(rows, width)
+        else:
+            filled = width + 8 * linear_codes.BLOCK_BYTES // self.bits
+            num_bytes = library.qvl_quantised_scratch(rows, filled)
         return num_bytes // 4 + 1
 
 
@@ -130,12 +136,12 @@ class CpuDecode:
         )  # fmt: skip
 
 
-def choose(sizes: Sizes, dtype: torch.dtype, quantization: str) -> CpuDecode | None:
-    """The call for decoders whose matrices have `dtype` or are rounded as `quantization` says; None where one of its
-    parts is not compiled, or another product is faster for few rows.
+def choose(sizes: Sizes, dtype: torch.dtype, form: str | None) -> CpuDecode | None:
+    """The call for decoders whose matrices are held in `form`, or have `dtype` as they were loaded; None where one of
+    its parts is not compiled, or another product is faster for few rows.
     """
     library = decode_library()
-    products = compiled_products(dtype, quantization)
+    products = compiled_products(dtype, form)
     return None if library is None or products is None else CpuDecode(library, sizes, products)
 
 
@@ -156,12 +162,15 @@ def decode_library() -> Any | None:
 
 
 @functools.cache
-def compiled_products(dtype: torch.dtype, quantization: str) -> Products | None:
+def compiled_products(dtype: torch.dtype, form: str | None) -> Products | None:
     """What multiplies with such matrices where it is compiled and chosen for few rows."""
-    if quantization in BITS:
+    if form in BITS:
         library = linear_codes.kernels().library
-        return None if library is None else Products(_address(library.qvl_quantised_linear), BITS[quantization])
-    if quantization != "none":
+        return None if library is None else Products(_address(library.qvl_quantised_linear), BITS[form])
+    if form == "pairs":
+        library = linear_pairs.kernels().library
+        return None if library is None else Products(_address(library.qvl_linear_pairs), 0, pairs=True)
+    if form is not None:
         return None
     few = linear_floats.choose_cpu_linear(dtype).few
     try:
@@ -170,7 +179,7 @@ def compiled_products(dtype: torch.dtype, quantization: str) -> Products | None:
         function = getattr(load_native(linear_floats.SOURCE), linear_floats.NAMES[dtype])
     except NativeUnavailable:
         return None
-    return Products(_address(function), 0, dtype == torch.bfloat16)
+    return Products(_address(function), 0, split=dtype == torch.bfloat16)
 
 
 def _address(function: Any) -> int:
