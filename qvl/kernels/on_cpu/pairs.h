@@ -11,7 +11,7 @@
 #define TILE 16         /* rows of W in a tile: a pair of each fills a vector of 64 bytes */
 #define BLOCK 16        /* pairs of a row of x that lie side by side; then those of the next row of its strip */
 #define STRIP 12        /* rows of x at most that meet two tiles at a time: 24 sums of 32 registers */
-#define SPAN 128        /* pairs of two tiles: 16 KiB of a first-level cache, beside two strips of x */
+#define SPAN 256        /* pairs of two tiles that all strips of a group meet: 32 KiB out of a second-level cache */
 #define GROUP_TILES 16  /* of W, whose sums are held at a time */
 #define GROUP_STRIPS 22 /* of x, likewise: they and what a span has of x lie in a second-level cache */
 #define AHEAD 256       /* words of a tile that are fetched before they are needed, where it is read once */
@@ -108,6 +108,12 @@ INLINE void finish(const product *p, long t, long row, long rows, const vt *sums
     }
 }
 
+/* Where the sums of tiles t and t + 1 will be written. */
+INLINE void fetch_rows(const product *p, long t, long row, long rows) {
+    const float *y = p->y + row * p->n + t * TILE;
+    for (long r = 0; r < rows; r++, y += p->n) __builtin_prefetch(y, 1, 2), __builtin_prefetch(y + TILE, 1, 2);
+}
+
 /* Tiles [first, last) times all of x, one strip. Two that lie far apart are read at a time, in long stretches; of a last
  * one that is alone both halves of the work are the same. */
 static void few_tiles(const product *p, long first, long last) {
@@ -147,6 +153,7 @@ static void span_strips(group *g, long t, const uint32_t *next) {
         const uint32_t *x = strip_at(g, s), *then = strip_at(g, s + 1 < g->end ? s + 1 : g->top);
         const fetched f = {{next, next + far}, {nth == 0 ? TILE : 0, nth == 1 ? TILE : 0}, then - x};
         vt (*sums)[STRIP] = g->sums[(t - g->first) / 2][nth];
+        if (last) fetch_rows(p, t, row, rows);
         by_rows[rows](x, w, other * far, g->length, &f, g->at > 0, sums);
         if (last) finish(p, t, row, rows, sums[0]);
         if (last && other) finish(p, t + 1, row, rows, sums[1]);
