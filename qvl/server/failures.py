@@ -76,6 +76,8 @@ def _meant(path: str, routes: Iterable[str]) -> str:
     asked = _segments(path)
     if elsewhere := _ELSEWHERE.get("/".join(asked)):
         return f"; did you mean {elsewhere}?"
+    if asked[:1] == ["api"]:
+        return "; this server speaks OpenAI's API, below /v1, and not Ollama's"
     for route in routes:
         known = _segments(route)
         if known and asked[-len(known) :] == known:

@@ -26,10 +26,22 @@ _ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
-# Fields of a message that may stand there when they say nothing (clients send back what they were given).
-_EMPTY_MESSAGE_FIELDS = ("name", "refusal", "audio", "tool_calls", "function_call", "annotations", "reasoning_content")
+# Fields of a message that may stand there when they say nothing: clients send back what they were given, with fields of
+# their own. Null stands for nothing in any field.
+_EMPTY_MESSAGE_FIELDS = (
+    "refusal",
+    "audio",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "annotations",
+    "reasoning",
+    "reasoning_content",
+    "provider_specific_fields",
+)
 _PICTURE_LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _LIMITS = (*_PICTURE_LIMITS, "total_pixels", "fps", "num_frames", "nframes")
+_EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}  # of a `size`: they are areas, despite the name
 _FIELDS_OF_PART = {
     "text": ("text",),
     "image_url": ("image_url", "detail", *_PICTURE_LIMITS),
@@ -81,15 +93,25 @@ def _read_message(message: Any, place: str, read_source: ReadSource) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"'{place}.role' must be one of {', '.join(_ROLES)}", param=f"{place}.role")
     for name, value in message.items():
-        if name in ("role", "content") or (name == "tool_call_id" and role == "tool"):
-            continue
-        if name not in _EMPTY_MESSAGE_FIELDS:
-            raise InvalidRequest(
-                f"unknown field '{_short(name)}' in '{place}'{suggest(str(name), ('role', 'content'))}", param=place
-            )
-        if value:
-            raise InvalidRequest(f"'{place}.{name}' is not supported by this version", param=f"{place}.{name}")
+        if name not in ("role", "content") and value is not None:
+            _check_message_field(name, value, role, place)
     return Message(_ROLES[role], _read_content(message.get("content"), role, f"{place}.content", read_source))
+
+
+def _check_message_field(name: str, value: Any, role: str, place: str) -> None:
+    """Labels are accepted, and what says nothing. No template of this family has a place for the name of who speaks."""
+    if name == "name":
+        _text(value, f"{place}.name")
+    elif name not in _EMPTY_MESSAGE_FIELDS:
+        hint = suggest(str(name), ("role", "content"))
+        raise InvalidRequest(f"unknown field '{_short(name)}' in '{place}'{hint}", param=place)
+    elif not (_says_nothing(value) or (name == "tool_call_id" and role == "tool")):
+        raise InvalidRequest(f"'{place}.{name}' is not supported by this version", param=f"{place}.{name}")
+
+
+def _says_nothing(value: Any) -> bool:
+    """Also a mapping of nulls, as litellm makes them of the fields of an answer."""
+    return all(inner is None for inner in value.values()) if isinstance(value, Mapping) else not value
 
 
 def _read_content(content: Any, role: str, place: str, read_source: ReadSource) -> tuple[Part, ...]:
@@ -156,7 +178,9 @@ def _part_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
 
 
 def read_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
-    """The fields of `PixelLimits` (`num_frames` also as `nframes`). Raises `InvalidRequest`."""
+    """The fields of `PixelLimits` (`num_frames` also as `nframes`), and the `size` of transformers' processor, which is
+    {"shortest_edge", "longest_edge"}. Raises `InvalidRequest`."""
+    fields = _with_areas(fields, place)
     _refuse_unknown(fields, _LIMITS, place)
     low, high = (_integer(fields.get(name), f"{place}.{name}", 2**31 - 1) for name in ("min_pixels", "max_pixels"))
     if low is not None and high is not None and low > high:
@@ -180,6 +204,19 @@ def read_limits(fields: Mapping[str, Any], place: str) -> PixelLimits:
         resized_height=height,
         resized_width=width,
     )
+
+
+def _with_areas(fields: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """`fields` with the areas of `size` as `min_pixels` and `max_pixels`, which come first where both are given."""
+    size = fields.get("size")
+    if size is None:
+        return fields
+    here = f"{place}.size"
+    if not isinstance(size, Mapping):
+        raise InvalidRequest(f"'{here}' must be an object with {' and '.join(_EDGES)}", param=here)
+    _refuse_unknown(size, tuple(_EDGES), here)
+    areas = {_EDGES[edge]: _integer(area, f"{here}.{edge}", 2**31 - 1) for edge, area in size.items() if edge in _EDGES}
+    return {**areas, **{name: value for name, value in fields.items() if name != "size" and value is not None}}
 
 
 def _is_number(value: Any) -> bool:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qvl.errors import InvalidRequest, suggest
 from qvl.types import Constraint, SamplingParams
@@ -22,7 +22,9 @@ Count = Annotated[int, Field(ge=-_HUGE, le=_HUGE)]
 TokenId = Annotated[int, Field(ge=0, le=_HUGE)]
 
 # Accepted, whatever they hold: labels for the caller's own book-keeping, and switches without meaning for this family.
-IGNORED = frozenset(("user", "metadata", "safety_identifier", "prompt_cache_key", "add_special_tokens"))
+IGNORED = frozenset(
+    ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "add_special_tokens")
+)
 
 # Accepted with these values, which ask for nothing; null always is. Anything else is refused by name.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -41,7 +43,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "media_io_kwargs": ({},),
     "best_of": (1,),
@@ -59,6 +60,20 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "kv_transfer_params": (),
     "include_reasoning": (True, False),
+    "enable_thinking": (False,),
+    "thinking": ({"type": "disabled"},),
+    "echo": (False,),
+    "request_id": (),
+    "vllm_xargs": ({},),
+    "moderation": (),
+}
+
+# What to do instead, where that is more than leaving the field out.
+_INSTEAD: Mapping[str, str] = {
+    "tools": "; 'response_format' asks for JSON that keeps to a schema",
+    "tool_choice": "; 'response_format' asks for JSON that keeps to a schema",
+    "request_id": "; the header X-Request-Id carries it",
+    "chat_template": "; the checkpoint's own is used",
 }
 
 # Words of other APIs for what is asked with a field of another name here.
@@ -79,10 +94,17 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """Null asks for nothing, in fields that are not known here too."""
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
 
 class StreamOptions(Fields):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class SamplingFields(Fields):
@@ -198,14 +220,19 @@ def read_fields(kind: type[Body], body: Mapping[str, Any]) -> Body:
             continue
         if name not in NEUTRAL:
             raise InvalidRequest(f"unknown field '{str(name)[:80]}'{_meant(str(name), known)}", param=str(name)[:80])
-        if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
-            raise InvalidRequest(f"'{name}' is not supported by this version", param=name)
+        if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+            raise InvalidRequest(f"'{name}' is not supported by this version{_INSTEAD.get(name, '')}", param=name)
     try:
         return kind.model_validate({name: value for name, value in body.items() if name in known})
     except ValidationError as error:
         raise _as_invalid_request(error) from error
     except (OverflowError, RecursionError) as error:
         raise InvalidRequest("the body holds a number or a nesting beyond all bounds") from error
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Numbers are the same however they are written (1 and 1.0), but none is a truth value."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _meant(name: str, known: Collection[str]) -> str:

@@ -59,6 +59,14 @@ class DetokenizeCall:
     token_ids: tuple[int, ...]
 
 
+class TemplateFields(Fields):
+    """Variables of the chat template. There is no model here that thinks before it answers."""
+
+    add_vision_id: bool | None = None
+    enable_thinking: Literal[False] | None = None
+    thinking: Literal[False] | None = None
+
+
 class PromptFields(Fields):
     """How a conversation becomes a prompt."""
 
@@ -66,6 +74,7 @@ class PromptFields(Fields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_vision_id: bool | None = None
+    chat_template_kwargs: TemplateFields | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
 
     def chat_request(self, sampling: SamplingParams, cache_salt: str | None) -> ChatRequest:
@@ -75,6 +84,7 @@ class PromptFields(Fields):
                 "'continue_final_message' and 'add_generation_prompt' exclude each other",
                 param="continue_final_message",
             )
+        template = self.chat_template_kwargs or TemplateFields()
         limits = PixelLimits()
         if self.mm_processor_kwargs is not None:
             limits = read_limits(self.mm_processor_kwargs, "mm_processor_kwargs")
@@ -84,7 +94,7 @@ class PromptFields(Fields):
             limits=limits,
             add_generation_prompt=not continues and self.add_generation_prompt is not False,
             continue_final_message=continues,
-            add_vision_id=bool(self.add_vision_id),
+            add_vision_id=bool(self.add_vision_id or template.add_vision_id),
             cache_salt=cache_salt or "",
         )
 
@@ -109,7 +119,7 @@ class ChatBody(SamplingFields, ConstraintFields, PromptFields):
         return old if new is None else new
 
     def _logprobs(self) -> int | None:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 

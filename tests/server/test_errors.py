@@ -141,6 +141,11 @@ def test_the_route_that_was_meant(server: Live, path: str, meant: str | None) ->
     assert (f"did you mean {meant}?" in message) if meant else ("did you mean" not in message)
 
 
+def test_who_asks_as_ollama_is_asked_is_told(server: Live) -> None:
+    for path in ("/api/show", "/api/version", "/api/embed"):
+        assert "OpenAI's API, below /v1" in error_of(server.get(path))["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "status"), [("/health", 200), ("/ready", 200), ("/v1/models", 200), ("/metrics", 200), ("/nowhere", 404)]
 )

@@ -49,8 +49,16 @@ def test_roles_and_message_fields() -> None:
     assert parse({"role": "tool", "content": "x", "tool_call_id": "call_1"})[0].role == "tool"
     echo = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
     assert parse(echo)[0] == Message("assistant", (TextPart("x"),))
+    litellm = {"role": "assistant", "content": "x", "provider_specific_fields": {"refusal": None}, "images": None}
+    assert parse(litellm)[0] == Message("assistant", (TextPart("x"),))
     assert parse({"role": "assistant", "content": None})[0].parts == ()
     assert parse({"role": "user", "content": ""})[0].parts == (TextPart(""),)
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_who_speaks_is_a_label(role: str) -> None:
+    """AutoGen sends it with every message."""
+    assert parse({"role": role, "content": "hi", "name": "bob"}) == parse({"role": role, "content": "hi"})
 
 
 LIMITED: list[tuple[dict[str, Any], MediaPart]] = [
@@ -172,11 +180,14 @@ def test_bad_parts(part: Any, param: str, says: str) -> None:
         ({"role": "user", "content": 5}, "messages[1].content"),
         ({"role": "user", "content": {"type": "text", "text": "x"}}, "messages[1].content"),
         ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages[1].tool_calls"),
-        ({"role": "user", "content": "x", "name": "bob"}, "messages[1].name"),
+        ({"role": "user", "content": "x", "name": 5}, "messages[1].name"),
+        ({"role": "assistant", "content": "x", "reasoning_content": "hm"}, "messages[1].reasoning_content"),
+        ({"role": "assistant", "content": "x", "provider_specific_fields": {"a": 1}},
+         "messages[1].provider_specific_fields"),
         ({"role": "user", "content": "x", "contents": "y"}, "messages[1]"),
-        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[1]"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[1].tool_call_id"),
     ],
-)
+)  # fmt: skip
 def test_bad_messages(message: Any, param: str) -> None:
     assert refused({"role": "user", "content": "fine"}, message).param == param
 

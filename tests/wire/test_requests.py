@@ -61,6 +61,7 @@ ACTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"logprobs": True}, {"logprobs": 0}),
     ({"logprobs": True, "top_logprobs": 3}, {"logprobs": 3}),
     ({"logprobs": False}, {}),
+    ({"logprobs": False, "top_logprobs": 0}, {}),
     ({"n": 3}, {"n": 3}),
 ]
 
@@ -75,7 +76,8 @@ def test_every_field_is_known_to_a_test() -> None:
     tested = {name for fields, _ in ACTS for name in fields}
     elsewhere = {
         "model", "messages", "stream", "stream_options", "add_generation_prompt", "continue_final_message",
-        "add_vision_id", "mm_processor_kwargs", "cache_salt", "return_token_ids", "return_tokens_as_token_ids",
+        "add_vision_id", "chat_template_kwargs", "mm_processor_kwargs", "cache_salt", "return_token_ids",
+        "return_tokens_as_token_ids",
         "overflow",  # tests/server/test_overflow.py
         *ConstraintFields.model_fields,  # test_structured.py
     }  # fmt: skip
@@ -87,16 +89,21 @@ def test_prompt_fields_act() -> None:
     continued = chat(continue_final_message=True)
     assert (continued.continue_final_message, continued.add_generation_prompt) == (True, False)
     assert chat(add_vision_id=True).add_vision_id
+    assert chat(chat_template_kwargs={"add_vision_id": True}).add_vision_id
+    assert chat(chat_template_kwargs={"enable_thinking": False, "thinking": False}) == chat()
     assert chat(cache_salt="tenant").cache_salt == "tenant"
     limits = {"min_pixels": 3136, "max_pixels": 50_176, "fps": 1}
     assert chat(mm_processor_kwargs=limits).limits == PixelLimits(3136, 50_176, 1.0)
+    size = {"shortest_edge": 3136, "longest_edge": 50_176}
+    assert chat(mm_processor_kwargs={"size": size}).limits == PixelLimits(3136, 50_176)
+    assert chat(mm_processor_kwargs={"size": size, "max_pixels": 784_000}).limits == PixelLimits(3136, 784_000)
 
 
 def test_stream_fields_act() -> None:
     call = wire.parse_chat({**BODY, "stream": True, "stream_options": {"include_usage": True}})
     assert call.stream
     assert call.options == wire.Options(include_usage=True)
-    both = {"include_usage": False, "continuous_usage_stats": True}
+    both = {"include_usage": False, "continuous_usage_stats": True, "include_obfuscation": False, "unknown": None}
     call = wire.parse_chat({**BODY, "stream": True, "stream_options": both, "return_token_ids": True})
     assert call.options == wire.Options(include_usage=True, continuous_usage=True, token_ids=True)
 
@@ -127,7 +134,11 @@ def test_what_is_not_supported_is_named(name: str) -> None:
         ({"store": 0}, "store"),
         ({"service_tier": "priority"}, "service_tier"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs.documents"),
+        ({"enable_thinking": True}, "enable_thinking"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"length_penalty": True}, "length_penalty"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"best_of": 2}, "best_of"),
     ],
@@ -136,8 +147,18 @@ def test_what_asks_for_something_else_is_refused(fields: dict[str, Any], param: 
     assert refused({**BODY, **fields}).param == param
 
 
+def test_a_neutral_number_may_be_written_as_a_whole_one() -> None:
+    assert chat(length_penalty=1, priority=0.0) == chat()
+
+
+def test_what_is_not_supported_says_what_is() -> None:
+    assert "'response_format'" in refused({**BODY, "tools": [{"type": "function"}]}).message
+    assert "X-Request-Id" in refused({**BODY, "request_id": "mine"}).message
+
+
 def test_labels_of_the_caller_are_ignored() -> None:
-    assert chat(user="u", metadata={"a": "b"}, safety_identifier="s", prompt_cache_key="k") == chat()
+    assert chat(user="u", metadata={"a": "b"}, safety_identifier="s") == chat()
+    assert chat(prompt_cache_key="k", prompt_cache_retention="24h") == chat()
 
 
 @pytest.mark.parametrize(
@@ -202,6 +223,9 @@ def test_labels_of_the_caller_are_ignored() -> None:
         ({"cache_salt": "x" * 5000}, "cache_salt"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"mm_processor_kwargs": {"max_pixel": 5}}, "mm_processor_kwargs"),
+        ({"mm_processor_kwargs": {"size": 5}}, "mm_processor_kwargs.size"),
+        ({"mm_processor_kwargs": {"size": {"height": 5}}}, "mm_processor_kwargs.size"),
+        ({"mm_processor_kwargs": {"size": {"longest_edge": 0}}}, "mm_processor_kwargs.size.longest_edge"),
         ({"mm_processor_kwargs": {"max_pixels": 0}}, "mm_processor_kwargs.max_pixels"),
         ({"mm_processor_kwargs": {"max_pixels": 10**30}}, "mm_processor_kwargs.max_pixels"),
         ({"mm_processor_kwargs": {"fps": float("nan")}}, "mm_processor_kwargs.fps"),
