@@ -1,8 +1,7 @@
 /* y = x W^T + b on a CPU: fp32 activations, weights in bf16, fp16 or fp32, sums in fp32.
  *
- * Where the processor multiplies pairs of bf16, x beside weights in bf16 is rounded to it, and a pair is one number of 32
- * bits all the way (PAIRS). Knows caches and threads. Does not know Python. Every number of y is summed in the same order
- * whatever else is computed beside it: an answer does not depend on its company in a batch.
+ * Knows caches and threads. Does not know Python. Every number of y is summed in the same order whatever else is computed
+ * beside it: an answer does not depend on its company in a batch.
  *
  * A tile is ROWS rows of W times FEW rows of x or less, summed along k in vector registers. Both matrices are contiguous
  * along k, so nothing is packed; W is widened on the fly. Two bf16 numbers share a 32-bit word: a shift gives the even
@@ -36,7 +35,7 @@ INLINE void few_step(const enum type type, const int rows, const int columns, co
         UNROLL4 for (int c = 0; c < columns; c++) xv[c] = f32_low(x + c * ldx + half * LANES);
         UNROLL4 for (int r = 0; r < rows; r++) {
             vf wv = widened(type, half, w + r * ldw);
-            UNROLL4 for (int c = 0; c < columns; c++) acc[r][c] = product_add(type == PAIRS, acc[r][c], wv, xv[c]);
+            UNROLL4 for (int c = 0; c < columns; c++) acc[r][c] = fma_add(acc[r][c], wv, xv[c]);
         }
     }
 }
@@ -118,24 +117,10 @@ static void multiply(product p, long size, share_work *few, share_work *several,
 DEFINE(bf16, uint16_t, BF16)
 DEFINE(f16, uint16_t, F16)
 DEFINE(f32, float, F32)
-#if PAIRED
-#define pack_pairs pack_f32
-DEFINE(pairs, float, PAIRS)
-#endif
-
-/* Whether the bf16 product with W [n, k] rounds x to bf16: where the processor has the instruction for it. */
-int qvl_linear_rounds(long k) { return PAIRED && k % 2 == 0; }
 
 void qvl_linear_bf16(const float *x, long ldx, const uint16_t *w, const float *bias, float *y, float *scratch, long m,
                      long n, long k, int split, int threads) {
     product p = {.from = x, .bias = bias, .w = w, .x = scratch, .y = y, .ldx = ldx, .m = m, .n = n, .k = k};
-#if PAIRED
-    if (k % 2 == 0) {
-        p.k /= 2, p.paired = 1;
-        multiply_pairs(p, threads);
-        return;
-    }
-#endif
     p.split = split;
     multiply_bf16(p, threads);
 }

@@ -1,8 +1,8 @@
 """Products of fp32 activations with 16- or 32-bit weights on a CPU.
 
-Knows three ways: the compiled kernel (reads the weights as they are, at the speed of memory; where the processor
-multiplies pairs of bf16, activations beside bf16 weights are rounded to bf16 first), torch's own product where the
-processor has 16-bit instructions, and widening panels of the weights for torch's fp32 product. Does not know layers.
+Knows three ways: the compiled kernel (reads the weights as they are, at the speed of memory), torch's own product where
+the processor has 16-bit instructions, and widening panels of the weights for torch's fp32 product. Where bf16 is
+multiplied in pairs, `linear_pairs` holds it instead. Does not know layers.
 """
 
 from __future__ import annotations
@@ -92,11 +92,6 @@ def has_16_bit_matmul(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return False
-
-
-def rounds_activations(dtype: torch.dtype, width: int) -> bool:
-    """Whether the compiled kernel for weights [n, width] of `dtype` rounds x to bf16. Raises NativeUnavailable."""
-    return dtype == torch.bfloat16 and bool(load_native(SOURCE).qvl_linear_rounds(ctypes.c_long(width)))
 
 
 @functools.cache

@@ -28,12 +28,9 @@
 #define LINE 64      /* bytes of a cache line */
 
 #define UNROLL4 _Pragma("GCC unroll 4")
-/* PAIRS: two numbers in bf16, of W and of x, are one "number" of 32 bits that is loaded as such and multiplied by
- * `pair_add`; k, and all that is counted along it, is of pairs then. */
-enum type { BF16, F16, F32, PAIRS };
+enum type { BF16, F16, F32 };
 
-INLINE long size_of(const enum type type) { return type == F32 || type == PAIRS ? 4 : 2; }
-INLINE vf product_add(const int paired, vf c, vf a, vf b) { return paired ? pair_add(c, a, b) : fma_add(c, a, b); }
+INLINE long size_of(const enum type type) { return type == F32 ? 4 : 2; }
 
 /* One half of GROUP numbers of W. */
 INLINE vf widened(const enum type type, const int half, const char *w) {
@@ -147,7 +144,7 @@ typedef struct {
     const void *w;
     float *x, *y;
     long ldx, m, n, k, padded, chunk, rows;
-    int split, paired;
+    int split;
 } product;
 
 /* Rows of x pass in blocks of XROWS or up to three less, so that none is filled up with zeros. */
@@ -156,13 +153,10 @@ INLINE long first_of(long m, long b) { return b * m / blocks_of(m); }
 
 /* GROUP numbers of a row of x from the i-th on, zero-filled; `split` gives evens, then odds. */
 INLINE void load_group(const product *p, long row, long i, vf *low, vf *high) {
-    const long wide = p->paired ? 2 : 1;
-    const float *in = p->from + row * p->ldx + i * wide;
-    float part[2 * GROUP] = {0};
-    if (i + GROUP > p->k) in = memcpy(part, in, (p->k - i) * wide * sizeof(float));
-    if (p->paired)
-        *low = rounded_pairs(in), *high = rounded_pairs(in + GROUP);
-    else if (p->split)
+    const float *in = p->from + row * p->ldx + i;
+    float part[GROUP] = {0};
+    if (i + GROUP > p->k) in = memcpy(part, in, (p->k - i) * sizeof(float));
+    if (p->split)
         for (int j = 0; j < LANES; j++) (*low)[j] = in[2 * j], (*high)[j] = in[2 * j + 1];
     else
         *low = f32_low(in), *high = f32_high(in);
@@ -190,14 +184,14 @@ static void arrange_block(const void *what, long b) {
 }
 
 /* `rows` rows of x times a panel, over the steps of one lane, added to total [rows][WROWS]. */
-INLINE void panel_rows(const int paired, const int rows, const float *x, const float *w, long steps, float *total) {
+INLINE void panel_rows(const int rows, const float *x, const float *w, long steps, float *total) {
     vf acc[XROWS][2] = {0};
     for (long i = 0; i < steps; i++, x += rows, w += WROWS) {
         vf low = f32_low(w), high = f32_high(w);
         _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
             vf one = x[c] - (vf){0};
-            acc[c][0] = product_add(paired, acc[c][0], low, one);
-            acc[c][1] = product_add(paired, acc[c][1], high, one);
+            acc[c][0] = fma_add(acc[c][0], low, one);
+            acc[c][1] = fma_add(acc[c][1], high, one);
         }
     }
     _Pragma("GCC unroll 16") for (int c = 0; c < rows; c++) {
@@ -206,23 +200,14 @@ INLINE void panel_rows(const int paired, const int rows, const float *x, const f
     }
 }
 
-typedef void multiplier(long rows, const float *x, const float *w, long steps, float *total);
-
-INLINE void panel_tile(const int paired, long rows, const float *x, const float *w, long steps, float *total) {
+/* Not inlined: among the rest of a panel, the compiler finds it fewer registers. */
+static __attribute__((noinline)) void panel_tile(long rows, const float *x, const float *w, long steps, float *total) {
     switch (XROWS - rows) {
-    case 0: panel_rows(paired, XROWS, x, w, steps, total); break;
-    case 1: panel_rows(paired, XROWS - 1, x, w, steps, total); break;
-    case 2: panel_rows(paired, XROWS - 2, x, w, steps, total); break;
-    case 3: panel_rows(paired, XROWS - 3, x, w, steps, total); break; /* and no less, with MANY rows */
+    case 0: panel_rows(XROWS, x, w, steps, total); break;
+    case 1: panel_rows(XROWS - 1, x, w, steps, total); break;
+    case 2: panel_rows(XROWS - 2, x, w, steps, total); break;
+    case 3: panel_rows(XROWS - 3, x, w, steps, total); break; /* and no less, with MANY rows */
     }
-}
-
-static void plain_tile(long rows, const float *x, const float *w, long steps, float *total) {
-    panel_tile(0, rows, x, w, steps, total);
-}
-
-static void paired_tile(long rows, const float *x, const float *w, long steps, float *total) {
-    panel_tile(1, rows, x, w, steps, total);
 }
 
 /* What of W is fetched while another panel is multiplied: `rows` stretches of `bytes`, `ldw` bytes apart. */
@@ -260,7 +245,6 @@ static void panel_product(const product *p, const float *panel, long r, long row
     const long blocks = blocks_of(p->m), steps = (p->padded - from < p->chunk ? p->padded - from : p->chunk) / LANES;
     const long lines = ahead->rows * (ahead->bytes / LINE + 1) / (LANES * blocks) + 1; /* with each tile */
     const float *x = p->x + from * p->m;
-    multiplier *tile = p->paired ? paired_tile : plain_tile;
     float total[XPART * WROWS] __attribute__((aligned(64)));
     for (long begin = 0; begin < blocks; begin += XPART / XROWS) {
         long end = blocks - begin < XPART / XROWS ? blocks : begin + XPART / XROWS;
@@ -271,8 +255,8 @@ static void panel_product(const product *p, const float *panel, long r, long row
                 long row = first_of(p->m, b);
                 fetch(ahead, lines);
                 if (!l) fetch_sums(p, row, first_of(p->m, b + 1), r);
-                tile(first_of(p->m, b + 1) - row, x + (l * p->m + row) * steps, panel + l * lane_stride(steps), steps,
-                     total + (row - first) * WROWS);
+                panel_tile(first_of(p->m, b + 1) - row, x + (l * p->m + row) * steps, panel + l * lane_stride(steps), steps,
+                           total + (row - first) * WROWS);
             }
         for (long c = first; c < stop; c++)
             write_sums(p, r, rows, from, total + (c - first) * WROWS, p->y + c * p->n + r);

@@ -23,17 +23,9 @@
 #endif
 #define WSTRIP 3 /* rows of W in a tile: their vectors, one of x and the sums are sixteen registers, or 28 of 32 */
 
-/* As `product_add`, in an order and in registers that the compiler keeps: it would rather load a number of x for every
+/* As `fma_add`, in an order and in registers that the compiler keeps: it would rather load a number of x for every
  * product than hold it, and spill sums for what it moves forward. */
-INLINE void product_into(const int paired, vf *sum, vf a, vf b) {
-    if (paired) {
-#if defined(PAIR_INSTRUCTION)
-        __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
-#else
-        *sum = pair_add(*sum, a, b);
-#endif
-        return;
-    }
+INLINE void product_into(vf *sum, vf a, vf b) {
 #if LANES == 16 || (LANES == 8 && defined(__FMA__))
     __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
 #else
@@ -48,7 +40,7 @@ INLINE void several_half(const enum type type, const int half, const int rows, c
     UNROLL4 for (int r = 0; r < rows; r++) wv[r] = widened(type, half, w + r * ldw);
     _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) {
         vf xv = f32_low(x + c * ldx);
-        UNROLL4 for (int r = 0; r < rows; r++) product_into(type == PAIRS, &acc[r][c], wv[r], xv);
+        UNROLL4 for (int r = 0; r < rows; r++) product_into(&acc[r][c], wv[r], xv);
     }
 }
 

@@ -20,7 +20,6 @@ from qvl.kernels.on_cpu.linear_floats import (
     native_product,
     panels,
     rounded_or_panels,
-    rounds_activations,
 )
 from tests.kernels.compiled import skip_without_compiler
 
@@ -35,12 +34,8 @@ def compiled(dtype: torch.dtype) -> Product:
 
 
 def check_compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The sums are as exact as with fp32 weights, whether x is rounded before them or not."""
-    product = compiled(weight.dtype)
-    if rounds_activations(weight.dtype, x.shape[1]):
-        assert torch.equal(product(x, weight, bias), product(x.bfloat16().float(), weight, bias))
-        x = x.bfloat16().float()
-    check(product, x, weight, bias)
+    """The sums are as exact as with fp32 weights."""
+    check(compiled(weight.dtype), x, weight, bias)
 
 
 def check(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, tolerance: float = 2e-6) -> None:
@@ -79,46 +74,6 @@ def test_narrow_vectors_are_exact_too(dtype: torch.dtype, monkeypatch: pytest.Mo
     together = product(x, weight, bias)
     for rows in (1, 2, 3, 5, 8, 32):
         assert torch.equal(product(x[:rows], weight, bias), together[:rows])
-
-
-PAIRED = ("-DQVL_PAIRED", "-O1")  # products of pairs of bf16 as on a processor that has them, each step in C
-
-
-@pytest.mark.parametrize("flags", [PAIRED, (*PAIRED, "-march=x86-64")], ids=["native", "narrow"])
-@pytest.mark.parametrize(("count", "out", "width"), [(61, 45, 5000), (40, 37, 64), (33, 7, 38), (106, 100, 4110)])
-def test_pairs_are_multiplied_alike_in_any_number_of_rows(
-    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], count: int, out: int, width: int
-) -> None:
-    """A pair's odd numbers are multiplied and added with one rounding, then its even ones, as the instruction does; it
-    also takes denormals for zeros, which this does not: so there are bits to compare only among rows of one build."""
-    if "-march=x86-64" in flags and platform.machine() != "x86_64":
-        pytest.skip("names instructions of x86-64")
-    compiled(torch.bfloat16)
-    library = native.load_native(linear_floats.SOURCE, flags)
-    monkeypatch.setattr(linear_floats, "load_native", lambda _: library)
-    assert rounds_activations(torch.bfloat16, width)
-    assert not rounds_activations(torch.bfloat16, width + 1)
-    product = native_product.__wrapped__(torch.bfloat16)
-    x, weight, bias = torch.randn(count, width), torch.randn(out, width).bfloat16(), torch.randn(out)
-    together = product(x, weight, bias)
-    check(product, x.bfloat16().float(), weight, bias)
-    assert torch.equal(product(x.bfloat16().float(), weight, bias), together)
-    for rows in (1, 2, 3, 4, 5, 8, 9, 13, 23, 24, 25, 32, 33):
-        assert torch.equal(product(x[:rows], weight, bias), together[:rows])
-
-
-@pytest.mark.parametrize("flags", [(), PAIRED], ids=["native", "in C"])
-def test_activations_are_rounded_to_the_nearest(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
-    """Ties to even, what is not finite too, as torch rounds."""
-    compiled(torch.bfloat16)
-    library = native.load_native(linear_floats.SOURCE, flags)
-    monkeypatch.setattr(linear_floats, "load_native", lambda _: library)
-    if not rounds_activations(torch.bfloat16, 2):
-        pytest.skip("this processor does not multiply pairs of bf16")
-    exact = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-9, 3.4e38, float("inf"), float("nan")])
-    x = torch.stack([exact, torch.zeros_like(exact)], dim=1)
-    out = native_product.__wrapped__(torch.bfloat16)(x, torch.ones(1, 2).bfloat16(), None)[:, 0]
-    assert torch.equal(out.nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
