@@ -22,6 +22,7 @@ from qvl.specs import ModelSpec
 
 MATRIX_BYTES = 512 << 20  # more than caches hold
 MATRIX_WIDTH = 4096
+ROWS_AT_ONCE = 1024  # of a matrix that is written
 TURNS = 5
 
 
@@ -34,7 +35,7 @@ class CpuLimit:
         self._spec = spec
         self._token_bytes = _token_bytes(spec)
         plain = torch.randn(MATRIX_BYTES // (4 * MATRIX_WIDTH), MATRIX_WIDTH)
-        half = torch.empty(MATRIX_BYTES // (2 * MATRIX_WIDTH), MATRIX_WIDTH, dtype=dtype).fill_(0.5)
+        half = torch.tensor(0.5, dtype=dtype).expand(MATRIX_BYTES // (2 * MATRIX_WIDTH), MATRIX_WIDTH)
         self._products = [_product_with(plain), _product_with(half)]
         width, rows = spec.text.hidden_size, 2 * spec.text.intermediate_size
         self._numbers = rows * width
@@ -83,10 +84,12 @@ def _product_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: F.linear(x, weight)
     form = form_of_numbers(weight.dtype, weight.device)
     if form is None:
-        return lambda x: linear(x, weight)
+        whole = weight.contiguous()
+        return lambda x: linear(x, whole)
     rows, width = weight.shape
     matrix = empty_matrix(form, rows, width, weight.device)
-    matrix.write(0, weight)
+    for first in range(0, rows, ROWS_AT_ONCE):
+        matrix.write(first, weight[first : first + ROWS_AT_ONCE])
     return lambda x: matrix.product(x, None)
 
 

@@ -6,6 +6,7 @@ network: what names mean comes from the class (`RENAMES`, `MERGED`, `checkpoint_
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from qvl.errors import CheckpointError
 from qvl.kernels.linear import Matrix
+from qvl.kernels.on_cpu.linear_pairs import PairMatrix
 from qvl.layers.linear import Linear
 from qvl.models.parameters import held_matrix, materialise
 from qvl.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -228,16 +230,16 @@ def fill_randomly(model: nn.Module) -> None:
     One block is drawn and repeated, because drawing billions of numbers takes minutes.
     """
     block = dummy_block()
-    blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    block_as = functools.cache(block.to)
     for module in model.modules():
         matrix = held_matrix(module, "weight")
-        if matrix is not None:
-            write_repeated(matrix, block.to(next(module.parameters(recurse=False)).device))
+        if isinstance(matrix, PairMatrix):
+            write_repeated(matrix, block_as(matrix.numbers.device, matrix.numbers.dtype))
+        elif matrix is not None:
+            write_repeated(matrix, block_as(matrix.codes.device))
         for leaf, parameter in module.named_parameters(recurse=False):
             if matrix is None or leaf == "bias":
-                kind = parameter.device, parameter.dtype
-                blocks[kind] = blocks[kind] if kind in blocks else block.to(*kind)
-                fill_repeated(parameter.data.view(-1), blocks[kind])
+                fill_repeated(parameter.data.view(-1), block_as(parameter.device, parameter.dtype))
 
 
 def dummy_block() -> Tensor:
