@@ -1,14 +1,15 @@
 /* y = x W^T + b on a CPU that multiplies pairs of bf16 fast: W in tiles of pairs, x rounded to bf16, sums in fp32.
  *
  * Knows threads, and how x and W are laid out. Does not know Python. An answer does not depend on its company in a batch:
- * see pairs.h. Without instructions for pairs there is nothing here but a name that is none.
+ * see pairs.h. Without instructions for pairs there is nothing here but the name of none.
  */
-#include "vectors.h"
-
-#if PAIRED
 #include "pairs.h"
+
+#if defined(AMX) || FAST_PAIRS || defined(QVL_PAIRED)
+#include "pairs_tiles.h"
 #include "share.h"
 
+#define MULTIPLIES 1
 #define PIECE_BYTES (192 * 1024) /* of W in a piece of work, for few rows of x */
 #define WORTH 65536              /* numbers, from which threads share the work of writing them elsewhere */
 
@@ -44,10 +45,12 @@ static void tile_piece(const void *what, long piece) {
     const product *p = what;
     const long all = (p->n + TILE - 1) / TILE, first = piece * p->tiles;
     const long last = all - first < p->tiles ? all : first + p->tiles;
+    set_up();
     if (p->m > STRIP)
         many_tiles(p, first, last);
     else
         few_tiles(p, first, last);
+    tear_down();
 }
 
 /* How many tiles of W, of `all`, are a piece of work: an even number, as they meet x in twos. */
@@ -68,7 +71,8 @@ void qvl_linear_pairs(const float *x, long ldx, const void *w, const float *bias
     qvl_share((all + p.tiles - 1) / p.tiles, threads, tile_piece, &p);
 }
 
-long qvl_pairs_scratch(long m, long k) { return 2 * m * (k + 2 * BLOCK); }
+/* Registers for matrices read sixteen rows, where there may be one. */
+long qvl_pairs_scratch(long m, long k) { return 2 * m * (k + 2 * BLOCK) + TILE * BLOCK * (long)sizeof(uint32_t); }
 
 /* Rows [first, first + count) of W [.., k] from bf16, side by side at `from`, to tiles at `to`. */
 typedef struct {
@@ -101,10 +105,8 @@ void qvl_write_pairs(const void *from, void *to, long first, long count, long k,
 
 /* What multiplies pairs here; null where nothing does so fast. */
 const char *qvl_pairs_path(void) {
-#if defined(PAIR_INSTRUCTION)
-    return "AVX-512 BF16";
-#elif PAIRED
-    return "portable";
+#if defined(MULTIPLIES)
+    return can_meet() ? PATH : 0;
 #else
     return 0;
 #endif

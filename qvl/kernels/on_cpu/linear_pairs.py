@@ -20,10 +20,13 @@ from torch import Tensor
 from qvl.kernels.fused import quick_gelu
 from qvl.kernels.native import NativeUnavailable, load_native, threads_for
 from qvl.kernels.on_cpu.large_pages import in_large_pages
+from qvl.kernels.on_cpu.matrix_registers import told_to_do_without
 
 SOURCE = Path(__file__).with_name("linear_pairs.c")
 FLAGS = ("-ffp-contract=off", "-falign-loops=64")
-PORTABLE = ("-DQVL_PAIRED",)  # the same in C, for tests
+PORTABLE = ("-DQVL_PAIRED",)  # the same in C, for tests,
+PORTABLE_AMX = (*PORTABLE, "-DQVL_PAIRED_AMX")  # and what registers for matrices do
+WITHOUT_AMX = ("-DQVL_WITHOUT_AMX",)
 ROWS, MULTIPLE = 16, 32  # rows of a tile; what the width is filled up to: 16 pairs of 16 rows fill a register of AMX
 PANEL_NUMBERS = 2 * 1024 * 1024
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -108,7 +111,8 @@ def kernels() -> Kernels:
 
 def open_library(flags: tuple[str, ...] = ()) -> Any:
     """The library with its signatures set. Raises NativeUnavailable."""
-    library = load_native(SOURCE, (*FLAGS, *flags))
+    limits = WITHOUT_AMX if told_to_do_without() else ()
+    library = load_native(SOURCE, (*FLAGS, *limits, *flags))
     library.qvl_pairs_path.restype = ctypes.c_char_p
     if path_of(library) is None:
         return library
@@ -122,7 +126,7 @@ def open_library(flags: tuple[str, ...] = ()) -> Any:
 
 
 def path_of(library: Any) -> str | None:
-    """The instructions that it multiplies with, "AVX-512 BF16" or "portable"; None where there are no fast ones."""
+    """The instructions that it multiplies with, e.g. "AVX-512 BF16" or "AMX"; None where there are no fast ones."""
     name: bytes | None = library.qvl_pairs_path()
     return None if name is None else name.decode()
 

@@ -76,25 +76,22 @@ INLINE vf fma_add(vf c, vf a, vf b) { return c + a * b; }
 #endif
 
 /* Two numbers in bf16 to a word of 32 bits: c + the products of each word's odd numbers + those of its even ones, by
- * two rounded additions. The instruction takes denormals for zeros; what is written out here, for tests, does not. */
+ * two rounded additions. The instruction takes denormals for zeros; what is written out here does not. */
 #if FAST_PAIRS && !defined(QVL_PAIRED)
-#define PAIRED 1
 #define PAIR_INSTRUCTION 1
 INLINE vf pair_add(vf c, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
-INLINE vf rounded_pairs(const float *x) {
-    return (vf)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + LANES), _mm512_loadu_ps(x));
-}
 #else
-#if defined(QVL_PAIRED)
-#define PAIRED 1
-#else
-#define PAIRED 0
-#endif
 INLINE vf pair_add(vf c, vf a, vf b) {
     c = fma_add(c, (vf)((vi)a & 0xffff0000u), (vf)((vi)b & 0xffff0000u));
     return fma_add(c, (vf)((vi)a << 16), (vf)((vi)b << 16));
 }
+#endif
+
+/* GROUP numbers, rounded to the nearest in bf16. */
 INLINE vf rounded_pairs(const float *x) {
+#if defined(__AVX512BF16__) && !defined(QVL_PAIRED)
+    return (vf)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + LANES), _mm512_loadu_ps(x));
+#else
     uint16_t numbers[GROUP];
     for (int i = 0; i < GROUP; i++) {
         uint32_t bits, even;
@@ -105,8 +102,8 @@ INLINE vf rounded_pairs(const float *x) {
     vf out;
     memcpy(&out, numbers, sizeof out);
     return out;
-}
 #endif
+}
 
 INLINE float sum(vf v) {
     float s = 0;

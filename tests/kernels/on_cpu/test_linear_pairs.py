@@ -15,6 +15,8 @@ from qvl.kernels.native import NativeUnavailable
 from qvl.kernels.on_cpu import linear_pairs
 from qvl.kernels.on_cpu.linear_pairs import (
     PORTABLE,
+    PORTABLE_AMX,
+    WITHOUT_AMX,
     PairMatrix,
     compiled_product,
     compiled_write,
@@ -28,8 +30,13 @@ from qvl.kernels.on_cpu.linear_pairs import (
 from tests.kernels.compiled import skip_without_compiler
 
 SHAPES = ((1, 1), (3, 15), (70, 67), (37, 1000), (130, 64), (8, 4111))
-NATIVE, EMULATED = (), (*PORTABLE, "-O1")  # the processor's own instructions, and the same in C
-BUILDS = pytest.mark.parametrize("flags", [NATIVE, EMULATED], ids=["native", "portable"])
+# The processor's own instructions, and in C what those for vectors and those for matrices do.
+NATIVE, EMULATED, MATRICES = (), (*PORTABLE, "-O1"), (*PORTABLE_AMX, "-O1")
+BUILDS = pytest.mark.parametrize(
+    "flags",
+    [NATIVE, WITHOUT_AMX, EMULATED, MATRICES],
+    ids=["native", "without AMX", "portable", "portable AMX"],
+)
 
 
 def library(flags: tuple[str, ...]) -> Any:
@@ -93,7 +100,7 @@ def test_rows_may_come_in_any_portions(flags: tuple[str, ...]) -> None:
 def test_products_are_exact(shape: tuple[int, int], flags: tuple[str, ...]) -> None:
     built, values, bias = library(flags), torch.randn(shape), torch.randn(shape[0])
     matrix = hold(values)
-    for rows in (*range(1, 15), 24, 25, 27, 51):
+    for rows in (*range(1, 15), 16, 17, 24, 25, 32, 33, 51):
         x = torch.randn(rows, shape[1])
         assert error(compiled_product(built, matrix, x, bias), x, values, bias) < 2e-6, rows
         assert error(compiled_product(built, matrix, x, None), x, values, torch.zeros(1)) < 2e-6, rows
@@ -106,9 +113,9 @@ def test_a_row_does_not_depend_on_its_company(out: int, width: int, flags: tuple
     built, matrix = library(flags), hold(torch.randn(out, width))
     x, bias = torch.randn(293, width), torch.randn(out)
     together = compiled_product(built, matrix, x, bias)
-    for rows in (*range(1, 15), 24, 31, 257):
+    for rows in (*range(1, 15), 16, 17, 24, 31, 32, 33, 257):
         assert torch.equal(compiled_product(built, matrix, x[:rows], bias), together[:rows]), rows
-    for rows in (2, 6, 13):
+    for rows in (2, 6, 13, 19):
         assert torch.equal(compiled_product(built, matrix, x[-rows:], bias), together[-rows:]), rows
 
 
@@ -152,7 +159,7 @@ def test_x_may_be_a_view_and_may_be_empty(flags: tuple[str, ...]) -> None:
 
 
 @BUILDS
-@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("rows", [3, 20, 70])
 def test_what_is_not_finite_stays_in_its_row(rows: int, flags: tuple[str, ...]) -> None:
     built, x, matrix = library(flags), torch.randn(rows, 1100), hold(torch.randn(9, 1100))
     x[0, 7], x[1, 1099] = float("nan"), float("inf")

@@ -1,0 +1,127 @@
+/* A strip of x times two tiles of W by registers for matrices (AMX): see pairs.h.
+ *
+ * Such a register holds 16 rows of 64 bytes: BLOCK pairs of 16 rows of x, or of a tile of W, which lies in memory as the
+ * instruction wants it. One instruction multiplies 32 numbers of 16 rows with those of a tile. All numbers of rows go this
+ * way: the instruction sums even and odd numbers apart and then adds them, which vectors do not. With less than 16 rows it
+ * reads what lies behind them, and what comes of that is no one's.
+ */
+#pragma once
+#include "pairs.h"
+
+#define SQUARE 16 /* rows of a register */
+
+#if !defined(QVL_PAIRED_AMX)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define PATH "AMX"
+#define LOAD_CONFIGURATION(how) _tile_loadconfig(how)
+#define RELEASE() _tile_release()
+#define CLEAR(r) _tile_zero(r)
+#define FILL(r, from) _tile_loadd(r, from, 64)
+#define KEEP(r, to) _tile_stored(r, to, 64)
+#define MULTIPLY(sums, x, w) _tile_dpbf16ps(sums, x, w)
+
+/* Linux gives a process these registers when it asks (ARCH_REQ_XCOMP_PERM, XTILEDATA), if it has them. */
+static int can_meet(void) {
+    static _Atomic int state; /* 0: not asked yet; threads that ask at once get the same answer */
+    if (!state) state = syscall(SYS_arch_prctl, 0x1023, 18) ? -1 : 1;
+    return state > 0;
+}
+#else
+#define PATH "portable, by matrices"
+#define LOAD_CONFIGURATION(how) ((void)(how))
+#define RELEASE() ((void)0)
+#define CLEAR(r) memset(matrix_registers[r], 0, 1024)
+#define FILL(r, from) memcpy(matrix_registers[r], from, 1024)
+#define KEEP(r, to) memcpy(to, matrix_registers[r], 1024)
+#define MULTIPLY(sums, x, w) multiply_portably(sums, x, w)
+static _Thread_local uint32_t matrix_registers[8][SQUARE][16];
+static int can_meet(void) { return 1; }
+
+static float number(uint32_t bits) {
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static void multiply_portably(int sums, int x, int w) {
+    for (int i = 0; i < SQUARE; i++)
+        for (int j = 0; j < TILE; j++) {
+            float even = 0, odd = 0;
+            for (int k = 0; k < BLOCK; k++) {
+                const uint32_t a = matrix_registers[x][i][k], b = matrix_registers[w][k][j];
+                even += number(a << 16) * number(b << 16), odd += number(a & 0xffff0000u) * number(b & 0xffff0000u);
+            }
+            const float sum = number(matrix_registers[sums][i][j]) + (even + odd);
+            memcpy(&matrix_registers[sums][i][j], &sum, 4);
+        }
+}
+#endif
+
+/* All registers have 16 rows of 64 bytes. */
+INLINE void set_up(void) {
+    static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } how = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    LOAD_CONFIGURATION(&how);
+}
+
+INLINE void tear_down(void) { RELEASE(); }
+
+/* Registers 0 and 1 have the sums of 16 rows of x and two tiles, 2 and 3 those of 16 more rows. */
+INLINE void take_registers(const int squares, int begun, vt (*sums)[STRIP]) {
+    if (!begun) {
+        CLEAR(0);
+        CLEAR(1);
+        CLEAR(2);
+        CLEAR(3);
+        return;
+    }
+    FILL(0, sums[0]);
+    FILL(1, sums[1]);
+    if (squares == 1) return;
+    FILL(2, sums[0] + SQUARE);
+    FILL(3, sums[1] + SQUARE);
+}
+
+INLINE void keep_registers(const int squares, vt (*sums)[STRIP]) {
+    KEEP(0, sums[0]);
+    KEEP(1, sums[1]);
+    if (squares == 1) return;
+    KEEP(2, sums[0] + SQUARE);
+    KEEP(3, sums[1] + SQUARE);
+}
+
+/* What is fetched with a block: lines of W behind each `next`, and `rows` of the strip of x that comes next. */
+INLINE void fetch_block(const fetched *f, long i, const uint32_t *x, long rows) {
+    for (int n = 0; n < 2; n++)
+        for (long j = 0; f->on[n] && j < BLOCK; j++) __builtin_prefetch(f->next[n] + (i + j) * f->on[n], 0, 2);
+    for (long r = 0; f->strip && r < rows; r++) __builtin_prefetch(x + f->strip + r * BLOCK, 0, 3);
+}
+
+INLINE void meet_squares(const int squares, long rows, const uint32_t *x, const uint32_t *w, long apart, long pairs,
+                         const fetched *f, int begun, vt (*sums)[STRIP]) {
+    take_registers(squares, begun, sums);
+    for (long i = 0; i < pairs; i += BLOCK, x += rows * BLOCK, w += BLOCK * TILE) {
+        fetch_block(f, i, x, rows);
+        FILL(4, x);
+        FILL(6, w);
+        MULTIPLY(0, 4, 6);
+        FILL(7, w + apart);
+        MULTIPLY(1, 4, 7);
+        if (squares == 1) continue;
+        FILL(5, x + SQUARE * BLOCK);
+        MULTIPLY(2, 5, 6);
+        MULTIPLY(3, 5, 7);
+    }
+    keep_registers(squares, sums);
+}
+
+/* `pairs` of a strip of `rows` rows times two tiles, `apart` words from each other; on top of `sums` if they have `begun`. */
+static void meet(long rows, const uint32_t *x, const uint32_t *w, long apart, long pairs, const fetched *f, int begun,
+                 vt (*sums)[STRIP]) {
+    if (rows > SQUARE)
+        meet_squares(2, rows, x, w, apart, pairs, f, begun, sums);
+    else
+        meet_squares(1, rows, x, w, apart, pairs, f, begun, sums);
+}
