@@ -49,6 +49,10 @@ _FIELDS_OF_PART = {
     "video_url": ("video_url", *_LIMITS),
     "video": ("video", "url", *_LIMITS),
 }
+_LABELS = (
+    "uuid",
+    "cache_control",
+)  # of a part: what it is called, and hints about caching, which happens by itself here
 _OTHER_APIS = {"input_text": "text", "input_image": "image_url", "output_text": "text"}  # what a part is called there
 _RIGHT_FORM = {
     "text": {"type": "text", "text": "What is this?"},
@@ -134,7 +138,7 @@ def _read_part(part: Any, place: str, read_source: ReadSource) -> Part:
         known = ", ".join(_FIELDS_OF_PART)
         hint = suggest(_OTHER_APIS.get(kind, kind), _FIELDS_OF_PART) if isinstance(kind, str) else ""
         raise InvalidRequest(f"'{place}.type' must be one of {known}{hint}", param=f"{place}.type")
-    _refuse_unknown(part, ("type", *_FIELDS_OF_PART[kind]), place)
+    _refuse_unknown(part, ("type", *_FIELDS_OF_PART[kind], *_LABELS), place)
     if kind == "text":
         return TextPart(_text(part.get("text"), f"{place}.text", kind))
     if kind == "image_url" or kind == "video_url":

@@ -70,8 +70,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 # What to do instead, where that is more than leaving the field out.
 _INSTEAD: Mapping[str, str] = {
-    "tools": "; 'response_format' asks for JSON that keeps to a schema",
-    "tool_choice": "; 'response_format' asks for JSON that keeps to a schema",
+    "tools": "; for JSON that keeps to a schema there is 'response_format'",
+    "tool_choice": "; for JSON that keeps to a schema there is 'response_format'",
     "request_id": "; the header X-Request-Id carries it",
     "chat_template": "; the checkpoint's own is used",
 }
@@ -215,8 +215,9 @@ def _is_utf_8(text: bytes) -> bool:
 def read_fields(kind: type[Body], body: Mapping[str, Any]) -> Body:
     """`body` as a `kind`. Raises `InvalidRequest` naming the first field that is unknown, unsupported or mistyped."""
     known = kind.model_fields
+    unasked = ("tools",) if body.get("tool_choice") == "none" else ()
     for name, value in body.items():
-        if name in known or name in IGNORED or value is None:
+        if name in known or name in IGNORED or name in unasked or value is None:
             continue
         if name not in NEUTRAL:
             raise InvalidRequest(f"unknown field '{str(name)[:80]}'{_meant(str(name), known)}", param=str(name)[:80])

@@ -49,6 +49,9 @@ class StructuredOutputs(Fields):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    disable_fallback: bool | None = None  # another backend never stands in here
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
 
     def constraints(self) -> Iterator[Constraint]:
         if self.json_object:

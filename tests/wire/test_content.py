@@ -61,6 +61,14 @@ def test_who_speaks_is_a_label(role: str) -> None:
     assert parse({"role": role, "content": "hi", "name": "bob"}) == parse({"role": role, "content": "hi"})
 
 
+def test_labels_of_parts() -> None:
+    """Of vLLM and of Anthropic."""
+    text, picture = {"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": URL}}
+    labelled = {**text, "cache_control": {"type": "ephemeral"}}, {**picture, "uuid": "cat-1"}
+    assert parts_of(*labelled) == parts_of(text, picture)
+    assert "uuid" in refused_part({"type": "image_url", "image_url": {"url": URL, "uuid": "cat-1"}}).message
+
+
 LIMITED: list[tuple[dict[str, Any], MediaPart]] = [
     ({"type": "image_url", "image_url": {"url": URL}}, MediaPart("image", URL)),
     ({"type": "image_url", "image_url": {"url": DATA, "detail": "auto"}}, MediaPart("image", DATA)),
@@ -136,7 +144,7 @@ def test_a_bare_string_for_image_url_shows_the_right_form() -> None:
         ({"type": "text"}, "content[0].text", "must be a string"),
         ({"type": "text", "text": 5}, "content[0].text", "must be a string"),
         ({"type": "text", "text": "\ud800"}, "content[0].text", "surrogates"),
-        ({"type": "text", "text": "x", "cache_control": {}}, "content[0]", "'cache_control' is not supported"),
+        ({"type": "text", "text": "x", "citations": {}}, "content[0]", "'citations' is not supported"),
         ({"type": "image_url"}, "content[0].image_url", "must be an object"),
         ({"type": "image_url", "image_url": {}}, "content[0].image_url.url", "must be a string"),
         ({"type": "image_url", "image_url": {"url": 5}}, "content[0].image_url.url", "must be a string"),

@@ -151,6 +151,12 @@ def test_a_neutral_number_may_be_written_as_a_whole_one() -> None:
     assert chat(length_penalty=1, priority=0.0) == chat()
 
 
+def test_tools_that_must_not_be_called() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chat(tools=tools, tool_choice="none") == chat()
+    assert refused({**BODY, "tools": tools, "tool_choice": "auto"}).param == "tools"
+
+
 def test_what_is_not_supported_says_what_is() -> None:
     assert "'response_format'" in refused({**BODY, "tools": [{"type": "function"}]}).message
     assert "X-Request-Id" in refused({**BODY, "request_id": "mine"}).message

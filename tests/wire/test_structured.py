@@ -57,6 +57,10 @@ def test_vllm_spellings(name: str, value: Any, expected: Constraint) -> None:
 def test_asking_for_nothing() -> None:
     assert constraint(structured_outputs={}) is None
     assert constraint(structured_outputs={"json_object": False}) is None
+    switches = {"disable_fallback": True, "disable_any_whitespace": False, "disable_additional_properties": False}
+    unset = {"regex": None, "whitespace_pattern": None, "structural_tag": None}
+    assert constraint(structured_outputs={**switches, **unset}) is None
+    assert constraint(response_format={"type": "json_object", "json_schema": None, "schema": None}) == Constraint.json()
     assert constraint(structured_outputs={"json_object": True}) == Constraint.json()
     assert constraint(guided_json=SCHEMA, guided_decoding_backend="guidance") == Constraint.json(SCHEMA)
 
@@ -79,6 +83,10 @@ def test_asking_for_nothing() -> None:
             "response_format.json_schema.schema",
         ),
         ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+        ),
         ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guided_choice": []}, "guided_choice"),
