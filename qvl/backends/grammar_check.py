@@ -74,13 +74,19 @@ class GrammarCheck:
             return self._verdicts[key]
 
     async def _try(self, constraint: Constraint) -> str | None:
+        """The verdict. Raises `Overloaded` where the process did not even get its seconds of CPU time."""
         process = await self._ready_process()
         assert process.stdin is not None
         assert process.stdout is not None
         line = b""
-        with contextlib.suppress(asyncio.TimeoutError, ConnectionError):
+        try:
             process.stdin.write(msgspec.json.encode(constraint) + b"\n")
             line = await asyncio.wait_for(process.stdout.readline(), WALL_SECONDS)
+        except asyncio.TimeoutError:
+            await self._end_process()
+            raise Overloaded(f"this machine is too busy to compile '{constraint.param}' now; try again") from None
+        except ConnectionError:
+            pass  # it has ended, as it does when a limit is reached
         if line:
             return msgspec.json.decode(line, type=str | None)
         await self._end_process()

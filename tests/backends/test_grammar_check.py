@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,20 @@ async def test_many_at_once_are_refused_and_leavers_do_no_harm(
     with pytest.raises(InvalidRequest, match="Unimplemented"):
         await checker.check(Constraint.json({"not": {}}))
     await checker.check(Constraint.choice(["0"]))
+
+
+async def test_no_verdict_is_passed_on_what_was_not_tried(
+    checker: GrammarCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is suspended, or far too busy, says nothing about a schema."""
+    await checker.check(Constraint.json())
+    assert checker._process is not None
+    os.kill(checker._process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_check, "WALL_SECONDS", 0.1)
+        with pytest.raises(Overloaded, match="try again"):
+            await checker.check(Constraint.choice(["a"]))
+    await checker.check(Constraint.choice(["a"]))
 
 
 async def test_the_process_ends_with_its_owner(checkpoint: Path) -> None:
