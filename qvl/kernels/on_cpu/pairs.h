@@ -17,7 +17,7 @@
 #define TILE 16        /* rows of W in a tile: a pair of each fills a vector of 64 bytes */
 #define BLOCK 16       /* pairs of a row of x that lie side by side; then those of the next row of its strip */
 #define SPAN 256       /* pairs of two tiles that all strips of a group meet: 32 KiB */
-#define GROUP_TILES 16 /* of W, whose sums are held at a time */
+#define GROUP_TILES 8  /* of W, whose sums are held at a time: a piece of work, of which each thread shall find many */
 #if defined(AMX)
 #define STRIP 32       /* rows of x at most that meet two tiles at a time: 2 x 2 registers of sums */
 #define GROUP_STRIPS 8 /* of x, whose sums are held at a time: they and a span of x lie in a second-level cache */
