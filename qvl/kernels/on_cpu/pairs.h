@@ -21,7 +21,7 @@
 #if defined(AMX)
 #define STRIP 32       /* rows of x at most that meet two tiles at a time: 2 x 2 registers of sums */
 #define GROUP_STRIPS 8 /* of x, whose sums are held at a time: they and a span of x lie in a second-level cache */
-#define AHEAD 512      /* words of a tile that are fetched before they are needed, where it is read once */
+#define AHEAD 1024     /* words of a tile that are fetched before they are needed, where it is read once */
 #else
 #define STRIP 12 /* 24 sums of 32 registers */
 #define GROUP_STRIPS 22

@@ -92,18 +92,17 @@ INLINE void keep_registers(const int squares, vt (*sums)[STRIP]) {
     KEEP(3, sums[1] + SQUARE);
 }
 
-/* What is fetched with a block: lines of W behind each `next`, and `rows` of the strip of x that comes next. */
-INLINE void fetch_block(const fetched *f, long i, const uint32_t *x, long rows) {
+/* Lines of W behind each `next` that are fetched with a block from pair i on. x comes without being asked for. */
+INLINE void fetch_block(const fetched *f, long i) {
     for (int n = 0; n < 2; n++)
         for (long j = 0; f->on[n] && j < BLOCK; j++) __builtin_prefetch(f->next[n] + (i + j) * f->on[n], 0, 2);
-    for (long r = 0; f->strip && r < rows; r++) __builtin_prefetch(x + f->strip + r * BLOCK, 0, 3);
 }
 
 INLINE void meet_squares(const int squares, long rows, const uint32_t *x, const uint32_t *w, long apart, long pairs,
                          const fetched *f, int begun, vt (*sums)[STRIP]) {
     take_registers(squares, begun, sums);
     for (long i = 0; i < pairs; i += BLOCK, x += rows * BLOCK, w += BLOCK * TILE) {
-        fetch_block(f, i, x, rows);
+        fetch_block(f, i);
         FILL(4, x);
         FILL(6, w);
         MULTIPLY(0, 4, 6);
