@@ -72,7 +72,8 @@ class PromptTooLong(InvalidRequest):
 
     def __init__(self, num_tokens: int, limit: int, hint: str = "", *, is_counted: bool = True) -> None:
         has = f"has {num_tokens}" if is_counted else f"has more than {num_tokens}"
-        text = f"the prompt {has} tokens, but this model's context holds {limit} including the answer"
+        # litellm and CrewAI know this error by the words in the middle, not by its code.
+        text = f"the prompt {has} tokens, but this model's maximum context length is {limit} including the answer"
         super().__init__(f"{text}. {hint}" if hint else text, param="messages")
         self.num_tokens = num_tokens
         self.limit = limit

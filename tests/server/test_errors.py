@@ -162,6 +162,7 @@ def test_too_long_a_prompt(server: Live) -> None:
     body = {"messages": [{"role": "user", "content": "x" * 5000}], "stream": True}
     reply = server.post("/v1/chat/completions", body)
     assert (reply.status_code, error_of(reply)["code"]) == (400, "context_length_exceeded")
+    assert "this model's maximum context length is" in error_of(reply)["message"], "litellm knows it by these words"
 
 
 def test_request_ids_are_echoed_when_they_are_harmless(server: Live) -> None:
