@@ -14,7 +14,7 @@ from qvl.kernels.native import NativeUnavailable
 from qvl.kernels.on_cpu import all_layers
 from qvl.kernels.on_cpu.all_layers import MOST
 from qvl.kernels.on_cpu.linear_codes import kernels
-from qvl.kernels.on_cpu.linear_floats import native_product
+from qvl.kernels.on_cpu.linear_floats import FEW, choose_cpu_linear, native_product, whole
 from qvl.kernels.sdpa import GatherAttention
 from qvl.models.cpu_decoder import CpuDecoder, cpu_decoder
 from qvl.models.registry import build_model
@@ -74,7 +74,7 @@ def steps(model: Any, decoder: object, rows: int, count: int) -> tuple[list[Tens
 
 @pytest.mark.parametrize("quantization", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, MOST])
+@pytest.mark.parametrize("rows", [1, 3, FEW, 40])
 @torch.inference_mode()
 def test_one_call_gives_what_layer_by_layer_gives(
     checkpoints: tuple[Path, ...], dtype: torch.dtype, quantization: str, rows: int
@@ -83,7 +83,7 @@ def test_one_call_gives_what_layer_by_layer_gives(
     counted = Counted(model.cpu_decoder)
     expected, known = steps(model, None, rows, 3)
     got, pages = steps(model, counted, rows, 3)
-    assert counted.made[-3:] == [True] * 3
+    assert counted.made[-3:] == [rows <= model.cpu_decoder.own.call.products.most] * 3
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     for one, other in zip(known.cache, pages.cache, strict=True):
         assert torch.equal(one[0], other[0])
@@ -107,7 +107,9 @@ def test_it_is_as_near_the_reference_as_the_rest(checkpoints: tuple[Path, ...], 
 def test_other_steps_go_layer_by_layer(checkpoints: tuple[Path, ...]) -> None:
     model = load(checkpoints[0], torch.float32, "none")
     counted = Counted(model.cpu_decoder)
-    _, pages = steps(model, counted, MOST + 1, 1)
+    most = counted.own.call.products.most
+    assert most == (FEW if choose_cpu_linear(torch.float32).several is whole else MOST)
+    _, pages = steps(model, counted, most + 1, 1)
     made = list(counted.made)
     assert not made[-1]  # more rows than it takes
     hidden, positions = model.embed(torch.arange(3)), torch.full((3, 3), 60)

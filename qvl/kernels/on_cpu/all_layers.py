@@ -23,7 +23,7 @@ from qvl.kernels.on_cpu.paged_attention import TYPES, Plan
 from qvl.layers.attention import Heads, KVCache
 
 SOURCE = Path(__file__).with_name("all_layers.c")
-MOST = linear_floats.FEW  # rows of a step; more are bound by arithmetic, and other products are made for them
+MOST = linear_floats.SEVERAL  # rows of a step; with more, what is saved between the parts goes unnoticed
 BITS = {"int8": 8, "int4": 4}
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -48,6 +48,7 @@ class Products:
     bits: int  # 0: numbers
     pairs: bool = False
     split: bool = False  # see linear_floats.c
+    most: int = MOST  # rows; for more, another one was chosen
 
     def scratch(self, rows: int, width: int) -> int:
         """Floats that it needs for so many rows of x."""
@@ -101,7 +102,7 @@ class CpuDecode:
 
     def takes(self, rows: int, plan: Any) -> TypeGuard[Plan]:
         """Whether a step was planned for compiled attention, is of decodes alone, and few enough."""
-        return isinstance(plan, Plan) and 0 < rows <= MOST and plan.num_decodes == rows
+        return isinstance(plan, Plan) and 0 < rows <= self.products.most and plan.num_decodes == rows
 
     def run(
         self,
@@ -172,14 +173,15 @@ def compiled_products(dtype: torch.dtype, form: str | None) -> Products | None:
         return None if library is None else Products(_address(library.qvl_linear_pairs), 0, pairs=True)
     if form is not None:
         return None
-    few = linear_floats.choose_cpu_linear(dtype).few
+    chosen = linear_floats.choose_cpu_linear(dtype)
     try:
-        if few is not linear_floats.native_product(dtype):
+        if chosen.few is not linear_floats.native_product(dtype):
             return None
         function = getattr(load_native(linear_floats.SOURCE), linear_floats.NAMES[dtype])
     except NativeUnavailable:
         return None
-    return Products(_address(function), 0, split=dtype == torch.bfloat16)
+    most = MOST if chosen.several is chosen.few else linear_floats.FEW
+    return Products(_address(function), 0, split=dtype == torch.bfloat16, most=most)
 
 
 def _address(function: Any) -> int:
