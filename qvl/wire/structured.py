@@ -27,14 +27,23 @@ class JsonSchemaFields(Fields):
 
 
 class ResponseFormat(Fields):
+    """`value` and `schema` are where TGI (and so huggingface_hub) and llama.cpp take the schema of a "json_object"."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFields | None = None
+    value: dict[str, Any] | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
     def constraints(self) -> Iterator[Constraint]:
+        beside = {"value": self.value, "schema": self.schema_}
+        given = [(f"response_format.{name}", schema) for name, schema in beside.items() if schema is not None]
+        if given and (self.type != "json_object" or len(given) > 1):
+            raise InvalidRequest(f"'{given[-1][0]}' is too much for the type '{self.type}'", param=given[-1][0])
         if self.json_schema is not None and self.type != "json_schema":
             raise InvalidRequest(f"'json_schema' is not for the type '{self.type}'", param="response_format")
         if self.type == "json_object":
-            yield Constraint.json(param="response_format")
+            param, schema = given[0] if given else ("response_format", None)
+            yield Constraint.json(schema, param=param)
         elif self.type == "json_schema":
             schema = None if self.json_schema is None else self.json_schema.schema_
             if schema is None:

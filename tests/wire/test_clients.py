@@ -86,6 +86,13 @@ BODIES: dict[str, dict[str, Any]] = {
         },
         "messages": [{"role": "user", "content": [PICTURE, TEXT]}],
     },
+    "huggingface_hub": {
+        "messages": [
+            {"role": "user", "content": [PICTURE, TEXT]},
+            {"role": "assistant", "content": "x", "reasoning": None, "tool_call_id": None, "tool_calls": None},
+        ],
+        "response_format": {"type": "json_object", "value": SCHEMA},
+    },
     "Outlines": {"messages": [{"role": "user", "content": [TEXT, PICTURE]}], "structured_outputs": {"json": SCHEMA}},
     "Open WebUI": {
         "messages": [{"role": "user", "content": [TEXT, PICTURE]}],

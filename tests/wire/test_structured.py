@@ -36,6 +36,15 @@ def test_openai_spellings() -> None:
     assert list(json.loads(found.text)["properties"]) == ["b", "a"], "properties keep their order: answers follow it"
 
 
+@pytest.mark.parametrize("name", ["value", "schema"])
+def test_a_schema_beside_json_object(name: str) -> None:
+    """How huggingface_hub writes every schema (for TGI), and how llama.cpp's server takes one."""
+    found = constraint(response_format={"type": "json_object", name: SCHEMA})
+    assert found == Constraint.json(SCHEMA)
+    assert found is not None
+    assert found.param == f"response_format.{name}"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -87,6 +96,8 @@ def test_asking_for_nothing() -> None:
             {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
             "structured_outputs.disable_any_whitespace",
         ),
+        ({"response_format": {"type": "json_object", "schema": {}, "value": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "text", "value": {}}}, "response_format.value"),
         ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guided_choice": []}, "guided_choice"),
