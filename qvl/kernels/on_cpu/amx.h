@@ -8,54 +8,42 @@
 #pragma once
 #include "four.h"
 
-#if defined(__AMX_INT8__) && defined(VNNI) && BYTES == 64 && defined(__linux__) && !defined(QVL_WITHOUT_AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(QVL_PORTABLE) && BYTES == 64 && !defined(QVL_WITHOUT_AMX)
 #define AMX 1
-#define SET_UP(how) _tile_loadconfig(how)
-#define TEAR_DOWN() _tile_release()
-#define CLEAR(r) _tile_zero(r)
-#define FILL(r, from, stride) _tile_loadd(r, from, stride)
-#define KEEP(r, to) _tile_stored(r, to, 64)
-#define MULTIPLY(sums, x, w) _tile_dpbssd(sums, x, w)
-#define SETTLE() __asm__ volatile("" ::: "memory") /* stores come before what reads them without the compiler's knowing */
-
-/* Linux gives a process these registers when it asks (ARCH_REQ_XCOMP_PERM, XTILEDATA), if it has them. */
-static int amx_runs(void) {
-    static _Atomic int state; /* 0: not asked yet; threads that ask at once get the same answer */
-    if (!state) state = syscall(SYS_arch_prctl, 0x1023, 18) ? -1 : 1;
-    return state > 0;
-}
-#elif defined(QVL_PORTABLE) && BYTES == 64 && !defined(QVL_WITHOUT_AMX) /* the same in C, for tests */
+#define REGISTERS_IN_C 1
+#elif defined(__AMX_INT8__) && defined(VNNI) && BYTES == 64 && defined(__linux__) && !defined(QVL_WITHOUT_AMX)
 #define AMX 1
-static _Thread_local int8_t matrix_registers[8][16][64];
-#define SET_UP(how) ((void)(how))
-#define TEAR_DOWN() ((void)0)
-#define CLEAR(r) memset(matrix_registers[r], 0, 1024)
-#define FILL(r, from, stride) \
-    for (long i_ = 0; i_ < 16; i_++) memcpy(matrix_registers[r][i_], (from) + i_ * (stride), 64)
-#define KEEP(r, to) memcpy(to, matrix_registers[r], 1024)
-#define MULTIPLY(sums, x, w) multiply_portably(sums, x, w)
-#define SETTLE() ((void)0)
-static int amx_runs(void) { return 1; }
+#endif
 
-static void multiply_portably(int sums, int x, int w) {
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) {
-            int32_t sum;
-            memcpy(&sum, matrix_registers[sums][i] + 4 * j, 4);
-            for (int k = 0; k < 64; k++) sum += matrix_registers[x][i][k] * matrix_registers[w][k / 4][4 * j + k % 4];
-            memcpy(matrix_registers[sums][i] + 4 * j, &sum, 4);
-        }
-}
+#if defined(AMX)
+#include "matrix_registers.h"
 #else
-static int amx_runs(void) { return 0; }
+static int has_registers(void) { return 0; }
 #endif
 
 #define AMX_TILES 32 /* of W in a piece of work */
 
+#if defined(REGISTERS_IN_C)
+#define MULTIPLY(sums, x, w) multiply_portably(sums, x, w)
+
+static void multiply_portably(int sums, int x, int w) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) {
+            const int8_t *row = (const int8_t *)matrix_registers[x][i];
+            int32_t sum = (int32_t)matrix_registers[sums][i][j];
+            for (int k = 0; k < 16; k++) {
+                const int8_t *four = (const int8_t *)&matrix_registers[w][k][j];
+                for (int b = 0; b < 4; b++) sum += row[4 * k + b] * four[b];
+            }
+            matrix_registers[sums][i][j] = (uint32_t)sum;
+        }
+}
+#else
+#define MULTIPLY(sums, x, w) _tile_dpbssd(sums, x, w)
+#endif
+
 /* Whether m rows of x are multiplied here. */
-INLINE int amx_takes(long m) { return m > STRIP && amx_runs(); }
+INLINE int amx_takes(long m) { return m > STRIP && has_registers(); }
 
 /* Whether m rows of x stand side by side: sixteen of them, BLOCK8 numbers of each at a time. Then what is multiplied next
  * lies in as many lines of a cache, one behind the other, and no step of a loop computes where. */
@@ -84,22 +72,15 @@ typedef struct {
 
 /* One step of it: registers 4 and 5 have x, 6 and 7 W. */
 INLINE void amx_step(const int tiles, const int strips, const int8_t *w, long apart, const int8_t *x, long next) {
-    FILL(4, x, 64);
-    if (strips > 1) FILL(5, x + next, 64);
-    FILL(6, w, 64);
+    FILL(4, x);
+    if (strips > 1) FILL(5, x + next);
+    FILL(6, w);
     MULTIPLY(0, 4, 6);
     if (strips > 1) MULTIPLY(1, 5, 6);
     if (tiles == 1) return;
-    FILL(7, w + apart, 64);
+    FILL(7, w + apart);
     MULTIPLY(2, 4, 7);
     if (strips > 1) MULTIPLY(3, 5, 7);
-}
-
-INLINE void amx_clear(void) {
-    CLEAR(0);
-    CLEAR(1);
-    CLEAR(2);
-    CLEAR(3);
 }
 
 INLINE void amx_keep(const int tiles, const int strips, squares whole) {
@@ -142,7 +123,7 @@ INLINE void amx_spans(const int bits, const int tiles, const int strips, const a
     for (long at = a->from; at < a->stop + SPAN; at += SPAN) {
         squares *own = whole[at / SPAN % 2], *last = whole[(at / SPAN + 1) % 2];
         const long steps = at < a->stop ? (a->stop - at < SPAN ? a->stop - at : SPAN) / STEP : 0;
-        amx_clear();
+        clear_sums();
         for (long i = 0; i < STEPS; i++) {
             if (i < steps) {
                 amx_step(tiles, strips, w, a->apart, x, next);
@@ -151,7 +132,7 @@ INLINE void amx_spans(const int bits, const int tiles, const int strips, const a
             if (at > a->from) amx_scale(bits, tiles, strips, a, at - SPAN, i, last, sums);
             if (bits == 4 && i % 2 && i < steps) {
                 amx_keep(tiles, strips, own[i / 2]);
-                amx_clear();
+                clear_sums();
             }
         }
         if (bits == 8 && steps) amx_keep(tiles, strips, own[0]);
@@ -220,14 +201,12 @@ INLINE void amx_pair(const int bits, const product *p, long t, long last, long c
 
 /* Tiles [first, last) times all of x. */
 INLINE void amx_tiles(const int bits, const product *p, long first, long last) {
-    static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } how = {
-        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    SET_UP(&how);
+    configure_registers();
     for (long from = 0; from < p->k; from += AMX_CHUNK)
         for (long c = 0; c < p->m; c += AMX_ROWS)
             for (long t = first; t < last; t += 2)
                 amx_pair(bits, p, t, last, c, p->m - c < AMX_ROWS ? p->m : c + AMX_ROWS, from,
                          p->k - from < AMX_CHUNK ? p->k : from + AMX_CHUNK);
-    TEAR_DOWN();
+    RELEASE();
 }
 #endif

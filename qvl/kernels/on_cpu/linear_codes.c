@@ -172,4 +172,4 @@ void qvl_quantise4(const float *x, uint8_t *w, uint16_t *steps, long first, long
     qvl_share(count, count * width > 65536 ? threads : 1, write4, &p);
 }
 
-const char *qvl_quantised_path(void) { return amx_runs() ? PATH " and AMX" : PATH; }
+const char *qvl_quantised_path(void) { return has_registers() ? PATH " and AMX" : PATH; }

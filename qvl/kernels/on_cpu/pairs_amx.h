@@ -10,34 +10,17 @@
 
 #define SQUARE 16 /* rows of a register */
 
-#if !defined(QVL_PAIRED_AMX)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define PATH "AMX"
-#define LOAD_CONFIGURATION(how) _tile_loadconfig(how)
-#define RELEASE() _tile_release()
-#define CLEAR(r) _tile_zero(r)
-#define FILL(r, from) _tile_loadd(r, from, 64)
-#define KEEP(r, to) _tile_stored(r, to, 64)
-#define MULTIPLY(sums, x, w) _tile_dpbf16ps(sums, x, w)
+#if defined(QVL_PAIRED_AMX)
+#define REGISTERS_IN_C 1
+#endif
+#include "matrix_registers.h"
 
-/* Linux gives a process these registers when it asks (ARCH_REQ_XCOMP_PERM, XTILEDATA), if it has them. */
-static int can_meet(void) {
-    static _Atomic int state; /* 0: not asked yet; threads that ask at once get the same answer */
-    if (!state) state = syscall(SYS_arch_prctl, 0x1023, 18) ? -1 : 1;
-    return state > 0;
-}
+#if !defined(REGISTERS_IN_C)
+#define PATH "AMX"
+#define MULTIPLY(sums, x, w) _tile_dpbf16ps(sums, x, w)
 #else
 #define PATH "portable, by matrices"
-#define LOAD_CONFIGURATION(how) ((void)(how))
-#define RELEASE() ((void)0)
-#define CLEAR(r) memset(matrix_registers[r], 0, 1024)
-#define FILL(r, from) memcpy(matrix_registers[r], from, 1024)
-#define KEEP(r, to) memcpy(to, matrix_registers[r], 1024)
 #define MULTIPLY(sums, x, w) multiply_portably(sums, x, w)
-static _Thread_local uint32_t matrix_registers[8][SQUARE][16];
-static int can_meet(void) { return 1; }
 
 static float number(uint32_t bits) {
     float out;
@@ -59,22 +42,14 @@ static void multiply_portably(int sums, int x, int w) {
 }
 #endif
 
-/* All registers have 16 rows of 64 bytes. */
-INLINE void set_up(void) {
-    static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } how = {
-        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    LOAD_CONFIGURATION(&how);
-}
-
+INLINE int can_meet(void) { return has_registers(); }
+INLINE void set_up(void) { configure_registers(); }
 INLINE void tear_down(void) { RELEASE(); }
 
 /* Registers 0 and 1 have the sums of 16 rows of x and two tiles, 2 and 3 those of 16 more rows. */
 INLINE void take_registers(const int squares, int begun, vt (*sums)[STRIP]) {
     if (!begun) {
-        CLEAR(0);
-        CLEAR(1);
-        CLEAR(2);
-        CLEAR(3);
+        clear_sums();
         return;
     }
     FILL(0, sums[0]);
