@@ -79,10 +79,11 @@ class ConstraintFields(Fields):
     guided_grammar: str | None = None
 
     def constraint(self) -> Constraint | None:
-        """Raises `InvalidRequest` for more than one, and for one that says nothing."""
+        """Raises `InvalidRequest` for two that differ, and for one that says nothing."""
         found = list(self._constraints())
-        if len(found) > 1:
-            raise InvalidRequest(f"'{found[0].param}' and '{found[1].param}' exclude each other", param=found[1].param)
+        for other in found[1:]:
+            if other != found[0]:  # the same may be said twice, for old and for new versions of a server
+                raise InvalidRequest(f"'{found[0].param}' and '{other.param}' exclude each other", param=other.param)
         return found[0] if found else None
 
     def _constraints(self) -> Iterator[Constraint]:

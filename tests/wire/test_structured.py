@@ -63,6 +63,12 @@ def test_vllm_spellings(name: str, value: Any, expected: Constraint) -> None:
     assert (new.param, old.param) == (f"structured_outputs.{name}", f"guided_{name}")
 
 
+def test_the_same_may_be_asked_for_twice() -> None:
+    """guidance writes a grammar in the words of new and of old versions of vLLM at once."""
+    twice = {"structured_outputs": {"grammar": 'start: "x"'}, "guided_grammar": 'start: "x"'}
+    assert constraint(**twice) == Constraint.grammar('start: "x"')
+
+
 def test_asking_for_nothing() -> None:
     assert constraint(structured_outputs={}) is None
     assert constraint(structured_outputs={"json_object": False}) is None
