@@ -27,6 +27,9 @@ _ELSEWHERE = {
     "api/chat": "/v1/chat/completions",
     "api/generate": "/v1/completions",
     "api/tags": "/v1/models",
+    "api/chat/completions": "/v1/chat/completions",
+    "api/completions": "/v1/completions",
+    "api/models": "/v1/models",
 }
 
 

@@ -130,6 +130,9 @@ def test_unknown_routes_and_wrong_methods(server: Live) -> None:
         ("/api/chat", "/v1/chat/completions"),
         ("/api/tags", "/v1/models"),
         ("/api/generate", "/v1/completions"),
+        ("/api/v1/chat/completions", "/v1/chat/completions"),  # OpenRouter's base URL, and Open WebUI's
+        ("/api/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/models", "/v1/models"),
         ("/v1/embeddings", None),
         ("/v1", None),
     ],
