@@ -27,7 +27,9 @@ class JsonSchemaFields(Fields):
 
 
 class ResponseFormat(Fields):
-    """`value` and `schema` are where TGI (and so huggingface_hub) and llama.cpp take the schema of a "json_object"."""
+    """`value` and `schema` are where TGI (and so huggingface_hub) and llama.cpp take the schema of a "json_object";
+    llama.cpp takes `schema` as that of a "json_schema" too.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFields | None = None
@@ -35,21 +37,27 @@ class ResponseFormat(Fields):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
     def constraints(self) -> Iterator[Constraint]:
-        beside = {"value": self.value, "schema": self.schema_}
-        given = [(f"response_format.{name}", schema) for name, schema in beside.items() if schema is not None]
-        if given and (self.type != "json_object" or len(given) > 1):
-            raise InvalidRequest(f"'{given[-1][0]}' is too much for the type '{self.type}'", param=given[-1][0])
+        param, beside = self._schema_beside()
         if self.json_schema is not None and self.type != "json_schema":
             raise InvalidRequest(f"'json_schema' is not for the type '{self.type}'", param="response_format")
         if self.type == "json_object":
-            param, schema = given[0] if given else ("response_format", None)
-            yield Constraint.json(schema, param=param)
+            yield Constraint.json(beside or None, param=param)  # what any value would keep to is an object here
         elif self.type == "json_schema":
-            schema = None if self.json_schema is None else self.json_schema.schema_
-            if schema is None:
-                param = "response_format.json_schema" + (".schema" if self.json_schema is not None else "")
+            if self.json_schema is not None:
+                param, beside = "response_format.json_schema.schema", self.json_schema.schema_
+            if beside is None:
+                param = "response_format.json_schema" if self.json_schema is None else param
                 raise InvalidRequest(f"'{param}' is missing", param=param)
-            yield Constraint.json(schema, param="response_format.json_schema.schema")
+            yield Constraint.json(beside, param=param)
+
+    def _schema_beside(self) -> tuple[str, dict[str, Any] | None]:
+        """The schema that stands beside the type, and the name of its field."""
+        fields = {"value": self.value, "schema": self.schema_}
+        given = [(f"response_format.{name}", schema) for name, schema in fields.items() if schema is not None]
+        alone = self.type == "json_schema" and self.value is None and self.json_schema is None
+        if given and (len(given) > 1 or not (alone or self.type == "json_object")):
+            raise InvalidRequest(f"'{given[-1][0]}' is too much for the type '{self.type}'", param=given[-1][0])
+        return given[0] if given else ("response_format", None)
 
 
 class StructuredOutputs(Fields):

@@ -43,6 +43,15 @@ def test_a_schema_beside_json_object(name: str) -> None:
     assert found == Constraint.json(SCHEMA)
     assert found is not None
     assert found.param == f"response_format.{name}"
+    assert constraint(response_format={"type": "json_object", name: {}}) == Constraint.json(), "still an object"
+
+
+def test_a_schema_beside_json_schema() -> None:
+    """llama.cpp's other way; `value` there would hold more than the schema."""
+    found = constraint(response_format={"type": "json_schema", "schema": SCHEMA})
+    assert found == Constraint.json(SCHEMA)
+    assert found is not None
+    assert found.param == "response_format.schema"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,11 @@ def test_asking_for_nothing() -> None:
         ),
         ({"response_format": {"type": "json_object", "schema": {}, "value": {}}}, "response_format.schema"),
         ({"response_format": {"type": "text", "value": {}}}, "response_format.value"),
+        ({"response_format": {"type": "json_schema", "value": {}}}, "response_format.value"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}, "schema": {}}},
+            "response_format.schema",
+        ),
         ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guided_choice": []}, "guided_choice"),
