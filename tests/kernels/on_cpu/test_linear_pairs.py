@@ -159,6 +159,14 @@ def test_x_may_be_a_view_and_may_be_empty(flags: tuple[str, ...]) -> None:
 
 
 @BUILDS
+def test_activations_are_rounded_to_the_nearest(flags: tuple[str, ...]) -> None:
+    """Ties to even, what is not finite too, as torch rounds."""
+    exact = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-9, 3.4e38, float("inf"), float("nan")])
+    out = compiled_product(library(flags), hold(torch.ones(1, 1)), exact.unsqueeze(1), None)[:, 0]
+    assert torch.equal(out.nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))
+
+
+@BUILDS
 @pytest.mark.parametrize("rows", [3, 20, 70])
 def test_what_is_not_finite_stays_in_its_row(rows: int, flags: tuple[str, ...]) -> None:
     built, x, matrix = library(flags), torch.randn(rows, 1100), hold(torch.randn(9, 1100))
