@@ -94,7 +94,7 @@ class PromptFields(Fields):
             limits=limits,
             add_generation_prompt=not continues and self.add_generation_prompt is not False,
             continue_final_message=continues,
-            add_vision_id=bool(self.add_vision_id or template.add_vision_id),
+            add_vision_id=bool(template.add_vision_id if self.add_vision_id is None else self.add_vision_id),
             cache_salt=cache_salt or "",
         )
 

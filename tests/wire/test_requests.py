@@ -90,6 +90,7 @@ def test_prompt_fields_act() -> None:
     assert (continued.continue_final_message, continued.add_generation_prompt) == (True, False)
     assert chat(add_vision_id=True).add_vision_id
     assert chat(chat_template_kwargs={"add_vision_id": True}).add_vision_id
+    assert not chat(add_vision_id=False, chat_template_kwargs={"add_vision_id": True}).add_vision_id
     assert chat(chat_template_kwargs={"enable_thinking": False, "thinking": False}) == chat()
     assert chat(cache_salt="tenant").cache_salt == "tenant"
     limits = {"min_pixels": 3136, "max_pixels": 50_176, "fps": 1}
