@@ -49,10 +49,7 @@ _FIELDS_OF_PART = {
     "video_url": ("video_url", *_LIMITS),
     "video": ("video", "url", *_LIMITS),
 }
-_LABELS = (
-    "uuid",
-    "cache_control",
-)  # of a part: what it is called, and hints about caching, which happens by itself here
+_LABELS = ("uuid", "cache_control")  # of a part: what it is called; hints about caching, which happens by itself here
 _OTHER_APIS = {"input_text": "text", "input_image": "image_url", "output_text": "text"}  # what a part is called there
 _RIGHT_FORM = {
     "text": {"type": "text", "text": "What is this?"},
