@@ -15,15 +15,15 @@
 #define AMX 1
 #endif
 
-#if defined(AMX)
-#include "matrix_registers.h"
-#else
-static int has_registers(void) { return 0; }
-#endif
-
 #define AMX_TILES 32 /* of W in a piece of work */
 
-#if defined(REGISTERS_IN_C)
+#if !defined(AMX)
+static int has_registers(void) { return 0; }
+#elif !defined(REGISTERS_IN_C)
+#include "matrix_registers.h"
+#define MULTIPLY(sums, x, w) _tile_dpbssd(sums, x, w)
+#else
+#include "matrix_registers.h"
 #define MULTIPLY(sums, x, w) multiply_portably(sums, x, w)
 
 static void multiply_portably(int sums, int x, int w) {
@@ -38,8 +38,6 @@ static void multiply_portably(int sums, int x, int w) {
             matrix_registers[sums][i][j] = (uint32_t)sum;
         }
 }
-#else
-#define MULTIPLY(sums, x, w) _tile_dpbssd(sums, x, w)
 #endif
 
 /* Whether m rows of x are multiplied here. */

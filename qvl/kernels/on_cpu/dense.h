@@ -21,16 +21,6 @@
 #define KEEP(v) ((void)0)
 #endif
 
-/* Rounded to the nearest, ties to even; NaN stays NaN. */
-INLINE vh_u bf16_of(vf v) {
-#ifdef __AVX512BF16__
-    return (vh_u)_mm512_cvtneps_pbh((__m512)v);
-#else
-    vi bits = (vi)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((vi)choose(v != v, (vf)(bits >> 16 | 64), (vf)rounded), vh_u);
-#endif
-}
-
 INLINE vf greater(vf a, vf b) {
 #if LANES == 16
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);

@@ -87,20 +87,26 @@ INLINE vf pair_add(vf c, vf a, vf b) {
 }
 #endif
 
-/* GROUP numbers, rounded to the nearest in bf16. */
+INLINE vf choose(vs mask, vf a, vf b) { return (vf)(((vs)a & mask) | ((vs)b & ~mask)); }
+
+/* Rounded to the nearest in bf16, ties to even; NaN stays NaN. */
+INLINE vh_u bf16_of(vf v) {
+#if defined(__AVX512BF16__) && !defined(QVL_PAIRED)
+    return (vh_u)_mm512_cvtneps_pbh((__m512)v);
+#else
+    vi bits = (vi)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((vi)choose(v != v, (vf)(bits >> 16 | 64), (vf)rounded), vh_u);
+#endif
+}
+
+/* GROUP numbers, likewise. */
 INLINE vf rounded_pairs(const float *x) {
 #if defined(__AVX512BF16__) && !defined(QVL_PAIRED)
     return (vf)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + LANES), _mm512_loadu_ps(x));
 #else
-    uint16_t numbers[GROUP];
-    for (int i = 0; i < GROUP; i++) {
-        uint32_t bits, even;
-        memcpy(&bits, x + i, 4);
-        even = bits >> 16 & 1;
-        numbers[i] = x[i] != x[i] ? bits >> 16 | 64 : (bits + 0x7fff + even) >> 16;
-    }
+    const vh_u halves[2] = {bf16_of(f32_low(x)), bf16_of(f32_high(x))};
     vf out;
-    memcpy(&out, numbers, sizeof out);
+    memcpy(&out, halves, sizeof out);
     return out;
 #endif
 }
@@ -110,8 +116,6 @@ INLINE float sum(vf v) {
     for (int i = 0; i < LANES; i++) s += v[i];
     return s;
 }
-
-INLINE vf choose(vs mask, vf a, vf b) { return (vf)(((vs)a & mask) | ((vs)b & ~mask)); }
 
 /* e^x to a few units in the last place; 0 far below -87, infinity above 88.8 at most, NaN stays NaN. */
 INLINE vf exponential(vf x) {
