@@ -24,7 +24,7 @@ from qvl.layers.attention import Heads, KVCache
 
 SOURCE = Path(__file__).with_name("all_layers.c")
 MOST = linear_floats.SEVERAL  # rows of a step; with more, what is saved between the parts goes unnoticed
-BITS = {"int8": 8, "int4": 4}
+BITS: dict[str | None, int] = {"int8": 8, "int4": 4}
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -40,27 +40,28 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """The function that multiplies with all matrices of the layers: with codes of `bits`, in `pairs`, or as they were
-    loaded.
-    """
+    """The function that multiplies with all matrices of the layers, which are held in `form`; None: as loaded."""
 
     function: int  # its address
-    bits: int  # 0: numbers
-    pairs: bool = False
+    form: str | None
     split: bool = False  # see linear_floats.c
     most: int = MOST  # rows; for more, another one was chosen
 
+    @property
+    def bits(self) -> int:
+        """Of a code; 0 for numbers."""
+        return BITS.get(self.form, 0)
+
     def scratch(self, rows: int, width: int) -> int:
         """Floats that it needs for so many rows of x."""
-        if not self.pairs and not self.bits:
+        if self.form is None:
             return rows * (width + linear_floats.GROUP)
-        library = linear_pairs.kernels().library if self.pairs else linear_codes.kernels().library
+        library = (linear_pairs if self.form == "pairs" else linear_codes).kernels().library
         assert library is not None
-        if self.pairs:
+        if self.form == "pairs":
             num_bytes: int = library.qvl_pairs_scratch(rows, width)
         else:
-            filled = width + 8 * linear_codes.BLOCK_BYTES // self.bits
-            num_bytes = library.qvl_quantised_scratch(rows, filled)
+            num_bytes = library.qvl_quantised_scratch(rows, width + 8 * linear_codes.BLOCK_BYTES // self.bits)
         return num_bytes // 4 + 1
 
 
@@ -167,10 +168,10 @@ def compiled_products(dtype: torch.dtype, form: str | None) -> Products | None:
     """What multiplies with such matrices where it is compiled and chosen for few rows."""
     if form in BITS:
         library = linear_codes.kernels().library
-        return None if library is None else Products(_address(library.qvl_quantised_linear), BITS[form])
+        return None if library is None else Products(_address(library.qvl_quantised_linear), form)
     if form == "pairs":
         library = linear_pairs.kernels().library
-        return None if library is None else Products(_address(library.qvl_linear_pairs), 0, pairs=True)
+        return None if library is None else Products(_address(library.qvl_linear_pairs), form)
     if form is not None:
         return None
     chosen = linear_floats.choose_cpu_linear(dtype)
@@ -181,7 +182,7 @@ def compiled_products(dtype: torch.dtype, form: str | None) -> Products | None:
     except NativeUnavailable:
         return None
     most = MOST if chosen.several is chosen.few else linear_floats.FEW
-    return Products(_address(function), 0, split=dtype == torch.bfloat16, most=most)
+    return Products(_address(function), None, split=dtype == torch.bfloat16, most=most)
 
 
 def _address(function: Any) -> int:
