@@ -18,19 +18,14 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.fused import quick_gelu
-from qvl.kernels.native import NativeUnavailable, load_native, threads_for
+from qvl.kernels.native import NativeUnavailable, threads_for
 from qvl.kernels.on_cpu.large_pages import in_large_pages
-from qvl.kernels.on_cpu.matrix_registers import told_to_do_without
+from qvl.kernels.on_cpu.matrices import Kernels, load_kernels, product_by_panels
 
 SOURCE = Path(__file__).with_name("linear_codes.c")
-# A sum is rounded alike whatever loop the compiler puts it into; and where a loop of few instructions begins decides
-# about a tenth of the time of a single row.
-FLAGS = ("-ffp-contract=off", "-falign-loops=64")
 PORTABLE = ("-DQVL_PORTABLE=16",)
-WITHOUT_AMX = ("-DQVL_WITHOUT_AMX",)
 ROWS, BLOCK_BYTES, SPAN = 16, 64, 512  # as in the C files: rows of a tile, bytes of a row in a block, one scale of x
 STEP_PARTS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # of the step that just reaches the largest number
-PANEL_NUMBERS = 2 * 1024 * 1024
 SMALLEST = 1e-30
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -100,16 +95,8 @@ class QuantisedMatrix:
         """
         library = kernels().library
         if library is None:
-            return product_with_torch(self, quick_gelu(x) if gelu else x, bias)
+            return product_by_panels(self, quick_gelu(x) if gelu else x, bias)
         return compiled_product(library, self, x, bias, gelu)
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """The compiled library, or None where torch does the work; and why."""
-
-    library: Any | None
-    reason: str
 
 
 @functools.cache
@@ -132,8 +119,7 @@ def kernels() -> Kernels:
 
 def open_library(flags: tuple[str, ...] = ()) -> Any:
     """The library with its signatures set. Raises NativeUnavailable."""
-    limits = WITHOUT_AMX if told_to_do_without() else ()
-    library = load_native(SOURCE, (*FLAGS, *limits, *flags))
+    library = load_kernels(SOURCE, flags)
     library.qvl_quantised_linear.argtypes = (_I, _I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I)
     for name in ("qvl_quantise8", "qvl_quantise4"):
         getattr(library, name).argtypes = (_P, _P, _P, _L, _L, _L, _L, _I)
@@ -195,16 +181,6 @@ def rounded(x: Tensor) -> Tensor:  # fp32 [n, width] -> fp32 [n, width]
         back = torch.where(most > SMALLEST, 127 / most, torch.zeros(()))
         parts.append((part * back).round() * (most / 127))
     return torch.cat(parts, dim=-1)
-
-
-def product_with_torch(matrix: QuantisedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`QuantisedMatrix.product` without a compiled library: some rows at a time in fp32, activations as they are."""
-    step = max(1, PANEL_NUMBERS // matrix.width)
-    out = torch.empty(x.shape[0], matrix.rows)
-    for start in range(0, matrix.rows, step):
-        ids = torch.arange(start, min(start + step, matrix.rows))
-        out[:, start : start + step] = x @ matrix.read(ids).T
-    return out if bias is None else out.add_(bias)
 
 
 def write_with_torch(matrix: QuantisedMatrix, first: int, values: Tensor) -> None:

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.fused import quick_gelu
-from qvl.kernels.native import NativeUnavailable, load_native, threads_for
+from qvl.kernels.native import NativeUnavailable, threads_for
 from qvl.kernels.on_cpu.large_pages import in_large_pages
-from qvl.kernels.on_cpu.matrix_registers import told_to_do_without
+from qvl.kernels.on_cpu.matrices import Kernels, load_kernels, product_by_panels
 
 SOURCE = Path(__file__).with_name("linear_pairs.c")
-FLAGS = ("-ffp-contract=off", "-falign-loops=64")
 PORTABLE = ("-DQVL_PAIRED",)  # the same in C, for tests,
 PORTABLE_AMX = (*PORTABLE, "-DQVL_PAIRED_AMX")  # and what registers for matrices do
-WITHOUT_AMX = ("-DQVL_WITHOUT_AMX",)
 ROWS, MULTIPLE = 16, 32  # rows of a tile; what the width is filled up to: 16 pairs of 16 rows fill a register of AMX
-PANEL_NUMBERS = 2 * 1024 * 1024
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 _log = logging.getLogger("qvl.kernels")
@@ -84,14 +81,6 @@ class PairMatrix:
         return compiled_product(library, self, x, bias, gelu)
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """The compiled library, or None where there is none; and why."""
-
-    library: Any | None
-    reason: str
-
-
 @functools.cache
 def kernels() -> Kernels:
     """What multiplies pairs here; decided once per process, by trying. Without a library a matrix is better held row by
@@ -111,8 +100,7 @@ def kernels() -> Kernels:
 
 def open_library(flags: tuple[str, ...] = ()) -> Any:
     """The library with its signatures set. Raises NativeUnavailable."""
-    limits = WITHOUT_AMX if told_to_do_without() else ()
-    library = load_native(SOURCE, (*FLAGS, *limits, *flags))
+    library = load_kernels(SOURCE, flags)
     library.qvl_pairs_path.restype = ctypes.c_char_p
     if path_of(library) is None:
         return library
@@ -170,14 +158,8 @@ def computes_right(library: Any) -> bool:
 
 
 def product_with_torch(matrix: PairMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`PairMatrix.product` without a compiled library: some rows at a time in fp32."""
-    step = max(1, PANEL_NUMBERS // matrix.width)
-    x = x.bfloat16().float()
-    out = torch.empty(x.shape[0], matrix.rows)
-    for start in range(0, matrix.rows, step):
-        ids = torch.arange(start, min(start + step, matrix.rows))
-        out[:, start : start + step] = x @ matrix.read(ids).T
-    return out if bias is None else out.add_(bias)
+    """`PairMatrix.product` without a compiled library."""
+    return product_by_panels(matrix, x.bfloat16().float(), bias)
 
 
 def write_with_torch(matrix: PairMatrix, first: int, values: Tensor) -> None:

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from qvl.kernels.native import NativeUnavailable
-from qvl.kernels.on_cpu import linear_codes
+from qvl.kernels.on_cpu import linear_codes, matrices
 from qvl.kernels.on_cpu.linear_codes import (
     PORTABLE,
-    WITHOUT_AMX,
     QuantisedMatrix,
     compiled_product,
     computes_right,
     kernels,
     open_library,
-    product_with_torch,
     rounded,
     write_with_torch,
 )
+from qvl.kernels.on_cpu.matrices import WITHOUT_AMX, product_by_panels
 from tests.kernels.compiled import skip_without_compiler
 
 SHAPES = ((1, 1), (3, 15), (70, 67), (37, 1000), (130, 64), (8, 4111))
@@ -143,7 +142,7 @@ def test_x_may_pass_an_activation_on_its_way_in(width: int, flags: tuple[str, ..
     activated = x * torch.sigmoid(1.702 * x)
     found = compiled_product(library(flags), matrix, x, bias, gelu=True)
     assert relative(found, rounded(activated) @ everything(matrix).T + bias) < 2e-3
-    assert relative(product_with_torch(matrix, activated, bias), found) < 2e-2
+    assert relative(product_by_panels(matrix, activated, bias), found) < 2e-2
     assert torch.equal(found[:3], compiled_product(library(flags), matrix, x[:3], bias, gelu=True))
 
 
@@ -168,7 +167,7 @@ def test_compiled_and_torch_write_the_same_codes(bits: int) -> None:
     assert torch.equal(ours.scales, theirs.scales)
     assert (everything(ours) != everything(theirs)).float().mean().item() < 1e-3
     x = torch.randn(5, 1000)
-    assert relative(product_with_torch(theirs, x, None), x @ everything(theirs).T) < 1e-6
+    assert relative(product_by_panels(theirs, x, None), x @ everything(theirs).T) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -262,7 +261,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(
     assert chosen.library is None
     assert caplog.text.count("slower") == 1
     monkeypatch.setattr(linear_codes, "kernels", lambda: chosen)
-    monkeypatch.setattr(linear_codes, "PANEL_NUMBERS", 1000)
+    monkeypatch.setattr(matrices, "PANEL_NUMBERS", 1000)
     values, x, bias = torch.randn(33, 96), torch.randn(5, 96), torch.randn(33)
     matrix = quantise(bits, values)
     assert relative(matrix.product(x, bias), x @ values.T + bias) < (0.01 if bits == 8 else 0.15)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from qvl.kernels.fused import quick_gelu
 from qvl.kernels.native import NativeUnavailable
-from qvl.kernels.on_cpu import linear_pairs
+from qvl.kernels.on_cpu import linear_pairs, matrices
 from qvl.kernels.on_cpu.linear_pairs import (
     PORTABLE,
     PORTABLE_AMX,
-    WITHOUT_AMX,
     PairMatrix,
     compiled_product,
     compiled_write,
@@ -27,6 +26,7 @@ from qvl.kernels.on_cpu.linear_pairs import (
     product_with_torch,
     write_with_torch,
 )
+from qvl.kernels.on_cpu.matrices import WITHOUT_AMX
 from tests.kernels.compiled import skip_without_compiler
 
 SHAPES = ((1, 1), (3, 15), (70, 67), (37, 1000), (130, 64), (8, 4111))
@@ -177,7 +177,7 @@ def test_what_is_not_finite_stays_in_its_row(rows: int, flags: tuple[str, ...]) 
 
 
 def test_torch_multiplies_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_pairs, "PANEL_NUMBERS", 1000)
+    monkeypatch.setattr(matrices, "PANEL_NUMBERS", 1000)
     values, x, bias = torch.randn(33, 96), torch.randn(5, 96), torch.randn(33)
     assert error(product_with_torch(hold(values), x, bias), x, values, bias) < 2e-6
 

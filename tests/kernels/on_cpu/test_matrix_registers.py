@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qvl.kernels.native import NativeUnavailable
-from qvl.kernels.on_cpu.linear_codes import WITHOUT_AMX, computes_right, open_library, path_of
+from qvl.kernels.on_cpu.linear_codes import computes_right, open_library, path_of
+from qvl.kernels.on_cpu.matrices import WITHOUT_AMX
 from qvl.kernels.on_cpu.matrix_registers import LIMITS, has_matrix_registers
 
 
@@ -58,7 +59,7 @@ def test_the_limit_is_an_option_of_the_compiler(monkeypatch: pytest.MonkeyPatch)
         built.append(flags)
         raise NativeUnavailable("only looking")
 
-    monkeypatch.setattr("qvl.kernels.on_cpu.linear_codes.load_native", refuse)
+    monkeypatch.setattr("qvl.kernels.on_cpu.matrices.load_native", refuse)
     for limit in ("", "AVX512_CORE_BF16"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
         with pytest.raises(NativeUnavailable):
