@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from qvl.errors import ConfigError
@@ -81,22 +82,29 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of what is written inside, or nothing; others that write wait."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the file to the newest schema, one transaction per step; another process may do the same at once.
 
     Raises `ConfigError` for a file that a newer qvl wrote.
     """
     while True:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(db):
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version < len(MIGRATIONS):
                 MIGRATIONS[version](db)
                 db.execute(f"PRAGMA user_version = {version + 1}")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
         if version > len(MIGRATIONS):
             raise ConfigError(
                 f"a newer qvl wrote this store of conversations: it has schema {version}, {len(MIGRATIONS)} is known"
@@ -116,14 +124,9 @@ def ensure_search(db: sqlite3.Connection) -> bool:
             raise ConfigError("this Python's SQLite lacks FTS5, with which the store of conversations was made")
         return False
     if not found:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(db):
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'turns_fts'").fetchone():
                 _make_index(db)
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
     return True
 
 

@@ -21,7 +21,7 @@ from qvl.errors import InvalidRequest
 from qvl.memory.database import connect, data_folder, sqlite_errors
 from qvl.memory.media import Keep, Kept, StoredMedia, digests_of, keep_media, read_parts, write_parts
 from qvl.memory.records import Forgotten, Hit, Info, Summary, Turn, opening, plain_text, read_turn, snippet
-from qvl.memory.schema import ensure_search, fold, migrate
+from qvl.memory.schema import ensure_search, fold, migrate, transaction
 from qvl.types import FinishReason, MediaPart, Message, Usage
 
 _TRIGRAM = 3
@@ -63,14 +63,8 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it, or nothing."""
-        with self._lock, sqlite_errors(self.path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+        with self._lock, sqlite_errors(self.path), transaction(self._db):
+            yield self._db
 
     def _read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock, sqlite_errors(self.path):
